@@ -1,0 +1,589 @@
+"""What the results say, and how sure that is: Table 1, paired differences, cost, the claims.
+
+Every function takes the tables of a run and gives a new one.
+
+- `results`: one row a scored round with arm, init, split, seed, round (0 is before any training), dice (mean
+  over the test images, 0..1), and the running totals seconds, bytes_up, bytes_down, images_seen, which start
+  at the cost of making the initial state.
+- `per_image`: one row a test image after the last round with arm, init, split, seed, client, image_id,
+  patient_id, dice (0..1).
+
+Numbers that come out are Dice in % and differences in points, as in the paper. Two kinds of noise are told
+apart:
+
+- between patients: bootstrap over the test set's patients, because images of one patient are no independent
+  evidence. Seeds are averaged first and images are paired, so what both arms find hard cancels;
+- between training runs: Student's t interval of the seeds' means. One seed has none, and says so.
+
+A difference is called higher or lower only where both exclude zero and the Wilcoxon test stays below 5 %
+after Holm's correction; otherwise it is inside the noise. Every function that draws at random takes
+`resamples` (bootstrap draws) and `seed` (of the draws) and gives the same numbers for the same seed.
+
+References: the paper is Li & Yang 2023, arXiv 2311.15463. Bootstrap of clusters: Davison & Hinkley 1997,
+section 3.8; the widened percentile interval: Hesterberg 2015, The American Statistician 69(4). Holm 1979,
+Scandinavian Journal of Statistics 6(2).
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+Cell = tuple[str, str, str]  # arm, init, split
+
+RUN = ["arm", "init", "split", "seed"]
+INITS = ("random", "pretraining", "fm")
+ARMS = ("federated", "centralised", "standalone")
+PAIRS = (("fm", "random"), ("fm", "pretraining"), ("pretraining", "random"))
+PAPER_SPLIT = "age"
+RANDOM, PRETRAINING, FM = [("federated", init, PAPER_SPLIT) for init in INITS]
+CENTRALISED, STANDALONE = ("centralised", "random", "pooled"), ("standalone", "random", PAPER_SPLIT)
+PAPER = {  # Table 1, Dice in %
+    RANDOM: 74.67,
+    PRETRAINING: 83.92,
+    FM: 85.38,
+    CENTRALISED: 89.41,
+    STANDALONE: 67.20,
+}
+PAPER_ROUNDS = 40  # Fig. 3: informed starts are up in fewer rounds, the random start in more
+MARGIN = 2.0  # points of Dice within which a number counts as the paper's
+PLATEAU = 0.01  # Dice: a curve is "up" once it is this close to its last round
+ALPHA = 0.05
+VERDICTS = ("reproduced", "direction only", "not reproduced", "not testable here")
+ROUNDS_SAVED = "Claim 1, rounds saved by fm to reach the random start's final Dice"
+
+
+def _extra_loss(first: str, second: str, split: str) -> dict[Cell, float]:
+    """How much more Dice the first start loses from IID to `split` than the second."""
+    return {
+        ("federated", first, "iid"): 1,
+        ("federated", first, split): -1,
+        ("federated", second, "iid"): -1,
+        ("federated", second, split): 1,
+    }
+
+
+PAPER_DIFFERENCES: dict[str, dict[Cell, float]] = {  # each above zero in the paper
+    "Claim 1, points of final Dice: fm above random": {FM: 1, RANDOM: -1},
+    "Claim 1, points of final Dice: pretraining above random": {PRETRAINING: 1, RANDOM: -1},
+    "Claims 1 and 2, points of final Dice: fm above pretraining": {FM: 1, PRETRAINING: -1},
+    "Table 1, points of final Dice: centralised above federated": {CENTRALISED: 1, RANDOM: -1},
+    "Table 1, points of final Dice: federated above standalone": {RANDOM: 1, STANDALONE: -1},
+    "Claim 3, points lost from IID to age skew: random more than fm": _extra_loss("random", "fm", "age"),
+    "Claim 3, points lost from IID to age skew: random more than pretraining": _extra_loss(
+        "random", "pretraining", "age"
+    ),
+    "Claim 3, points lost from IID to age skew: pretraining more than fm": _extra_loss(
+        "pretraining", "fm", "age"
+    ),
+    "Claim 3, points lost from IID to quantity skew: random more than fm": _extra_loss(
+        "random", "fm", "quantity"
+    ),
+}
+PAPER_ORDER = {  # the difference that places each number of Table 1 beside its neighbour
+    RANDOM: "Table 1, points of final Dice: centralised above federated",
+    PRETRAINING: "Claim 1, points of final Dice: pretraining above random",
+    FM: "Claim 1, points of final Dice: fm above random",
+    CENTRALISED: "Table 1, points of final Dice: centralised above federated",
+    STANDALONE: "Table 1, points of final Dice: federated above standalone",
+}
+
+
+# Tables of runs
+
+
+def final(results: pd.DataFrame) -> pd.DataFrame:
+    """The last scored round of each run (arm, init, split, seed); no round is picked by its test score."""
+    last = results.sort_values("round", kind="stable").groupby(RUN, sort=False).tail(1)
+    return last.sort_values(RUN, kind="stable").reset_index(drop=True)
+
+
+def reference_split(results: pd.DataFrame) -> str:
+    """The split the tables speak of: age, as in the paper, or else the first that was run ("" if none)."""
+    splits = list(dict.fromkeys(results.loc[results.arm != "centralised", "split"]))
+    return PAPER_SPLIT if PAPER_SPLIT in splits else next(iter(splits), "")
+
+
+def ordered_inits(results: pd.DataFrame) -> list[str]:
+    """The starts that were run: the paper's three in its order, then the others as they come."""
+    seen = list(dict.fromkeys(results.init))
+    return [init for init in INITS if init in seen] + [init for init in seen if init not in INITS]
+
+
+def rounds_to_target(results: pd.DataFrame, target: float) -> pd.DataFrame:
+    """First scored round with Dice >= `target` (0..1), by run; NaN where no round gets there.
+
+    Returns:
+        One row a run: arm, init, split, seed, rounds.
+    """
+    reached = results[results.dice >= target].groupby(RUN)["round"].min()
+    return reached.reindex(_runs(results)).rename("rounds").reset_index()
+
+
+def cost(results: pd.DataFrame, target: float) -> pd.DataFrame:
+    """What each run had spent when its Dice first was >= `target` (0..1).
+
+    Pre-training and distillation are paid at round 0 by the start that uses them, so a start that is
+    there before any round is not free. NaN where a run never gets there.
+
+    Returns:
+        One row a run: arm, init, split, seed, rounds, seconds, bytes (both ways), images_seen.
+    """
+    reached = results[results.dice >= target].sort_values("round", kind="stable")
+    first = reached.groupby(RUN).first()
+    spent = pd.DataFrame(
+        {
+            "rounds": first["round"],
+            "seconds": first.seconds,
+            "bytes": first.bytes_up + first.bytes_down,
+            "images_seen": first.images_seen,
+        }
+    )
+    return spent.reindex(_runs(results)).reset_index()
+
+
+def iid_to_skew_loss(results: pd.DataFrame) -> pd.DataFrame:
+    """Points of final Dice that a start loses from the IID split to each other one, paired by seed.
+
+    Returns:
+        One row an (init, split) of the federated arm: loss (mean over seeds, positive is worse than IID),
+        low, high (95 % t interval over seeds, NaN for one), seeds. Empty where IID or all others are missing.
+    """
+    dice = 100 * final(results).query("arm == 'federated'").set_index(["init", "split", "seed"]).dice
+    rows = []
+    for init in ordered_inits(results):
+        by_split = (
+            dice.loc[[init]].droplevel("init").unstack("split") if init in dice.index else pd.DataFrame()
+        )
+        for split in by_split.columns.drop("iid") if "iid" in by_split else ():
+            loss = (by_split["iid"] - by_split[split]).dropna()
+            if len(loss):
+                low, high = seed_interval(loss)
+                rows.append((init, split, loss.mean(), low, high, len(loss)))
+    return pd.DataFrame(rows, columns=["init", "split", "loss", "low", "high", "seeds"])
+
+
+def _runs(results: pd.DataFrame) -> pd.MultiIndex:
+    return pd.MultiIndex.from_frame(results[RUN].drop_duplicates().sort_values(RUN))
+
+
+# Uncertainty
+
+
+def bootstrap_mean(
+    values: np.ndarray, patients: Iterable, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Interval of the mean of `values` when whole patients are drawn again.
+
+    The percentile interval is too short for few clusters; it is widened to the level at which it has the
+    t interval's width on normal data (Hesterberg 2015, the expanded percentile interval).
+
+    Args:
+        values: (n,) one number an image.
+        patients: (n,) whose image it is.
+        level: how often the interval shall hold the true mean, 0..1.
+        resamples: bootstrap draws.
+        seed: of the draws.
+
+    Returns:
+        low, high, in the values' unit; NaN, NaN with fewer than two patients.
+    """
+    codes, _ = pd.factorize(np.asarray(patients))
+    num_patients = codes.max(initial=-1) + 1
+    if num_patients < 2:
+        return np.nan, np.nan
+    sums = np.bincount(codes, weights=values)
+    counts = np.bincount(codes)
+    drawn = np.random.default_rng(seed).multinomial(
+        num_patients, np.full(num_patients, 1 / num_patients), resamples
+    )
+    means = (drawn @ sums) / (drawn @ counts)
+    t = stats.t.ppf((1 + level) / 2, num_patients - 1)
+    tail = stats.norm.cdf(-t * np.sqrt(num_patients / (num_patients - 1)))
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def seed_interval(values: Iterable[float], *, level: float = 0.95) -> tuple[float, float]:
+    """Student's t interval of the mean over seeds; NaN, NaN for a single one."""
+    values = np.asarray(list(values), dtype=float)
+    if len(values) < 2:
+        return np.nan, np.nan
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def holm(p: Iterable[float]) -> np.ndarray:
+    """p-values corrected for being a family (Holm 1979); NaN stays NaN and does not count."""
+    p = np.asarray(list(p), dtype=float)
+    corrected = np.full_like(p, np.nan)
+    known = np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known], kind="stable")]
+    corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
+    return corrected
+
+
+def contrast(
+    per_image: pd.DataFrame, cells: Mapping[Cell, float], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, object]:
+    """A weighted sum of cells' Dice, image by image on the same test images and seeds.
+
+    One cell with weight 1 is its mean; {fm: 1, random: -1} is their difference; four cells make the
+    difference of two losses from IID to skew. A standalone image's score is its mean over clients.
+
+    Returns:
+        value, low, high (points of Dice, 95 % by patient), p (Wilcoxon signed-rank on patients' means,
+        against zero), seed_low, seed_high (95 % t interval over seeds), images, patients, seeds, and
+        missing: why there is no value ("" if there is one).
+    """
+    empty = dict.fromkeys(["value", "low", "high", "p", "seed_low", "seed_high"], np.nan)
+    empty |= {"images": 0, "patients": 0, "seeds": 0, "missing": ""}
+    total = 0
+    for (arm, init, split), weight in cells.items():
+        rows = per_image[(per_image.arm == arm) & (per_image.init == init) & (per_image.split == split)]
+        if rows.dice.count() == 0:
+            return empty | {"missing": f"{arm} {init} under {split} was not run"}
+        total = total + 100 * weight * rows.groupby(["image_id", "seed"]).dice.mean().unstack("seed")
+    total = total.dropna(how="all").dropna(how="all", axis=1)  # images and seeds that every cell has
+    if total.empty:
+        return empty | {"missing": "the runs to be compared share no seed and test image"}
+
+    by_image = total.mean(axis=1)
+    patients = per_image.drop_duplicates("image_id").set_index("image_id").patient_id.reindex(by_image.index)
+    low, high = bootstrap_mean(by_image.to_numpy(), patients, resamples=resamples, seed=seed)
+    by_patient = by_image.groupby(patients.to_numpy()).mean().to_numpy()
+    p = stats.wilcoxon(by_patient).pvalue if np.any(by_patient) else 1.0
+    by_seed = total.mean()
+    seed_low, seed_high = seed_interval(by_seed)
+    return {
+        "value": by_image.mean(),
+        "low": low,
+        "high": high,
+        "p": float(p),
+        "seed_low": seed_low,
+        "seed_high": seed_high,
+        "images": len(by_image),
+        "patients": len(by_patient),
+        "seeds": len(by_seed),
+        "missing": "",
+    }
+
+
+def compare(
+    per_image: pd.DataFrame,
+    family: Mapping[object, Mapping[Cell, float]],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The contrasts of a family, corrected for being several.
+
+    Returns:
+        A table indexed by the family's names: `contrast`'s columns, then p_holm, inside_noise and reading:
+        "higher" | "lower" | "inside the noise", with ", one seed" where the noise between training runs is
+        unknown, or "" where the contrast is missing.
+    """
+    rows = [contrast(per_image, cells, resamples=resamples, seed=seed) for cells in family.values()]
+    table = pd.DataFrame(rows, index=pd.Index(list(family), tupleize_cols=False))
+    table["p_holm"] = holm(table.p)
+    table["inside_noise"] = [_inside_noise(row) for row in table.itertuples()]
+    table["reading"] = [_reading(row) for row in table.itertuples()]
+    return table
+
+
+def _inside_noise(row) -> bool:
+    beyond_patients = row.low > 0 or row.high < 0
+    beyond_seeds = row.seeds == 1 or row.seed_low > 0 or row.seed_high < 0
+    return not (beyond_patients and beyond_seeds and row.p_holm < ALPHA)
+
+
+def _reading(row) -> str:
+    if row.missing:
+        return ""
+    if row.inside_noise:
+        return "inside the noise"
+    return ("higher" if row.value > 0 else "lower") + (", one seed" if row.seeds == 1 else "")
+
+
+# The paper's tables
+
+
+def table1(
+    results: pd.DataFrame,
+    per_image: pd.DataFrame,
+    split: str | None = None,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The paper's Table 1: final Dice by start (rows) and arm (columns), in %.
+
+    The federated and standalone columns are under `split`, by default `reference_split`.
+
+    Returns:
+        One row a start: init, split, and for each arm {arm} (mean Dice), {arm}_low, {arm}_high (95 % by
+        patient), {arm}_images, {arm}_seeds. NaN and 0 where a cell was not run. A cell without scores by
+        image keeps its mean and has no interval.
+    """
+    split = reference_split(results) if split is None else split
+    last = final(results)
+    rows = []
+    for init in [*INITS, *(i for i in ordered_inits(results) if i not in INITS)]:
+        row: dict[str, object] = {"init": init, "split": split}
+        for arm in ARMS:
+            where = "pooled" if arm == "centralised" else split
+            cell = contrast(per_image, {(arm, init, where): 1}, resamples=resamples, seed=seed)
+            if cell["missing"]:
+                runs = last[(last.arm == arm) & (last.init == init) & (last.split == where)]
+                cell |= {"value": 100 * runs.dice.mean(), "seeds": len(runs)}
+            row |= {arm: cell["value"]} | {
+                f"{arm}_{key}": cell[key] for key in ("low", "high", "images", "seeds")
+            }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def gap_closed(table: pd.DataFrame) -> pd.DataFrame:
+    """Share of the way from the random start to centralised training that each start goes, from `table1`.
+
+    The paper's Table 1 gives (85.38 - 74.67) / (89.41 - 74.67) = 73 % for fm and 63 % for pretraining.
+
+    Returns:
+        One row a start but random: init, gap_closed (1 is all of it; NaN where there is no gap), why.
+    """
+    by_init = table.set_index("init")
+    random = by_init.federated.get("random", np.nan)
+    centralised = by_init.centralised.get("random", np.nan)
+    if np.isnan(centralised):  # pooled training was run from another start only
+        centralised = by_init.centralised.max()
+    rows = []
+    for init, value in by_init.federated.drop("random", errors="ignore").items():
+        if np.isnan([random, centralised, value]).any():
+            rows.append((init, np.nan, "an arm is missing"))
+        elif centralised <= random:
+            rows.append((init, np.nan, "centralised training is no better than the random start"))
+        else:
+            rows.append((init, (value - random) / (centralised - random), ""))
+    return pd.DataFrame(rows, columns=["init", "gap_closed", "why"])
+
+
+def paired_differences(
+    per_image: pd.DataFrame,
+    splits: Iterable[str] | None = None,
+    pairs: Iterable[tuple[str, str]] = PAIRS,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Final federated Dice of one start less another's, on the same images and seeds, by split.
+
+    The family for Holm's correction is the whole table. Pairs that were not both run are left out.
+
+    Returns:
+        One row a (split, pair): split, higher, lower (the pair's names, the first less the second), and
+        `compare`'s columns.
+    """
+    federated = per_image[per_image.arm == "federated"]
+    splits = list(dict.fromkeys(federated.split)) if splits is None else list(splits)
+    have = set(federated[["init", "split"]].itertuples(index=False, name=None))
+    family = {
+        (split, first, second): {("federated", first, split): 1, ("federated", second, split): -1}
+        for split in splits
+        for first, second in pairs
+        if {(first, split), (second, split)} <= have
+    }
+    names = pd.DataFrame(list(family), columns=["split", "higher", "lower"])
+    if names.empty:
+        return names.reindex(columns=[*names, *COMPARED])
+    compared = compare(per_image, family, resamples=resamples, seed=seed).reset_index(drop=True)
+    return pd.concat([names, compared[COMPARED]], axis=1)
+
+
+COMPARED = [
+    *("value", "low", "high", "p", "p_holm", "seed_low", "seed_high"),
+    *("images", "patients", "seeds", "inside_noise", "reading"),
+]
+
+
+# The ledger
+
+
+def judge_number(
+    paper: float, low: float, high: float, *, seed_low: float, seed_high: float, seeds: int, order: str
+) -> tuple[str, str]:
+    """Verdict on a number of Table 1, and why.
+
+    With the interval by patient and the one over seeds joined into one:
+
+    - not testable here: not run; or the interval holds the paper's number and is too wide for a yes;
+    - reproduced: at least two seeds, and the whole interval within MARGIN points of the paper's number;
+    - direction only: the same with one seed; or another number, but above or below its neighbour in Table 1
+      (the random start; for that one, centralised training) as in the paper, outside the noise;
+    - not reproduced: otherwise.
+
+    Numbers are Dice in %: the paper's, our 95 % interval by patient, and the one over seeds (NaN for one).
+    `order` is `compare`'s reading of the difference that the paper has above zero ("" if it was not run).
+    """
+    if not seeds:
+        return "not testable here", "not run"
+    low, high = np.fmin(low, seed_low), np.fmax(high, seed_high)
+    if low >= paper - MARGIN and high <= paper + MARGIN:
+        if seeds == 1:
+            return (
+                "direction only",
+                f"within {MARGIN:g} points, but one seed: the noise between runs is unknown",
+            )
+        return "reproduced", f"within {MARGIN:g} points"
+    if np.isnan(low) or low <= paper <= high:
+        return (
+            "not testable here",
+            f"too noisy: over images and seeds it may lie from {low:.2f} to {high:.2f}",
+        )
+    if order.startswith("higher"):
+        return "direction only", "another number, the same order of arms" + order.removeprefix("higher")
+    return "not reproduced", "another number, and not the paper's order of arms outside the noise"
+
+
+def judge_difference(row: Mapping[str, object], paper: float | None = None) -> tuple[str, str]:
+    """Verdict on a difference that the paper has above zero, and why.
+
+    - not testable here: an arm is missing; or the interval by patient holds both zero and the paper's size,
+      so the data cannot tell them apart;
+    - not reproduced: zero or below; or the interval by patient holds zero: inside the noise;
+    - direction only: above zero for the test images, but there is one seed, or seeds or Holm's correction
+      leave it inside the noise, or it is less than half the paper's size;
+    - reproduced: above zero outside the noise, with at least two seeds, and at least half the paper's size
+      where the paper gives one.
+
+    Args:
+        row: value, low, high, seeds, inside_noise and missing as in `compare`.
+        paper: the paper's difference in points, None where it gives no number.
+    """
+    value, low, high, seeds = (row[key] for key in ("value", "low", "high", "seeds"))
+    if row["missing"]:
+        return "not testable here", str(row["missing"])
+    if paper is not None and low <= 0 <= high and low <= paper <= high:
+        return "not testable here", "too noisy: the interval holds both no difference and the paper's"
+    if value <= 0 and not high > 0:
+        return "not reproduced", "no difference" if value == 0 else "it points the other way"
+    if value <= 0 or low <= 0:
+        return "not reproduced", "inside the noise"
+    if seeds == 1:
+        return "direction only", "one seed: the noise between runs is unknown"
+    if row["inside_noise"]:
+        return (
+            "direction only",
+            "the test images agree, but seeds or the number of comparisons leave it in the noise",
+        )
+    if paper is not None and value < paper / 2:
+        return "direction only", f"outside the noise, but {value / paper:.0%} of the paper's size"
+    return "reproduced", "outside the noise"
+
+
+def claims(
+    results: pd.DataFrame, per_image: pd.DataFrame, *, resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Each number and claim of the paper beside ours: `judge_number` and `judge_difference` state the rules.
+
+    Holm's correction takes all differences of final Dice in this ledger as one family. Statements about
+    rounds and about the state before any round have no scores by image: their interval is over seeds.
+
+    Returns:
+        claim, paper (text: a number, or a bound such as "< 40"), ours, low, high (95 %), n (test images; runs
+        for statements about rounds), seeds, verdict, why.
+    """
+    compared = compare(per_image, PAPER_DIFFERENCES, resamples=resamples, seed=seed)
+    rows = []
+    for cell, paper in PAPER.items():
+        ours = contrast(per_image, {cell: 1}, resamples=resamples, seed=seed)
+        noise = {key: ours[key] for key in ("low", "high", "seed_low", "seed_high", "seeds")}
+        verdict, why = judge_number(paper, **noise, order=compared.reading[PAPER_ORDER[cell]])
+        arm, init, _ = cell
+        name = f"Table 1, Dice in %: {arm}, {init} start"
+        rows.append(_claim(name, f"{paper:.2f}", ours, verdict, ours["missing"] or why))
+    for name, cells in PAPER_DIFFERENCES.items():
+        ours = compared.loc[name].to_dict()
+        paper = (
+            sum(weight * PAPER[cell] for cell, weight in cells.items())
+            if cells.keys() <= PAPER.keys()
+            else None
+        )
+        rows.append(_claim(name, f"{paper:+.2f}" if paper else "> 0", ours, *judge_difference(ours, paper)))
+    return pd.DataFrame(rows + _claims_about_rounds(results, PAPER_SPLIT))
+
+
+def _claim(claim: str, paper: str, row: Mapping[str, object], verdict: str, why: str) -> dict[str, object]:
+    return {
+        "claim": claim,
+        "paper": paper,
+        "ours": row["value"],
+        "low": row["low"],
+        "high": row["high"],
+        "n": row["images"],
+        "seeds": row["seeds"],
+        "verdict": verdict,
+        "why": why,
+    }
+
+
+def _over_seeds(values: pd.Series, missing: str) -> dict[str, object]:
+    """One number a seed in the shape that `judge_difference` reads."""
+    values = values.dropna()
+    low, high = seed_interval(values)
+    return {
+        "value": values.mean(),
+        "low": low,
+        "high": high,
+        "images": len(values),
+        "seeds": len(values),
+        "inside_noise": len(values) > 1 and not low > 0,
+        "missing": "" if len(values) else missing,
+    }
+
+
+def _claims_about_rounds(results: pd.DataFrame, split: str) -> list[dict[str, object]]:
+    runs = results[(results.arm == "federated") & (results.split == split)]
+    curves = runs.set_index(["init", "seed", "round"]).dice.sort_index()
+    last_round = runs.groupby(["init", "seed"])["round"].max()
+
+    def by_seed(init: str, rule) -> pd.Series:
+        seeds = curves.loc[init].groupby(level="seed") if init in curves else ()
+        return pd.Series({seed: rule(seed, curve.droplevel("seed")) for seed, curve in seeds}, dtype=float)
+
+    def first_round(curve: pd.Series, level: float) -> float:
+        reached = curve.index[curve >= level]
+        return reached[0] if len(reached) else curve.index[-1] + 1  # later than the last: at least that
+
+    rows = []
+
+    goal = by_seed("random", lambda _, curve: curve.iloc[-1])
+    random = by_seed("random", lambda seed, curve: first_round(curve, goal[seed]))
+    fm = by_seed("fm", lambda seed, curve: first_round(curve, goal[seed]) if seed in goal else np.nan)
+    saved = _over_seeds(random - fm, f"federated random and fm under {split} were not both run")
+    rows.append(_claim(ROUNDS_SAVED, "> 0", saved, *judge_difference(saved)))
+
+    for init in INITS:
+        sign, bound = (1, ">") if init == "random" else (-1, "<")
+        rounds = by_seed(init, lambda _, curve: first_round(curve, curve.iloc[-1] - PLATEAU))
+        ours = _over_seeds(rounds, f"federated {init} under {split} was not run")
+        length = last_round.loc[init].min() if init in curves else 0
+        if ours["missing"]:
+            verdict, why = "not testable here", ours["missing"]
+        elif length <= PAPER_ROUNDS:
+            verdict, why = (
+                "not testable here",
+                f"the run has {length} rounds: whether more would help is not seen",
+            )
+        else:
+            verdict, why = judge_difference(_over_seeds(sign * (rounds - PAPER_ROUNDS), ""))
+        claim = f"Fig. 3: rounds until {init} is within {100 * PLATEAU:g} point of its last Dice"
+        rows.append(_claim(claim, f"{bound} {PAPER_ROUNDS}", ours, verdict, why))
+
+    start = {init: by_seed(init, lambda _, curve: curve.get(0, np.nan)) for init in ("fm", "pretraining")}
+    head = _over_seeds(
+        100 * (start["fm"] - start["pretraining"]), "round 0 of fm and pretraining was not scored"
+    )
+    claim = "Claim 2, points of Dice before any round: fm above pretraining"
+    rows.append(_claim(claim, "> 0", head, *judge_difference(head)))
+    return rows

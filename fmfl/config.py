@@ -1,0 +1,305 @@
+"""What a run depends on: one frozen dataclass a stage, three profiles, and the contract of parameters.
+
+The defaults are the quick run of the notebooks; ``class`` and ``paper`` say what they change. Every
+parameter has a type and a range, is named once over all stages, and is refused in one sentence when it
+is unknown, of the wrong type or out of range.
+"""
+
+import ast
+import dataclasses
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fmfl import paths
+from fmfl.errors import UserError
+
+INITS = ("random", "pretraining", "fm")
+ARMS = ("federated", "centralised", "standalone")
+SPLITS = ("iid", "age", "quantity", "site", "dirichlet")
+
+
+def _in(default: Any, low: float | None = None, high: float | None = None, multiple: int = 1) -> Any:
+    """A number between low and high, both allowed, that ``multiple`` divides."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "multiple": multiple})
+
+
+def _one_of(default: str, *choices: str) -> Any:
+    """One of the named choices."""
+    return dataclasses.field(default=default, metadata={"choices": choices})
+
+
+def _some_of(default: str, *choices: str) -> Any:
+    """One or more of the named choices, joined by commas."""
+    return dataclasses.field(default=default, metadata={"choices": choices, "several": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where results go and what computes them."""
+
+    run_name: str = "quick"  # a folder under runs/, or an absolute path
+    device: str = _one_of("auto", "auto", "cpu", "cuda")
+    precision: str = _one_of("auto", "auto", "float32", "bfloat16")  # auto: bfloat16 on a GPU that has it
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, at which size, and which of them are proxy, test and federated."""
+
+    data: str = "phantom"  # phantom, or folders, joined by commas
+    size: int = _in(96, 32, 1024, multiple=32)  # pixels a side, which a U-Net halves five times; paper: 256
+    num_phantoms: int = _in(160, 20, 100_000)
+    phantom_seed: int = _in(0, 0)
+    mask_class: str = "lung"  # the annotated class that is segmented
+    strict: bool = False  # a bad file stops the run instead of being left out and counted
+    proxy: float = _in(1504 / 6504, 0)  # fraction (< 1) or number of images; paper: 1,504 of 6,504
+    test: float = _in(500 / 6504, 0)  # paper: 500 of 6,504
+    holdout_seed: int = _in(0, 0)  # one test set for all seeds, so that they can be compared image by image
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Who teaches, and with which prompt."""
+
+    teacher: str = "builtin"  # or sam-med2d (the paper's), sam_vit_b, sam_vit_l, sam_vit_h, medsam
+    checkpoint: str = ""  # its weights' file; empty: the shipped ones of builtin
+    box_rule: str = _one_of("ground_truth", "ground_truth", "ground_truth_jitter", "whole_image")
+    boxes_per_image: str = _one_of("per_lung", "per_lung", "one")  # left open by the paper
+    jitter_pixels: float = _in(5.0, 0, 100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """How the informed initial states are made from the proxy set (Eq. 4 and 5)."""
+
+    student: str = "mobile_unet"
+    alpha: float = _in(0.6, 0, 1)  # weight of the teacher in Eq. 5; 0 is supervised pre-training
+    temperature: float = _in(1.0, 0.01, 100)  # T of Hinton et al. 2015; the paper names none
+    proxy_epochs: int = _in(15, 0, 10_000)  # passes of the proxy set; the paper names none
+    proxy_learning_rate: float = _in(1e-3, 0, 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederateConfig:
+    """What one federated run depends on, besides its data and its initial state."""
+
+    split: str = _one_of("age", *SPLITS)
+    age_strength: float = _in(1.0, 0, 1)  # 0: as IID; 1: clients hold disjoint age ranges
+    quantity_ratio: float = _in(9.0, 1, 1000)  # largest client over smallest, in images
+    dirichlet_concentration: float = _in(0.5, 0.01, 1e6)  # small: each client lives in few age bands
+    arms: str = _some_of("federated,centralised,standalone", *ARMS)
+    inits: str = _some_of("random,pretraining,fm", *INITS)
+    num_clients: int = _in(3, 1, 100_000)
+    num_rounds: int = _in(5, 1, 100_000)  # paper: 100
+    local_epochs: int = _in(1, 1, 1000)  # E in McMahan et al. 2017; paper: 5
+    batch_size: int = _in(8, 1, 4096)  # B, images a local step
+    learning_rate: float = _in(1e-3, 0, 10)  # of the clients' Adam; paper: 1e-4
+    loss: str = _one_of("dice", "dice", "dice_bce")  # the paper names the Dice loss
+    optimizer_state: str = _one_of("reset", "reset", "keep")  # of a client's Adam between rounds
+    augmentation: str = _one_of("device", "device", "albumentations", "none")
+    score_every: int = _in(1, 1, 100_000)  # rounds; the last round is always scored
+    seed: int = _in(0, 0, 2**31)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisConfig:
+    """What the figures and tables ask."""
+
+    target_dice: float = _in(0.9, 0, 1)  # rounds, bytes and seconds are counted up to this Dice
+    reference_split: str = _one_of("age", *SPLITS)  # of Table 1
+
+
+STAGES: dict[str, type] = {
+    "run": RunConfig,
+    "data": DataConfig,
+    "teacher": TeacherConfig,
+    "distill": DistillConfig,
+    "federate": FederateConfig,
+    "analysis": AnalysisConfig,
+}
+
+#: What each profile changes against the defaults (= ``smoke``, the notebooks' quick run).
+PROFILES: dict[str, dict[str, Any]] = {
+    "smoke": {},
+    "class": {"num_phantoms": 300},
+    "paper": {
+        "size": 256,
+        "num_phantoms": 6504,
+        "student": "unet",
+        "num_rounds": 100,
+        "local_epochs": 5,
+        "batch_size": 16,
+        "learning_rate": 1e-4,
+        "proxy_epochs": 100,
+        "proxy_learning_rate": 1e-4,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All stages' settings of one run."""
+
+    run: RunConfig
+    data: DataConfig
+    teacher: TeacherConfig
+    distill: DistillConfig
+    federate: FederateConfig
+    analysis: AnalysisConfig
+
+    def flat(self) -> dict[str, Any]:
+        """Every parameter by name."""
+        return {
+            name: value
+            for stage in STAGES
+            for name, value in dataclasses.asdict(getattr(self, stage)).items()
+        }
+
+    def changed(self) -> dict[str, Any]:
+        """The parameters that differ from the quick run."""
+        return {name: value for name, value in self.flat().items() if value != defaults()[name]}
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return paths.RUNS / self.run.run_name
+
+
+def _fields() -> dict[str, tuple[str, dataclasses.Field]]:
+    return {
+        field.name: (stage, field) for stage, kind in STAGES.items() for field in dataclasses.fields(kind)
+    }
+
+
+def stage_of() -> dict[str, str]:
+    """Every parameter's stage."""
+    return {name: stage for name, (stage, _) in _fields().items()}
+
+
+def defaults() -> dict[str, Any]:
+    """Every parameter's default: the quick run."""
+    return {name: field.default for name, (_, field) in _fields().items()}
+
+
+def several(text: str) -> list[str]:
+    """A comma-separated parameter as a list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def checked(name: str, value: Any) -> Any:
+    """A parameter's value in its own type.
+
+    Raises:
+        UserError: the name is unknown, or the value is of another type or out of range.
+    """
+    fields = _fields()
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see fmfl/config.py for all names"
+        raise UserError(f"parameter {name!r} is unknown: {hint}")
+    field = fields[name][1]
+    kind, rule = field.type, field.metadata
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is str and isinstance(value, list | tuple):
+        value = ",".join(map(str, value))
+    if kind is str and isinstance(value, os.PathLike):
+        value = str(value)
+    if type(value) is not kind:
+        raise UserError(f"parameter {name} must be {_a(kind)}, not {value!r} ({type(value).__name__})")
+    if "choices" in rule:
+        chosen = several(value) if rule.get("several") else [value]
+        wrong = [item for item in chosen if item not in rule["choices"]]
+        if wrong or not chosen:
+            what = "some of" if rule.get("several") else "one of"
+            found = repr(wrong[0]) if wrong else "empty"
+            raise UserError(f"parameter {name} is {found}: choose {what} {', '.join(rule['choices'])}")
+        if len(set(chosen)) < len(chosen):
+            raise UserError(f"parameter {name} = {value!r} names one choice twice: name each once")
+    low, high = rule.get("low"), rule.get("high")
+    # Written so that NaN fails too.
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        if high is None:
+            raise UserError(f"parameter {name} is {value}: it must be at least {low:g}")
+        raise UserError(f"parameter {name} is {value}: it must lie between {low:g} and {high:g}")
+    multiple = rule.get("multiple", 1)
+    if multiple > 1 and value % multiple:
+        below = value - value % multiple
+        raise UserError(
+            f"parameter {name} is {value}: it must be a multiple of {multiple}, such as {below or multiple}"
+        )
+    return value
+
+
+def _a(kind: type) -> str:
+    return {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}[kind]
+
+
+def parse(name: str, text: str) -> Any:
+    """A parameter given as text on a command line, in its own type: ``"1e-4"`` becomes a number.
+
+    Raises:
+        UserError: see :func:`checked`.
+    """
+    fields = _fields()
+    kind = fields[name][1].type if name in fields else str
+    if kind is bool:
+        return checked(name, {"true": True, "false": False}.get(text.strip().lower(), text))
+    if kind is not str:
+        try:
+            number = float(text)
+        except ValueError:
+            return checked(name, text)
+        return checked(name, int(number) if kind is int and number.is_integer() else number)
+    return checked(name, text)
+
+
+def settings(given: dict[str, Any] | None = None, *, profile: str = "smoke") -> Settings:
+    """Settings of a profile with some parameters given.
+
+    Raises:
+        UserError: a parameter or the profile is not usable.
+    """
+    if profile not in PROFILES:
+        raise UserError(f"profile {profile!r} is unknown: choose one of {', '.join(PROFILES)}")
+    values = PROFILES[profile] | {name: checked(name, value) for name, value in (given or {}).items()}
+    fields = _fields()
+    return Settings(
+        **{
+            stage: kind(**{name: value for name, value in values.items() if fields[name][0] == stage})
+            for stage, kind in STAGES.items()
+        }
+    )
+
+
+PARAMETERS_COMMENT = "# Parameters"
+
+
+def from_notebook(namespace: dict[str, Any]) -> Settings:
+    """Settings from a notebook's variables, for its set-up cell: ``cfg = config.from_notebook(globals())``.
+
+    A parameter cell is one whose source begins with ``# Parameters``: the notebook's own, and the one
+    that papermill injects after it. A name assigned there that is no parameter is an error, so an
+    override with a typing mistake cannot be ignored in silence. Of a cell that was corrected and run again,
+    told by its first line, only the last version counts.
+
+    Raises:
+        UserError: a parameter is unknown, mistyped or out of range, or no parameter cell was run.
+    """
+    cells = [source.strip() for source in namespace.get("In", [])]
+    latest = {cell.splitlines()[0]: cell for cell in cells if cell.startswith(PARAMETERS_COMMENT)}
+    if not latest:
+        raise UserError(
+            f"no cell that was run begins with {PARAMETERS_COMMENT!r}: run the parameters cell first, "
+            "with that line"
+        )
+    assigned = {
+        node.id
+        for cell in latest.values()
+        for node in ast.walk(ast.parse(cell))
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+    return settings({name: namespace[name] for name in sorted(assigned)})

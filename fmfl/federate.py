@@ -1,0 +1,370 @@
+"""Federated averaging (McMahan et al. 2017, arXiv 1602.05629): Eq. 2 at a client, Eq. 3 at the server.
+
+The round loop itself stands in ``notebooks/04_federate.ipynb``; its steps stand here. Centralised training is
+the same loop with one client that holds everything, standalone training is the loop with one real client, so
+the arms differ in nothing but who averages with whom.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from fmfl import metrics, models, train
+from fmfl.config import FederateConfig
+from fmfl.data import Cohort
+from fmfl.errors import UserError
+from fmfl.states import (
+    TRAINING_CODE,
+    State,
+    code_digest,
+    fingerprint,
+    read_state,
+    state_digest,
+    write_state,
+)
+from fmfl.train import Examples, InitialState
+
+POOLED = 2**32 - 2
+"""The centralised arm's one client in a random key; no real client has that number."""
+
+OPTIMIZER_PREFIX = "optimizer/"
+"""Of the tensors in a checkpoint that are a client's Adam state, not the model's."""
+
+
+def aggregate(updates: Iterable[tuple[State, int]]) -> State:
+    """Eq. 3: the average of the clients' states, weighted by how many images each holds.
+
+        theta = sum_k (n_k / n) theta_k,    n = sum_k n_k
+
+    Every floating tensor is averaged, BatchNorm's running mean and variance included: left out, the global
+    model would be scored with statistics that belong to none of its weights. Integer buffers (BatchNorm's
+    count of batches) come from the first client. The sum runs in float64 and in the order given, so memory
+    does not grow with the clients, the same clients give the same bytes, and one client gives its own state
+    bit by bit.
+
+    A client whose state holds a NaN or an infinity is left out of the round with a warning.
+
+    Args:
+        updates: pairs of (state, number of images). A generator is consumed one client at a time: a state is
+            let go before the next one is asked for.
+
+    Returns:
+        The averaged state, each tensor in its own dtype.
+
+    Raises:
+        ValueError: a client's names or shapes differ from the first one's, or it has no image.
+        RuntimeError: no client is left to average.
+    """
+    sums: State = {}
+    kept: State = {}
+    number, averaged, total = -1, 0, 0
+    # Not enumerate(): it would hold the last client's state while the next client trains.
+    for state, num_examples in updates:
+        number += 1
+        if num_examples <= 0:
+            raise ValueError(f"update {number} comes from {num_examples} images: a client needs at least one")
+        if not _is_finite(state):
+            warnings.warn(f"update {number} is not finite and is left out of this round", stacklevel=2)
+            del state
+            continue
+        if not kept:
+            kept = {key: value.clone() for key, value in state.items()}
+            sums = {
+                key: torch.zeros_like(value, dtype=torch.float64)
+                for key, value in state.items()
+                if value.is_floating_point()
+            }
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in kept.items()}:
+            raise ValueError(f"update {number} has other tensors than the first: all clients need one model")
+        for key, running in sums.items():
+            running.add_(state[key].to(running.device, torch.float64), alpha=num_examples)
+        averaged += 1
+        total += num_examples
+        del state
+    if averaged == 0:
+        raise RuntimeError("no client gave a finite update, so there is nothing to average")
+    if averaged == 1:  # n x / n is not x to the last bit in every dtype
+        return kept
+    return kept | {key: (running / total).to(kept[key].dtype) for key, running in sums.items()}
+
+
+def _is_finite(state: State) -> bool:
+    """Whether no floating tensor holds a NaN or an infinity; the device is waited for once."""
+    finite = [value.isfinite().all() for value in state.values() if value.is_floating_point()]
+    return not finite or bool(torch.stack(finite).all())
+
+
+def clients_of(cohort: Cohort, parts: Iterable[Tensor]) -> dict[int, Examples]:
+    """Client numbers and their images, from :func:`fmfl.split.partition`."""
+    return {k: Examples(cohort.images, cohort.masks, indices) for k, indices in enumerate(parts)}
+
+
+def pooled(cohort: Cohort, indices: Tensor) -> dict[int, Examples]:
+    """The centralised arm's one client, which holds every federated image."""
+    return {POOLED: Examples(cohort.images, cohort.masks, indices)}
+
+
+@dataclass
+class Server:
+    """One run over its rounds: the global state, what was measured, and the file it continues from.
+
+    Attributes:
+        arm: federated, centralised or standalone.
+        init: name of the initial state.
+        split: name of the partition; ``pooled`` for the centralised arm.
+        client: the standalone client's number; -1 for a global model.
+        clients: number to images of those who train.
+        model: the one resident student; clients' states are loaded into it in turn.
+        state: the global state after the last finished round.
+        round_number: the last finished round; 0 before any.
+        history: one row a scored round.
+        file: the checkpoint, and at the end the final weights.
+    """
+
+    arm: str
+    init: str
+    split: str
+    client: int
+    clients: Mapping[int, Examples]
+    cfg: FederateConfig
+    precision: str
+    model: nn.Module
+    state: State
+    file: Path
+    fingerprint: str
+    round_number: int = 0
+    seconds: float = 0.0
+    images_seen: int = 0
+    bytes_each_way: int = 0
+    history: list[dict] = field(default_factory=list)
+    optimizers: dict[int, State] = field(default_factory=dict)
+
+    @classmethod
+    def start_or_resume(
+        cls,
+        run_dir: Path,
+        initial: InitialState,
+        clients: Mapping[int, Examples],
+        cfg: FederateConfig,
+        *,
+        student: str,
+        cohort: Cohort,
+        test: Tensor,
+        arm: str = "federated",
+        precision: str = "float32",
+    ) -> "Server":
+        """A server at the round where the same run stopped, or before the first one.
+
+        What makes a run the same one is the initial state's bytes, the cohort, who holds which images, the
+        test images and every setting; with anything else changed it starts anew.
+
+        Args:
+            run_dir: the study's folder; the checkpoint is ``weights/{arm}-{split}-{init}-seed{seed}...``.
+            initial: where it begins, and what that has cost.
+            clients: see :func:`clients_of` and :func:`pooled`.
+            test: (n,) int64, the images it is scored on.
+        """
+        split = "pooled" if arm == "centralised" else cfg.split
+        client = next(iter(clients)) if arm == "standalone" else -1
+        # A stateless client begins each round with a new Adam; where no server comes in between, as in the
+        # centralised and standalone arms, resetting it would only be a handicap.
+        if arm != "federated":
+            cfg = FederateConfig(**asdict(cfg) | {"optimizer_state": "keep"})
+        settings = {
+            key: value
+            for key, value in asdict(cfg).items()
+            if key not in ("arms", "inits") and not (arm == "centralised" and key in PARTITION_SETTINGS)
+        }
+        key = fingerprint(
+            code_digest((*TRAINING_CODE, "metrics.py")), arm, student, precision, settings,
+            state_digest(initial.state), cohort.fingerprint,
+            {k: examples.indices.tolist() for k, examples in clients.items()}, test.tolist(),
+        )  # fmt: skip
+        suffix = f"-client{client}" if arm == "standalone" else ""
+        file = run_dir / "weights" / f"{arm}-{split}-{initial.name}-seed{cfg.seed}{suffix}.safetensors"
+        server = cls(
+            arm=arm,
+            init=initial.name,
+            split=split,
+            client=client,
+            clients=clients,
+            cfg=cfg,
+            precision=precision,
+            model=models.build(student, device=cohort.device),
+            state=initial.state,
+            file=file,
+            fingerprint=key,
+            seconds=initial.fitted.seconds,
+            images_seen=initial.fitted.images_seen,
+        )
+        if (stored := read_state(file, fingerprint=key, device=cohort.device)) is not None:
+            tensors, record = stored
+            server.state = {k: v for k, v in tensors.items() if not k.startswith(OPTIMIZER_PREFIX)}
+            for name, value in tensors.items():
+                if name.startswith(OPTIMIZER_PREFIX):
+                    number, rest = name.removeprefix(OPTIMIZER_PREFIX).split("/", 1)
+                    server.optimizers.setdefault(int(number), {})[rest] = value
+            for name in ("round_number", "seconds", "images_seen", "bytes_each_way", "history"):
+                setattr(server, name, record[name])
+        else:
+            server.score(cohort, test)
+        return server
+
+    def remaining_rounds(self) -> Iterator[int]:
+        """The numbers of the rounds still to do, each begun when the one before it is finished."""
+        while self.round_number < self.cfg.num_rounds and not train.interrupted.is_set():
+            yield self.round_number + 1
+
+    def finish_round(self, state: State, cohort: Cohort, test: Tensor) -> None:
+        """Take the round's new global state, score it where a score is due, and write the checkpoint."""
+        self.state = state
+        self.round_number += 1
+        if self.arm == "federated":
+            self.bytes_each_way += len(self.clients) * models.num_bytes(state)
+        last = self.round_number == self.cfg.num_rounds
+        if last or self.round_number % self.cfg.score_every == 0:
+            self.score(cohort, test)
+        optimizers = {} if last else self.optimizers
+        flat = {
+            f"{OPTIMIZER_PREFIX}{k}/{name}": v for k, held in optimizers.items() for name, v in held.items()
+        }
+        write_state(
+            self.file,
+            self.state | flat,
+            fingerprint=self.fingerprint,
+            arm=self.arm,
+            init=self.init,
+            split=self.split,
+            client=self.client,
+            seed=self.cfg.seed,
+            round_number=self.round_number,
+            seconds=self.seconds,
+            images_seen=self.images_seen,
+            bytes_each_way=self.bytes_each_way,
+            history=self.history,
+        )
+
+    def scores(self, cohort: Cohort, test: Tensor) -> pd.DataFrame:
+        """The global state's scores, one row a test image; see :func:`fmfl.metrics.score`."""
+        self.model.load_state_dict(self.state)
+        logits = train.predict(self.model, cohort.images, test, precision=self.precision)
+        return metrics.score(logits.sigmoid(), cohort.masks[test])
+
+    def score(self, cohort: Cohort, test: Tensor) -> None:
+        """Add the current round's row to the history."""
+        means = self.scores(cohort, test)[["dice", "iou", "hd95"]].mean()
+        self.history.append(
+            {
+                "arm": self.arm,
+                "init": self.init,
+                "split": self.split,
+                "seed": self.cfg.seed,
+                "round": self.round_number,
+                **{name: float(value) for name, value in means.items()},
+                "seconds": self.seconds,
+                "bytes_up": self.bytes_each_way,
+                "bytes_down": self.bytes_each_way,
+                "images_seen": self.images_seen,
+            }
+        )
+
+    def per_image(self, cohort: Cohort, test: Tensor) -> pd.DataFrame:
+        """The current state's scores by image, with who and what the image is."""
+        rows = test.tolist()
+        about = cohort.table.iloc[rows][["image_id", "patient_id", "site", "age"]].reset_index(drop=True)
+        key = {
+            "arm": self.arm,
+            "init": self.init,
+            "split": self.split,
+            "seed": self.cfg.seed,
+            "client": self.client,
+        }
+        return pd.concat([about.assign(**key)[[*key, *about]], self.scores(cohort, test)], axis=1)
+
+
+#: Settings that the centralised arm does not depend on: one run serves all splits.
+PARTITION_SETTINGS = ("split", "age_strength", "quantity_ratio", "dirichlet_concentration", "num_clients")
+
+
+def train_client(server: Server, number: int) -> tuple[State, int]:
+    """Eq. 2: one client's local training of this round, begun from the global state.
+
+    The random order and augmentation depend on (seed, client, round, epoch) alone, so a client sees the same
+    batches whatever the initial state: the arms are paired.
+
+    Returns:
+        The client's state and how many images it holds.
+    """
+    cfg, examples = server.cfg, server.clients[number]
+    server.model.load_state_dict(server.state)
+    optimizer = train.adam(server.model, cfg.learning_rate)
+    if number in server.optimizers:
+        _load_moments(optimizer, server.optimizers[number])
+    fitted = train.fit(
+        server.model,
+        examples,
+        train.LOSSES[cfg.loss],
+        epochs=cfg.local_epochs,
+        batch_size=cfg.batch_size,
+        optimizer=optimizer,
+        key=(cfg.seed, number, server.round_number + 1),
+        augmentation=cfg.augmentation,
+        precision=server.precision,
+    )
+    if cfg.optimizer_state == "keep":
+        moments = _moments(optimizer)
+        # After a round that came to NaN or infinity the client begins with a new Adam: moments that are not
+        # finite would spoil all its later rounds too.
+        if _is_finite(moments):
+            server.optimizers[number] = moments
+        else:
+            server.optimizers.pop(number, None)
+    server.seconds += fitted.seconds
+    server.images_seen += fitted.images_seen
+    return models.copy_state(server.model), len(examples)
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> State:
+    """Adam's step counts and moments as flat tensors, to be kept between rounds and in checkpoints."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}/{name}": value.clone() for index, held in state.items() for name, value in held.items()}
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, moments: State) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for path, value in moments.items():
+        index, name = path.split("/")
+        parameter = parameters[int(index)]
+        # Fused Adam on a CPU reads memory in the order in which it lies: moments from a checkpoint (row by
+        # row) have to be laid out as their parameter is (channels last), or they go to other weights.
+        like = parameter.detach() if value.shape == parameter.shape else value
+        state.setdefault(int(index), {})[name] = torch.empty_like(like, dtype=value.dtype).copy_(value)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def results(servers: Iterable[Server]) -> pd.DataFrame:
+    """The rows of results.csv, one a scored round.
+
+    Standalone clients of one split become one row: the mean of their scores, the sum of what they cost.
+
+    Raises:
+        UserError: a run has not finished its rounds.
+    """
+    rows = []
+    for server in servers:
+        if server.round_number < server.cfg.num_rounds:
+            raise UserError(
+                f"run {server.file.stem} stands at round {server.round_number} of {server.cfg.num_rounds}: "
+                "run the round loop to its end first"
+            )
+        rows += server.history
+    how = dict.fromkeys(("dice", "iou", "hd95"), "mean")
+    how |= dict.fromkeys(("seconds", "bytes_up", "bytes_down", "images_seen"), "sum")
+    table = pd.DataFrame(rows)
+    return table.groupby(["arm", "init", "split", "seed", "round"], sort=False).agg(how).reset_index()

@@ -1,0 +1,101 @@
+"""Students: the small U-Nets that clients train and exchange, by name, and what they weigh."""
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fmfl.errors import UserError
+from fmfl.states import State
+
+# The model libraries are imported where a model is built: they take seconds, which a notebook that only
+# looks at data or results need not wait for.
+
+
+def _smp_unet(encoder: str, decoder_channels: tuple[int, ...]) -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    return smp.Unet(
+        encoder, encoder_weights=None, in_channels=1, classes=1, decoder_channels=decoder_channels
+    )
+
+
+def _plain_unet() -> nn.Module:
+    """Ronneberger et al. 2015 (arXiv 1505.04597) with padded convolutions and BatchNorm, as is usual."""
+    from monai.networks.nets import BasicUNet
+
+    return BasicUNet(
+        spatial_dims=2,
+        in_channels=1,
+        out_channels=1,
+        features=(64, 128, 256, 512, 1024, 64),
+        norm=("batch", {"affine": True}),
+        act=("relu", {"inplace": True}),
+        upsample="deconv",
+    )
+
+
+STUDENTS: dict[str, Callable[[], nn.Module]] = {
+    # Thin decoders: at full resolution a wide one costs more than the whole encoder.
+    "tiny_unet": lambda: _smp_unet("tu-mobilenetv3_small_050", (48, 32, 16, 16, 8)),
+    "mobile_unet": lambda: _smp_unet("tu-mobilenetv3_small_100", (96, 48, 32, 16, 8)),
+    "resnet18_unet": lambda: _smp_unet("resnet18", (256, 128, 64, 32, 16)),
+    "resnet34_unet": lambda: _smp_unet("resnet34", (256, 128, 64, 32, 16)),
+    "unet": _plain_unet,
+}
+"""``unet`` is the paper's; ``mobile_unet`` (1.7 M parameters) is the default that two cores can train."""
+
+
+_building = threading.Lock()
+
+
+def build(name: str, *, seed: int = 0, device: str | torch.device = "cpu") -> nn.Module:
+    """A student with random weights that depend on ``seed`` alone.
+
+    Args:
+        name: one of :data:`STUDENTS`.
+        seed: of the initial weights; the global random state is left as it was.
+        device: where the model is put, its convolutions in channels-last order.
+
+    Returns:
+        A module from (B, 1, H, W) float in 0..1 to (B, 1, H, W) logits; H and W divisible by 32
+        (by 16 for ``unet``).
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    if name not in STUDENTS:
+        raise UserError(f"student {name!r} is unknown: choose one of {', '.join(STUDENTS)}")
+    # The lock, because models may be built in several threads and the seeded random state is everybody's.
+    with _building, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = STUDENTS[name]()
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def copy_state(model: nn.Module) -> State:
+    """The model's state, copied: later training does not change it."""
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Trained numbers of the model."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def num_bytes(state: State) -> int:
+    """Bytes that one copy of the state takes on the wire, uncompressed."""
+    return sum(value.numel() * value.element_size() for value in state.values())
+
+
+def flops(model: nn.Module, *inputs: Tensor) -> int:
+    """Floating point operations of one forward pass, a multiplication and an addition counted as two."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    model.train(training)
+    return counter.get_total_flops()

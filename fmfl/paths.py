@@ -1,0 +1,11 @@
+"""Where things lie, found from the package's own file so that every working folder gives the same paths."""
+
+import os
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
+NOTEBOOKS = ROOT / "notebooks"
+DATA = ROOT / "data"
+CACHE = Path(os.environ.get("FMFL_CACHE", DATA / "cache"))
+RUNS = ROOT / "runs"

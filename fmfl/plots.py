@@ -1,0 +1,542 @@
+"""The study's figures, one function each: tables or tensors in, a matplotlib Figure out.
+
+Every function draws with pyplot, so a notebook shows the figure where it is called (end the line with `;`),
+and returns it, so that a caller can save it. Axes carry their unit. A start has one colour and one marker
+everywhere: the colours are Okabe & Ito's, told apart with any colour vision, the markers in grey print too.
+Images and masks may be tensors on any device or arrays, [B, 1, H, W] or [B, H, W]: whole numbers 0..255, or
+floats 0..1 as a network sees them; masks 0/1 or bool.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from fmfl.analysis import bootstrap_mean, final, ordered_inits, reference_split, seed_interval
+
+PALETTE = {
+    "random": "#E69F00",
+    "pretraining": "#0072B2",
+    "fm": "#009E73",
+    "centralised": "#000000",
+    "standalone": "#7F7F7F",
+    "imagenet": "#CC79A7",
+}
+MARKERS = {
+    "random": "o",
+    "pretraining": "s",
+    "fm": "^",
+    "centralised": "D",
+    "standalone": "v",
+    "imagenet": "P",
+}
+TRUTH, PREDICTED, BOX = "#009E73", "#D55E00", "#F0E442"  # contours on X-rays
+OTHERS = ("#56B4E9", "#D55E00", "#F0E442")
+NAMES = {"random": "random", "pretraining": "pre-training", "fm": "foundation model"}
+SPLITS = {
+    "iid": "IID",
+    "age": "age skew",
+    "quantity": "quantity skew",
+    "site": "split by site",
+    "dirichlet": "Dirichlet over ages",
+}
+WIDTH = 8.0  # inches, the width of a notebook's text
+FAILURE = 0.8  # Dice below which a mask counts as failed
+
+
+def use_style() -> None:
+    """Set the look of every figure after this call."""
+    sns.set_theme(context="notebook", style="ticks", palette=list(PALETTE.values()))
+    plt.rcParams.update(
+        {
+            "axes.grid": True,
+            "axes.grid.axis": "y",
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "figure.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "font.size": 11,
+            "grid.alpha": 0.4,
+            "image.cmap": "gray",
+            "legend.frameon": False,
+            "savefig.dpi": 150,
+        }
+    )
+
+
+def colours(inits: Iterable[str]) -> dict[str, str]:
+    """One colour a start: the study's own where it has one, else the next that is free."""
+    inits = list(dict.fromkeys(inits))
+    free = iter(OTHERS * (1 + len(inits) // len(OTHERS)))
+    return {init: PALETTE.get(init) or next(free) for init in inits}
+
+
+# Images
+
+
+def images(cohort, indices: Iterable[int], *, columns: int = 6) -> Figure:
+    """X-rays of a Cohort with the contour of their mask; below each its site and age."""
+    indices = [int(index) for index in indices]
+    figure, axes = _gallery(len(indices), columns)
+    for axis, index in zip(axes, indices, strict=False):
+        row = cohort.table.iloc[index]
+        _xray(axis, cohort.images[index], {TRUTH: cohort.masks[index]})
+        age = "age unknown" if pd.isna(row.age) else f"{row.age:g} years"
+        axis.set_xlabel(f"{row.site}\n{age}", fontsize=9)
+    return figure
+
+
+def augmented(images, masks, *, columns: int = 6) -> Figure:
+    """Images as the network sees them, after augmentation, with their masks moved along."""
+    pictures, outlines = _pixels(images), _pixels(masks)
+    figure, axes = _gallery(len(pictures), columns)
+    for axis, picture, outline in zip(axes, pictures, outlines, strict=False):
+        _xray(axis, picture, {TRUTH: outline})
+    return figure
+
+
+def boxes(image, boxes, *, teacher_mask=None, mask=None) -> Figure:
+    """One image with its box prompts, the teacher's mask and the true one.
+
+    Args:
+        image: [1, H, W] or [H, W].
+        boxes: [4] or [n, 4] as x0 y0 x1 y1 in pixels of the image.
+        teacher_mask: what the teacher makes of the boxes, like `image`.
+        mask: the ground truth, like `image`.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH / 2, WIDTH / 2), layout="constrained")
+    _xray(axis, image, {TRUTH: mask, PREDICTED: teacher_mask})
+    _boxes(axis, boxes)
+    labels = {"ground truth": TRUTH, "teacher": PREDICTED, "box prompt": BOX}
+    shown = [
+        label for label, what in zip(labels, (mask, teacher_mask, boxes), strict=True) if what is not None
+    ]
+    _key(figure, {label: labels[label] for label in shown})
+    return figure
+
+
+def teacher_gallery(images, masks, predicted, dice, *, boxes=None, count: int = 2) -> Figure:
+    """The teacher's best, median and worst masks by Dice, beside the truth, `count` of each.
+
+    Args:
+        images: [B, 1, H, W], as are `masks` and `predicted` (0/1 or bool).
+        masks: the ground truth.
+        predicted: the teacher's masks.
+        dice: [B], 0..1.
+        boxes: [B, 4] or [B, n, 4] prompts in pixels, drawn if given.
+        count: images of each kind; fewer where there are not 3 * count images.
+    """
+    dice = _numbers(dice)
+    order = np.argsort(-dice, kind="stable")
+    count = max(1, min(count, len(order) // 3))
+    middle = (len(order) - count) // 2
+    kinds = (order[:count], order[middle : middle + count], order[::-1][:count])
+    chosen = np.stack(kinds, axis=1).ravel()  # a column a kind
+    figure = _compared(images, masks, predicted, dice, chosen, boxes=boxes, columns=3)
+    for axis, kind in zip(figure.axes, ("best", "median", "worst"), strict=False):
+        axis.set_title(kind, fontsize=10)
+    return figure
+
+
+def worst_cases(images, masks, predicted, dice, *, count: int = 6) -> Figure:
+    """The `count` images with the lowest Dice, the worst first: truth and prediction. Arguments as above."""
+    dice = _numbers(dice)
+    return _compared(images, masks, predicted, dice, np.argsort(dice, kind="stable")[:count], columns=6)
+
+
+# Data
+
+
+def ages(table: pd.DataFrame, groups: str | Mapping[str, Iterable[int]] = "site") -> Figure:
+    """Histogram of ages, stacked by group; images without an age are counted in the legend.
+
+    Args:
+        table: a Cohort's table.
+        groups: a column of it, or names with the row numbers (indices) that they stand for.
+    """
+    if isinstance(groups, str):
+        groups = {str(name): rows.index for name, rows in table.groupby(groups, sort=True)}
+    values = {name: table.age.iloc[_indices(rows)] for name, rows in groups.items()}
+    frame = pd.concat([pd.DataFrame({"age": v.dropna(), "name": name}) for name, v in values.items()])
+    labels = {
+        name: f"{name}: {len(v)}" + (f" ({v.isna().sum()} without age)" if v.isna().any() else "")
+        for name, v in values.items()
+    }
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
+    if len(frame):
+        hue = frame.name.map(labels)
+        palette = sns.color_palette("colorblind", len(labels))
+        bins = np.arange(0, max(10, frame.age.max()) + 5, 5)
+        sns.histplot(
+            frame,
+            x="age",
+            hue=hue,
+            hue_order=list(labels.values()),
+            multiple="stack",
+            bins=bins,
+            palette=palette,
+            ax=axis,
+        )
+        axis.get_legend().set_title("")
+    axis.set(xlabel="age (years)", ylabel="images")
+    return figure
+
+
+def clients(table: pd.DataFrame, clients: Sequence[Iterable[int]], *, title: str = "") -> Figure:
+    """A partition: how many images each client holds, and how old their patients are.
+
+    Args:
+        table: a Cohort's table.
+        clients: one index tensor a client, row numbers of the table.
+        title: say how skewed it is here.
+    """
+    parts = [table.iloc[_indices(indices)] for indices in clients]
+    names = [f"client {k}" for k in range(len(parts))]
+    palette = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+    figure, (sizes, ages) = plt.subplots(
+        1, 2, figsize=(WIDTH, 0.9 + 0.5 * len(parts)), width_ratios=[1, 2], sharey=True, layout="constrained"
+    )
+    counts = [len(part) for part in parts]
+    bars = sizes.barh(names, counts, color=palette.values())
+    people = [f"{len(part)} ({part.patient_id.nunique()})" for part in parts]
+    sizes.bar_label(bars, people, padding=3, fontsize=9)
+    sizes.set(xlabel="images (patients)", xlim=(0, 1.5 * max([*counts, 1])))
+    frame = pd.concat(
+        [
+            pd.DataFrame({"age": part.age.dropna(), "client": name})
+            for name, part in zip(names, parts, strict=True)
+        ]
+    )
+    if len(frame):
+        sns.boxplot(
+            frame,
+            x="age",
+            y="client",
+            hue="client",
+            order=names,
+            palette=palette,
+            legend=False,
+            ax=ages,
+            fliersize=2,
+            width=0.6,
+        )
+    ages.set(xlabel="age (years)", ylabel="")
+    for axis in (sizes, ages):
+        axis.grid(axis="x")
+        axis.grid(visible=False, axis="y")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+# Training
+
+
+def dice_by_rule(scores: pd.DataFrame) -> Figure:
+    """The teacher's Dice by box rule: one point an image, the median as a line.
+
+    Args:
+        scores: one row an image and rule, columns rule and dice (0..1).
+    """
+    rules = list(dict.fromkeys(scores.rule))
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.8 + 0.5 * len(rules)), layout="constrained")
+    sns.boxplot(
+        scores, x="dice", y="rule", order=rules, ax=axis, color="#BBDDEE", showfliers=False, width=0.6
+    )
+    sns.stripplot(
+        scores, x="dice", y="rule", order=rules, ax=axis, color=PALETTE["pretraining"], size=3, alpha=0.5
+    )
+    means = scores.groupby("rule").dice.mean()
+    axis.set_yticks(range(len(rules)), [f"{rule}\nmean {means[rule]:.3f}" for rule in rules])
+    axis.set(xlabel="Dice of the teacher's mask", ylabel="")
+    axis.grid(axis="x")
+    return figure
+
+
+def loss_curves(history: pd.DataFrame) -> Figure:
+    """Loss by epoch, a line a start.
+
+    Args:
+        history: one row an epoch, with epoch and loss, and init where it holds several starts. Other columns
+            that end in _loss (the parts of Eq. 5) are drawn dashed and dotted.
+    """
+    parts = [name for name in history if name == "loss" or str(name).endswith("_loss")]
+    runs = dict(tuple(history.groupby("init", sort=False))) if "init" in history else {"": history}
+    palette = colours(runs)
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
+    for init, run in runs.items():
+        for part, line in zip(parts, ["-", "--", ":", "-."], strict=False):
+            name = part.removesuffix("_loss") if part != "loss" else ("loss" if len(parts) == 1 else "sum")
+            label = ", ".join(filter(None, [NAMES.get(init, init), name if len(parts) > 1 else ""]))
+            axis.plot(run.epoch, run[part], line, color=palette[init], label=label or None)
+    axis.set(xlabel="epoch", ylabel="loss")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend()
+    return figure
+
+
+def dice_by_round(history: pd.DataFrame) -> Figure:
+    """Dice on the test images by round, a line a start.
+
+    Args:
+        history: one row a scored round, with round and dice (0..1), and init where it holds several starts.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")
+    _rounds(axis, history if "init" in history else history.assign(init=""))
+    _legend_above(figure, axis)
+    return figure
+
+
+# Results
+
+
+def fig2(results: pd.DataFrame, per_image: pd.DataFrame | None = None) -> Figure:
+    """The paper's Fig. 2: final federated Dice by split and start, centralised training as a line.
+
+    A large marker is the mean over seeds, small ones are the seeds. The line is the 95 % interval: by
+    patient over the test images where `per_image` is given, else Student's t over seeds. Markers and not
+    bars, because bars from zero would hide the differences and cut bars would exaggerate them.
+    """
+    last = final(results)
+    federated = last[last.arm == "federated"]
+    inits, splits = ordered_inits(federated), _known_first(federated.split, SPLITS)
+    palette = colours(inits)
+    figure, axis = plt.subplots(figsize=(WIDTH, 4), layout="constrained")
+    _level(axis, last)
+    step = 0.75 / max(1, len(inits))
+    for i, init in enumerate(inits):
+        label = NAMES.get(init, init)
+        for j, split in enumerate(splits):
+            dice = 100 * federated[(federated.init == init) & (federated.split == split)].dice
+            if dice.empty:
+                continue
+            x = j + (i - (len(inits) - 1) / 2) * step
+            low, high = _interval(dice, per_image, init, split)
+            style = {"color": palette[init], "marker": MARKERS.get(init, "X")}
+            axis.plot([x, x], [low, high], color=palette[init], linewidth=2)
+            axis.plot(x, dice.mean(), linestyle="", markersize=9, label=label, **style)
+            if len(dice) > 1:
+                axis.plot(
+                    np.full(len(dice), x + 0.22 * step), dice, linestyle="", markersize=4, alpha=0.6, **style
+                )
+            top = np.nanmax([dice.mean(), high])
+            at = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+            axis.annotate(f"{dice.mean():.1f}", (x, top), **at)
+            label = None
+    axis.set_xticks(range(len(splits)), [SPLITS.get(split, split) for split in splits])
+    axis.set(ylabel="Dice on the test images (%)", xlim=(-0.6, len(splits) - 0.4))
+    _legend_above(figure, axis)
+    return figure
+
+
+def fig3(results: pd.DataFrame, split: str | None = None) -> Figure:
+    """The paper's Fig. 3: Dice by round under one split, whole on the left and its top on the right.
+
+    A line is the mean over seeds, its band their range; the dashed line is centralised training's end. The
+    split is `reference_split` if not given.
+    """
+    split = reference_split(results) if split is None else split
+    runs = results[(results.arm == "federated") & (results.split == split)]
+    figure, (whole, top) = plt.subplots(1, 2, figsize=(WIDTH, 4), layout="constrained")
+    for axis in (whole, top):
+        _level(axis, final(results))
+        _rounds(axis, runs)
+        axis.set_xlabel(f"round ({SPLITS.get(split, split)})")
+    ends = final(runs)
+    informed = ends[ends.init != "random"]  # a start far below would leave nothing to enlarge
+    lowest = 100 * (informed if len(informed) else ends).dice.min() - 2
+    if np.isfinite(lowest):
+        top.set(ylim=(lowest, 100 * results.dice.max() + 1), ylabel="")
+    _legend_above(figure, whole)
+    return figure
+
+
+def per_image(per_image: pd.DataFrame, split: str | None = None) -> Figure:
+    """How final Dice is spread over the test images, by start: box, and a point for each below 0.8.
+
+    An image's score is its mean over seeds. The federated arm under `split` is shown, by default
+    `reference_split`, and the centralised one where it was run.
+    """
+    split = reference_split(per_image) if split is None else split
+    federated = per_image[(per_image.arm == "federated") & (per_image.split == split)]
+    centralised = per_image[per_image.arm == "centralised"].assign(init="centralised")
+    frame = (
+        pd.concat([federated, centralised])
+        .groupby(["init", "image_id"], sort=False)
+        .dice.mean()
+        .reset_index()
+    )
+    inits = ordered_inits(frame)
+    palette = colours(inits)
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.9 + 0.7 * len(inits)), layout="constrained")
+    sns.boxplot(
+        frame,
+        x="dice",
+        y="init",
+        order=inits,
+        hue="init",
+        palette=palette,
+        ax=axis,
+        legend=False,
+        width=0.5,
+        showfliers=False,
+        boxprops={"alpha": 0.6},
+    )
+    failed = frame[frame.dice < FAILURE]
+    if len(failed):
+        sns.stripplot(
+            failed,
+            x="dice",
+            y="init",
+            order=inits,
+            hue="init",
+            palette=palette,
+            ax=axis,
+            size=4,
+            legend=False,
+        )
+    axis.axvline(FAILURE, color="black", linewidth=1, linestyle=":")
+    below = failed.init.value_counts()
+    labels = [f"{NAMES.get(init, init)}\n{below.get(init, 0)} below {FAILURE:g}" for init in inits]
+    axis.set_yticks(range(len(inits)), labels)
+    axis.set(xlabel=f"Dice of a test image ({SPLITS.get(split, split)})", ylabel="")
+    axis.grid(axis="x")
+    return figure
+
+
+# Parts of figures
+
+
+def _interval(dice: pd.Series, per_image: pd.DataFrame | None, init: str, split: str) -> tuple[float, float]:
+    """95 % interval of a federated cell in %; `dice` holds its seeds."""
+    if per_image is not None:
+        rows = per_image[
+            (per_image.arm == "federated") & (per_image.init == init) & (per_image.split == split)
+        ]
+        by_image = rows.groupby(["image_id", "patient_id"]).dice.mean().reset_index()
+        if len(by_image):
+            return bootstrap_mean(100 * by_image.dice.to_numpy(), by_image.patient_id)
+    return seed_interval(dice)
+
+
+def _rounds(axis: Axes, runs: pd.DataFrame) -> None:
+    """A line a start: mean Dice over seeds by round, their range as a band."""
+    palette = colours(ordered_inits(runs))
+    for init, color in palette.items():
+        dice = (100 * runs[runs.init == init].groupby("round").dice.agg(["mean", "min", "max"])).reset_index()
+        axis.plot(
+            dice["round"],
+            dice["mean"],
+            color=color,
+            marker=MARKERS.get(init, "X"),
+            markersize=5,
+            markevery=max(1, len(dice) // 12),
+            label=NAMES.get(init, init) or None,
+        )
+        axis.fill_between(dice["round"], dice["min"], dice["max"], color=color, alpha=0.2, linewidth=0)
+    axis.set(xlabel="round", ylabel="Dice on the test images (%)")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _level(axis: Axes, last: pd.DataFrame) -> None:
+    """The final Dice of centralised training as a line: the random start's, where there are several."""
+    centralised = last[last.arm == "centralised"]
+    if len(centralised):
+        level = 100 * centralised[centralised.init == ordered_inits(centralised)[0]].dice.mean()
+        label = f"centralised {level:.1f}"
+        axis.axhline(level, color=PALETTE["centralised"], linestyle="--", linewidth=1.2, label=label)
+
+
+def _legend_above(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=9)
+
+
+def _gallery(number: int, columns: int) -> tuple[Figure, np.ndarray]:
+    """A grid of `number` pictures; the axes that are left over are gone."""
+    columns = max(1, min(columns, number))
+    rows = max(1, -(-number // columns))
+    side = WIDTH / max(columns, 3)
+    size = (side * columns, (side + 0.4) * rows + 0.4)  # room for two lines below each, and for a key
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[number:]:
+        axis.remove()
+    return figure, axes.ravel()[:number]
+
+
+def _compared(images, masks, predicted, dice, chosen, *, boxes=None, columns: int) -> Figure:
+    """Chosen images with the contours of truth and prediction, their Dice below."""
+    pictures, truths, guesses = _pixels(images), _pixels(masks), _pixels(predicted)
+    figure, axes = _gallery(len(chosen), columns)
+    for axis, index in zip(axes, chosen, strict=True):
+        _xray(axis, pictures[index], {TRUTH: truths[index], PREDICTED: guesses[index]})
+        axis.set_xlabel(f"Dice {dice[index]:.3f}", fontsize=9)
+        if boxes is not None:
+            _boxes(axis, boxes[index])
+    _key(
+        figure,
+        {"ground truth": TRUTH, "predicted": PREDICTED} | ({"box prompt": BOX} if boxes is not None else {}),
+    )
+    return figure
+
+
+def _xray(axis: Axes, image, contours: Mapping[str, object]) -> None:
+    """One image in grey with masks as contours, {colour: mask or None}."""
+    pixels = _numbers(image).squeeze()
+    white = 1 if np.issubdtype(pixels.dtype, np.floating) else 255
+    axis.imshow(pixels, cmap="gray", vmin=0, vmax=white)
+    for color, mask in contours.items():
+        outline = None if mask is None else _numbers(mask).squeeze()
+        if outline is not None and outline.any() and not outline.all():  # else there is no contour
+            axis.contour(outline, levels=[0.5], colors=[color], linewidths=1.3)
+    axis.set(xticks=[], yticks=[])
+    axis.grid(visible=False)
+    sns.despine(ax=axis, left=True, bottom=True)
+
+
+def _boxes(axis: Axes, boxes) -> None:
+    for x0, y0, x1, y1 in _numbers(boxes).reshape(-1, 4):
+        axis.add_patch(
+            Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=BOX, linewidth=1.3, linestyle="--")
+        )
+
+
+def _key(figure: Figure, entries: Mapping[str, str]) -> None:
+    lines = [plt.Line2D([], [], color=color, label=label) for label, color in entries.items()]
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=9)
+
+
+def _known_first(values: Iterable[str], known: Iterable[str]) -> list[str]:
+    seen = list(dict.fromkeys(values))
+    return [name for name in known if name in seen] + [name for name in seen if name not in known]
+
+
+def _numbers(values) -> np.ndarray:
+    """Array of a tensor on any device, or of anything numpy takes.
+
+    Booleans become 0 and 1, and floats float32 (numpy has no bfloat16); whole numbers stay what they are,
+    because that tells stored pixels (0..255) from a network's (0..1).
+    """
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = (values.float() if values.is_floating_point() else values).numpy()
+    values = np.asarray(values)
+    if values.dtype == bool:
+        return values.astype(np.uint8)
+    return values.astype(np.float32) if np.issubdtype(values.dtype, np.floating) else values
+
+
+def _pixels(values) -> np.ndarray:
+    """[B, H, W] of [B, 1, H, W] or [B, H, W]."""
+    values = _numbers(values)
+    return values.squeeze(1) if values.ndim == 4 else values
+
+
+def _indices(values: Iterable[int]) -> np.ndarray:
+    return np.asarray(_numbers(values) if hasattr(values, "detach") else list(values), dtype=np.int64)

@@ -1,0 +1,463 @@
+"""Who holds which images: proxy, test and federated parts, then a part for each client; how skewed they are.
+
+Patients, never single images, are dealt, so that no patient stands on two sides of any split. A split is
+a set of sorted int64 index tensors into the rows of `Cohort.table`. Random order comes from a NumPy
+generator keyed by the seed alone: neither the device nor any global generator changes who gets what.
+
+The paper (Li & Yang 2023, arXiv 2311.15463, section 3) names its parts (1,504 proxy, 500 test and 4,500
+federated images over 3 clients) and its partitions (IID, age skew, quantity skew), but not the rule behind
+either skew. The rules here are ours, each with its strength as one number.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from numbers import Integral, Real
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.spatial.distance import jensenshannon
+from scipy.stats import wasserstein_distance
+from torch import Tensor
+
+from fmfl.errors import UserError
+
+AGE_BANDS = {
+    "0-5": (0, 6),
+    "6-17": (6, 18),
+    "18-29": (18, 30),
+    "30-39": (30, 40),
+    "40-49": (40, 50),
+    "50-59": (50, 60),
+    "60-69": (60, 70),
+    "70-79": (70, 80),
+    "80+": (80, math.inf),
+}
+"""Age in years, lower end included, upper end not. The Guangzhou children are in one band."""
+
+
+class Option(NamedTuple):
+    """One named number of a partition scheme."""
+
+    default: float
+    lowest: float
+    highest: float
+
+
+OPTIONS: dict[str, dict[str, Option]] = {
+    "iid": {},
+    "age": {"strength": Option(1.0, 0.0, 1.0)},  # 0: as IID; 1: sorted by age
+    "quantity": {"ratio": Option(9.0, 1.0, 1000.0)},  # largest client : smallest client, in images
+    "site": {},
+    "dirichlet": {"concentration": Option(0.5, 0.01, 1e6)},  # small: an age band sits at few clients
+}
+"""The partition schemes, and the options of each."""
+
+AGE_SCHEMES = ("age", "dirichlet")
+"""Schemes that deal by age; images without one are left out of them (see `without_age`)."""
+
+_DIRICHLET_DRAWS = 1000
+_SMALL_STRATUM = 10  # patients
+
+
+class Holdout(NamedTuple):
+    """Sorted int64 indices of images; the three are disjoint by patient and together the whole table."""
+
+    proxy: Tensor
+    test: Tensor
+    federated: Tensor
+
+
+def age_bands(ages: Sequence[float] | pd.Series) -> np.ndarray:
+    """The name of each age's band in `AGE_BANDS`, "" where the age is not known (NaN).
+
+    Args:
+        ages: (N,) years, none negative.
+
+    Returns:
+        (N,) array of str.
+    """
+    years = np.asarray(ages, dtype=float)
+    lower_ends = [lower for lower, _ in AGE_BANDS.values()]
+    names = np.array([*AGE_BANDS, ""], dtype=object)
+    band = np.searchsorted(lower_ends, years, side="right") - 1
+    return names[np.where(np.isnan(years), len(AGE_BANDS), band)]
+
+
+def holdout(
+    table: pd.DataFrame,
+    seed: int = 0,
+    *,
+    proxy: float = 1504 / 6504,
+    test: float = 500 / 6504,
+    device: torch.device | str = "cpu",
+) -> Holdout:
+    """Deal whole patients to the proxy set, the test set and the clients, stratified by site and age band.
+
+    The patients of each stratum are shuffled and spread evenly over one line; the test part is cut from the
+    line's start, the proxy part from what is left, and the clients keep the rest. So each stratum is
+    represented in a part in proportion to its images, up to about one patient; a stratum whose share of a
+    part is less than one patient may be missing there. A part is as large as asked for when every patient
+    has one image; otherwise it can fall short, by fewer images than the smallest patient left over has.
+    The test part depends on the seed and its own size only, so studies of the proxy set's size share it.
+
+    Args:
+        table: N rows with patient_id, site and age (years, NaN where unknown).
+        seed: >= 0.
+        proxy: the proxy set's size; below 1 a fraction of the images, otherwise their number.
+        test: the test set's size, likewise.
+        device: where the indices go.
+
+    Raises:
+        UserError: a size is not a positive number, a part comes out empty, or the clients get nothing.
+    """
+    wanted = {"test": _size("test", test, len(table)), "proxy": _size("proxy", proxy, len(table))}
+    if sum(wanted.values()) >= len(table):
+        raise UserError(
+            f"the proxy ({wanted['proxy']}) and test ({wanted['test']}) parts leave none of the {len(table)} "
+            "images for the clients: make them smaller or add images"
+        )
+    rows = np.arange(len(table))
+    patients = _stratified_line(_patients(table, rows), _generator(seed, "holdout"))
+    part = np.full(len(patients), "federated", dtype=object)
+    for name, size in wanted.items():
+        part[_fill(patients.images.to_numpy(), part == "federated", size)] = name
+    for name in Holdout._fields:
+        if name not in part:
+            raise UserError(
+                f"the {name} part is empty, because patients are not divided and no patient's images fit in: "
+                "change the sizes proxy and test, or add patients"
+            )
+    by_row = pd.Series(part, index=patients.index).loc[table.patient_id].to_numpy()
+    return Holdout(*(torch.from_numpy(rows[by_row == name]).to(device) for name in Holdout._fields))
+
+
+def partition(
+    table: pd.DataFrame,
+    indices: Tensor,
+    scheme: str,
+    num_clients: int = 3,
+    seed: int = 0,
+    **options: float,
+) -> list[Tensor]:
+    """Deal the patients of these images to the clients.
+
+    ============ ========================================================================================
+    `iid`        equal sizes, every client a like share of every site and age band
+    `age`        equal sizes; patients sorted by (1 - strength) * place in the IID order + strength * place
+                 in the order of ages, then cut, youngest first. strength 0 is `iid`; 1 (default) sorts by
+                 age alone, people of one age staying in the IID order
+    `quantity`   as `iid`, with sizes in a geometric series, the largest first, `ratio` (default 9: 9:3:1
+                 for three clients) times the smallest; 1 is `iid`
+    `site`       sites, the largest first, each to the client with the fewest images so far
+    `dirichlet`  of each age band, client shares drawn from Dirichlet(concentration, ..., concentration),
+                 default 0.5 (Yurochkin et al. 2019, arXiv 1905.12022, with age bands for classes); drawn
+                 again, from the same generator, while a client has nobody
+    ============ ========================================================================================
+
+    Sizes count images; as patients stay whole, a client's size is met up to one patient's images. A patient
+    with several ages counts with their mean, one seen at several sites with the commonest.
+
+    Args:
+        table: one row an image, with patient_id, site and age (years, NaN where unknown).
+        indices: (N,) int64 rows of `table`, each once.
+        scheme: a key of `OPTIONS`.
+        num_clients: K >= 1.
+        seed: >= 0.
+        **options: the scheme's own, see `OPTIONS`.
+
+    Returns:
+        K sorted int64 tensors on the device of `indices`. Together they are `indices`, less the images
+        without an age under `AGE_SCHEMES`.
+
+    Raises:
+        UserError: an unknown scheme or option, a value out of range, or too few patients, sites or ages.
+    """
+    values = _options(scheme, options)
+    if not _is_integer(num_clients) or num_clients < 1:
+        raise UserError(f"num_clients is {num_clients!r}, but has to be a whole number of at least 1")
+    rows = _rows(table, indices)
+    if scheme in AGE_SCHEMES:
+        rows = rows[table.age.notna().to_numpy()[rows]]
+        if len(rows) == 0:
+            raise UserError(
+                f"split {scheme!r} needs ages, but none of these images has one: use another split"
+            )
+    patients = _patients(table, rows)
+    if len(patients) < num_clients:
+        raise UserError(
+            f"num_clients is {num_clients}, but split {scheme!r} has only {len(patients)} patients to deal: "
+            "ask for fewer clients or add patients"
+        )
+    generator = _generator(seed, "partition")
+    patients = _stratified_line(patients, generator)
+    client = _SCHEMES[scheme](patients, num_clients, generator, **values)
+    by_row = pd.Series(client, index=patients.index).loc[table.patient_id.iloc[rows]].to_numpy()
+    return [torch.from_numpy(rows[by_row == k]).to(indices.device) for k in range(num_clients)]
+
+
+def without_age(table: pd.DataFrame, indices: Tensor) -> int:
+    """How many of these images have no age, and are so left out by the schemes in `AGE_SCHEMES`."""
+    return int(table.age.iloc[_rows(table, indices)].isna().sum())
+
+
+def by_client(table: pd.DataFrame, clients: Sequence[Tensor]) -> pd.DataFrame:
+    """What each client holds: one row a client with images, patients, sites, without_age and mean_age.
+
+    mean_age is in years, over the images that have an age; NaN where none has.
+    """
+    parts = [table.iloc[_rows(table, indices)] for indices in clients]
+    return pd.DataFrame(
+        {
+            "client": range(len(parts)),
+            "images": [len(part) for part in parts],
+            "patients": [part.patient_id.nunique() for part in parts],
+            "sites": [part.site.nunique() for part in parts],
+            "without_age": [int(part.age.isna().sum()) for part in parts],
+            "mean_age": [float(part.age.mean()) for part in parts],
+        }
+    )
+
+
+def skew(table: pd.DataFrame, clients: Sequence[Tensor]) -> dict[str, float]:
+    """How much the clients differ in age and in size.
+
+    Ages are counted by image, as the federated average weights clients by images; images without an age do
+    not take part. A measure is NaN where fewer than two clients have ages.
+
+    Returns:
+        - jensen_shannon_mean, jensen_shannon_max: over pairs of clients, the Jensen-Shannon distance (square
+          root of the divergence in bits) of their histograms over `AGE_BANDS`; 0 same, 1 no band shared.
+        - wasserstein_mean, wasserstein_max: over pairs, the Wasserstein-1 distance of their ages in years:
+          how far ages move, on average, to turn one client's into the other's.
+        - size_ratio: images of the largest client over images of the smallest; >= 1.
+    """
+    sizes = [len(indices) for indices in clients]
+    if not sizes or min(sizes) == 0:
+        raise ValueError(f"skew needs clients that hold images, got sizes {sizes}")
+    ages = [table.age.iloc[_rows(table, indices)].dropna().to_numpy(dtype=float) for indices in clients]
+    pairs = list(combinations([client for client in ages if len(client)], 2))
+    shannon = [jensenshannon(_age_histogram(a), _age_histogram(b), base=2) for a, b in pairs] or [math.nan]
+    wasserstein = [wasserstein_distance(a, b) for a, b in pairs] or [math.nan]
+    return {
+        "jensen_shannon_mean": float(np.mean(shannon)),
+        "jensen_shannon_max": float(np.max(shannon)),
+        "wasserstein_mean": float(np.mean(wasserstein)),
+        "wasserstein_max": float(np.max(wasserstein)),
+        "size_ratio": max(sizes) / min(sizes),
+    }
+
+
+# The schemes: from patients in IID order to a client number for each.
+
+
+def _deal_iid(patients: pd.DataFrame, num_clients: int, generator: np.random.Generator) -> np.ndarray:
+    return _cut(patients.images.to_numpy(), np.ones(num_clients))
+
+
+def _deal_by_age(
+    patients: pd.DataFrame, num_clients: int, generator: np.random.Generator, *, strength: float
+) -> np.ndarray:
+    images = patients.images.to_numpy()
+    by_age = np.argsort(patients.age.to_numpy(), kind="stable")  # stable: one age stays in the IID order
+    place = np.empty(len(patients))
+    place[by_age] = _middles(images[by_age]) / images.sum()
+    order = np.argsort((1 - strength) * patients.position.to_numpy() + strength * place, kind="stable")
+    client = np.empty(len(patients), dtype=int)
+    client[order] = _cut(images[order], np.ones(num_clients))
+    return client
+
+
+def _deal_by_quantity(
+    patients: pd.DataFrame, num_clients: int, generator: np.random.Generator, *, ratio: float
+) -> np.ndarray:
+    return _cut(patients.images.to_numpy(), np.geomspace(ratio, 1, num_clients))
+
+
+def _deal_by_site(patients: pd.DataFrame, num_clients: int, generator: np.random.Generator) -> np.ndarray:
+    sizes = patients.groupby("site").images.sum().sort_values(ascending=False, kind="stable")
+    if len(sizes) < num_clients:
+        raise UserError(
+            f"num_clients is {num_clients}, but split 'site' finds {len(sizes)} "
+            f"site{'s' * (len(sizes) != 1)} among these images: ask for fewer clients or use another split"
+        )
+    held = np.zeros(num_clients)
+    client_of_site = {}
+    for site, images in sizes.items():
+        client_of_site[site] = int(held.argmin())
+        held[client_of_site[site]] += images
+    return patients.site.map(client_of_site).to_numpy()
+
+
+def _deal_by_dirichlet(
+    patients: pd.DataFrame, num_clients: int, generator: np.random.Generator, *, concentration: float
+) -> np.ndarray:
+    bands = age_bands(patients.age)
+    members = [np.flatnonzero(bands == band) for band in AGE_BANDS if band in bands]
+    images = patients.images.to_numpy()
+    for _ in range(_DIRICHLET_DRAWS):
+        client = np.empty(len(patients), dtype=int)
+        for band in members:
+            shares = generator.dirichlet(np.full(num_clients, concentration))
+            client[band] = _cut(images[band], shares, everyone=False)
+        if len(np.unique(client)) == num_clients:
+            return client
+    raise UserError(
+        f"concentration {concentration:g} left a client without a patient in each of {_DIRICHLET_DRAWS} "
+        f"draws ({num_clients} clients, {len(patients)} patients, age bands {', '.join(np.unique(bands))}): "
+        "raise it or ask for fewer clients"
+    )
+
+
+_SCHEMES: dict[str, Callable[..., np.ndarray]] = {
+    "iid": _deal_iid,
+    "age": _deal_by_age,
+    "quantity": _deal_by_quantity,
+    "site": _deal_by_site,
+    "dirichlet": _deal_by_dirichlet,
+}
+
+
+# What they share.
+
+
+def _patients(table: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
+    """One row a patient, sorted by patient_id (the index): images, age (mean, NaN), site (commonest)."""
+    part = table.iloc[rows]
+    if part.patient_id.isna().any():
+        raise ValueError("every image needs a patient_id: without one it would be dealt to nobody")
+    grouped = part.groupby("patient_id", sort=True)
+    visits = part.assign(site=part.site.fillna("")).groupby(["patient_id", "site"]).size().rename("visits")
+    site = (
+        visits.reset_index()
+        .sort_values(["visits", "site"], ascending=[False, True])
+        .drop_duplicates("patient_id")
+        .set_index("patient_id")
+        .site
+    )
+    patients = pd.DataFrame({"images": grouped.size(), "age": grouped.age.mean()})
+    return patients.assign(site=site)  # aligned by patient_id
+
+
+def _stratified_line(patients: pd.DataFrame, generator: np.random.Generator) -> pd.DataFrame:
+    """Patients in a random order of which every stretch holds a like share of every site and age band.
+
+    Sites with fewer than `_SMALL_STRATUM` patients in an age band share one stratum of that band: the public
+    collections name dozens of sites with a patient or two, each of which would stand where chance puts it.
+
+    Adds the column `position` in [0, 1) and sorts by it. The shuffled patients of a stratum stand on the line
+    at distances in proportion to their images, from a random start and around the end (systematic sampling:
+    Madow & Madow 1944, Annals of Mathematical Statistics 15:1), so a stratum of one patient stands anywhere.
+    """
+    position = np.empty(len(patients))
+    images = patients.images.to_numpy()
+    band = pd.Series(age_bands(patients.age), index=patients.index)
+    small = patients.groupby(["site", band]).images.transform("size") < _SMALL_STRATUM
+    strata = patients.groupby([small, patients.site.mask(small, ""), band], sort=True).indices
+    for key in sorted(strata):
+        members = generator.permutation(strata[key])
+        place = _middles(images[members]) / images[members].sum()
+        position[members] = (place + generator.random()) % 1
+    return patients.assign(position=position).sort_values("position", kind="stable")
+
+
+def _middles(images: np.ndarray) -> np.ndarray:
+    """Where, counted in images, the middle of each patient stands when patients follow one another."""
+    return np.cumsum(images) - images / 2
+
+
+def _fill(images: np.ndarray, free: np.ndarray, size: int) -> np.ndarray:
+    """Take free patients in order, each that still fits, up to `size` images.
+
+    Returns:
+        (patients,) bool, True where taken.
+    """
+    taken = np.zeros(len(images), dtype=bool)
+    for patient in np.flatnonzero(free):
+        if images[patient] <= size:
+            taken[patient] = True
+            size -= images[patient]
+        if size == 0:
+            break
+    return taken
+
+
+def _cut(images: np.ndarray, shares: np.ndarray, *, everyone: bool = True) -> np.ndarray:
+    """Cut a row of patients into K stretches with these shares of the images.
+
+    A patient on a cut goes to the side where most of its images lie.
+
+    Args:
+        images: (patients,) images of each.
+        shares: (K,) of any sum.
+        everyone: move cuts by as little as gives every client a patient.
+
+    Returns:
+        (patients,) client number, ascending.
+    """
+    edges = np.cumsum(shares)[:-1] / np.sum(shares) * images.sum()
+    cuts = np.searchsorted(_middles(images), edges, side="left")  # cut k: the first patient of client k + 1
+    if everyone:
+        steps = np.arange(1, len(cuts) + 1)
+        cuts = np.maximum.accumulate(cuts - steps) + steps  # each cut at least one patient after the last
+        cuts = np.clip(cuts, steps, len(images) - steps[::-1])
+    return np.searchsorted(cuts, np.arange(len(images)), side="right")
+
+
+def _age_histogram(ages: np.ndarray) -> np.ndarray:
+    bands = age_bands(ages)
+    return np.array([np.count_nonzero(bands == band) for band in AGE_BANDS])
+
+
+def _generator(seed: int, purpose: str) -> np.random.Generator:
+    """The seed's own generator for one purpose, so that the parts' draws do not echo in the clients'."""
+    if not _is_integer(seed) or seed < 0:
+        raise UserError(f"seed is {seed!r}, but has to be a whole number of at least 0")
+    return np.random.default_rng([int(seed), *purpose.encode()])
+
+
+def _rows(table: pd.DataFrame, indices: Tensor) -> np.ndarray:
+    """The indices as a sorted array, each once and within the table."""
+    rows = np.sort(torch.as_tensor(indices).cpu().numpy())
+    if rows.ndim != 1 or rows.dtype != np.int64:
+        raise ValueError(f"indices must be (N,) int64, got {rows.shape} {rows.dtype}")
+    if len(rows) and (rows[0] < 0 or rows[-1] >= len(table) or (np.diff(rows) == 0).any()):
+        raise ValueError(f"indices must name rows of the table (0 to {len(table) - 1}), each once")
+    return rows
+
+
+def _size(name: str, size: float, num_images: int) -> int:
+    """A part's size in images from a fraction (below 1) or a number of images."""
+    if not _is_number(size) or not 0 < size < math.inf or (size >= 1 and size != int(size)):
+        raise UserError(
+            f"{name} is {size!r}, but has to be a fraction of the images (above 0, below 1) "
+            "or their number (1, 2, ...)"
+        )
+    return round(size * num_images) if size < 1 else int(size)
+
+
+def _options(scheme: str, given: dict[str, float]) -> dict[str, float]:
+    """The scheme's options, checked, with defaults for those not given."""
+    if scheme not in OPTIONS:
+        raise UserError(f"split {scheme!r} is not known: use one of {', '.join(OPTIONS)}")
+    known = OPTIONS[scheme]
+    for name, value in given.items():
+        if name not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes no option"
+            raise UserError(f"split {scheme!r} has no option {name!r}: it {takes}")
+        lowest, highest = known[name].lowest, known[name].highest
+        if not _is_number(value) or not lowest <= value <= highest:
+            raise UserError(
+                f"{name} of split {scheme!r} is {value!r}, but has to be from {lowest:g} to {highest:g}"
+            )
+    return {name: float(given.get(name, option.default)) for name, option in known.items()}
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -1,0 +1,103 @@
+"""States in files and their digests: what is written whole or not at all, and recognised when read again."""
+
+import ast
+import hashlib
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fmfl import paths
+
+State = dict[str, Tensor]
+"""A model's ``state_dict``: what travels between server and clients."""
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's values."""
+    # As bytes, because numpy knows no bfloat16.
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+
+
+def state_digest(state: State) -> str:
+    """SHA-256 over names and values of a state: equal states, equal digests."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        digest.update(key.encode())
+        digest.update(tensor_digest(state[key]).encode())
+    return digest.hexdigest()
+
+
+def fingerprint(*parts: object) -> str:
+    """A short name for everything that a result depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+#: Modules that decide what training computes: a state trained by other code is another state.
+TRAINING_CODE = ("augment.py", "losses.py", "models.py", "train.py", "federate.py")
+
+
+@cache
+def code_digest(files: tuple[str, ...] = TRAINING_CODE) -> str:
+    """SHA-256 of what modules of this package do: comments, docstrings and layout left out."""
+    found = []
+    for name in files:
+        tree = ast.parse((paths.PACKAGE / name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            if documented and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        found.append((name, ast.dump(tree)))
+    return fingerprint(found)
+
+
+def write_state(file: Path, state: State, **record: object) -> None:
+    """Write a state with a record of how it was made: the whole file or none of it.
+
+    The file is read as safetensors by anyone; the record is JSON in its metadata under ``fmfl``, with the
+    :func:`state_digest` of the tensors under ``sha256``.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    content = save(
+        {key: value.detach().cpu().contiguous() for key, value in state.items()},
+        metadata={"fmfl": json.dumps(record | {"sha256": state_digest(state)})},
+    )
+    unfinished.write_bytes(
+        content
+    )  # safetensors' own writing would hide the file from a shared folder's others
+    os.replace(unfinished, file)
+
+
+def read_record(file: Path) -> dict:
+    """The record of a state's file, without its tensors; empty where the file is missing or damaged."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return json.loads((opened.metadata() or {}).get("fmfl", "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return {}
+
+
+def read_state(
+    file: Path, *, fingerprint: str | None = None, device: str | torch.device = "cpu"
+) -> tuple[State, dict] | None:
+    """A state and its record, or None where the file is missing, damaged or made with other settings.
+
+    Args:
+        fingerprint: the record's own must equal it; None takes any.
+    """
+    record = read_record(file)
+    if fingerprint is not None and record.get("fingerprint") != fingerprint:
+        return None
+    try:
+        state = load_file(file, device=str(device))
+    except (OSError, SafetensorError):
+        return None
+    intact = record.get("sha256") in (None, state_digest(state))  # other programs write none
+    return (state, record) if intact else None

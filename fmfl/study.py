@@ -1,0 +1,412 @@
+"""What the notebooks share: the inputs of each stage, made or found, and the files that each leaves behind.
+
+A run's folder holds ``weights/`` (initial and final states), ``cells/`` (what each notebook measured),
+``figures/``, ``notebooks/`` (executed), and at the end ``results.csv``, ``per_image.csv``, ``table1.csv``,
+``claims.csv``, ``manifest.json`` and ``report.html``.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import fmfl
+from fmfl import analysis, data, federate, models, paths, split, states, teacher, train
+from fmfl.config import FederateConfig, Settings, several
+from fmfl.data import Cohort
+from fmfl.errors import UserError
+from fmfl.federate import Server
+from fmfl.split import Holdout
+from fmfl.teacher import CachedLogits, Teacher
+from fmfl.train import Examples, InitialState
+
+# ---------------------------------------------------------------------------------------------------
+# The stages' inputs, as the settings name them
+# ---------------------------------------------------------------------------------------------------
+
+
+def show_bars() -> bool:
+    """Whether progress bars are wanted: not where their every state would be kept as a notebook's output.
+
+    tqdm itself heeds the variable only where a caller leaves ``disable`` open.
+    """
+    return "TQDM_DISABLE" not in os.environ
+
+
+def load_cohort(cfg: Settings) -> Cohort:
+    """The images of ``cfg.data`` on the run's device."""
+    wanted = cfg.data
+    return data.load(
+        wanted.data,
+        size=wanted.size,
+        device=train.device_of(cfg.run),
+        num_phantoms=wanted.num_phantoms,
+        phantom_seed=wanted.phantom_seed,
+        mask_class=wanted.mask_class,
+        strict=wanted.strict,
+        progress=show_bars(),
+    )
+
+
+def hold_out(cfg: Settings, cohort: Cohort) -> Holdout:
+    """Proxy, test and federated images; the same for every seed of a study."""
+    return split.holdout(
+        cohort.table,
+        cfg.data.holdout_seed,
+        proxy=cfg.data.proxy,
+        test=cfg.data.test,
+        device=cohort.device,
+    )
+
+
+def partition(
+    cohort: Cohort, federated: Tensor, cfg: FederateConfig, scheme: str | None = None
+) -> list[Tensor]:
+    """Who holds which federated images under ``cfg.split`` (or the scheme named)."""
+    scheme = scheme or cfg.split
+    options = {
+        "age": {"strength": cfg.age_strength},
+        "quantity": {"ratio": cfg.quantity_ratio},
+        "dirichlet": {"concentration": cfg.dirichlet_concentration},
+    }.get(scheme, {})
+    return split.partition(cohort.table, federated, scheme, cfg.num_clients, cfg.seed, **options)
+
+
+def load_teacher(cfg: Settings) -> Teacher:
+    """The teacher of ``cfg.teacher`` on the run's device."""
+    return teacher.load(cfg.teacher.teacher, cfg.teacher.checkpoint or None, train.device_of(cfg.run))
+
+
+def teacher_logits(cfg: Settings, who: Teacher, cohort: Cohort, indices: Tensor) -> CachedLogits:
+    """The teacher's (n, 1, H, W) logits of chosen images under the run's box rule, cached."""
+    rule = cfg.teacher
+    return teacher.cached_logits(
+        who,
+        cohort.images[indices],
+        cohort.masks[indices],
+        rule=rule.box_rule,
+        per_image=rule.boxes_per_image,
+        jitter_pixels=rule.jitter_pixels,
+        seed=cfg.data.holdout_seed,
+        progress=show_bars(),
+    )
+
+
+def initial_states(
+    cfg: Settings, cohort: Cohort, proxy: Tensor, inits: Iterable[str]
+) -> dict[str, InitialState]:
+    """The named initial states, read from ``weights/`` where 03_distill has left them, else made now."""
+    inits = list(inits)
+    logits, seconds, key = None, 0.0, ""
+    if "fm" in inits and cfg.distill.alpha > 0:
+        who = load_teacher(cfg)
+        logits, seconds = teacher_logits(cfg, who, cohort, proxy)
+        key = states.tensor_digest(logits)
+
+    def make(init: str) -> InitialState:
+        return train.initial_state(
+            init,
+            Examples(cohort.images, cohort.masks, proxy, logits if init == "fm" else None),
+            cfg.distill,
+            batch_size=cfg.federate.batch_size,
+            seed=cfg.federate.seed,
+            precision=train.precision_of(cfg.run),
+            augmentation=cfg.federate.augmentation,
+            file=cfg.run_dir / "weights" / f"init-{init}-seed{cfg.federate.seed}.safetensors",
+            teacher_key=key,
+            teacher_seconds=seconds,
+        )
+
+    return dict(zip(inits, train.side_by_side(make, inits, cohort.device), strict=True))
+
+
+def servers(
+    cfg: Settings, cohort: Cohort, parts: Holdout, clients: list[Tensor], initial: dict[str, InitialState]
+) -> list[Server]:
+    """Every run of one split and seed: federated from each start, both comparisons from random."""
+    common: dict[str, Any] = dict(
+        cfg=cfg.federate,
+        student=cfg.distill.student,
+        cohort=cohort,
+        test=parts.test,
+        precision=train.precision_of(cfg.run),
+    )
+    holders = federate.clients_of(cohort, clients)
+    arms = several(cfg.federate.arms)
+    found = []
+    if "federated" in arms:
+        for init in several(cfg.federate.inits):
+            found.append(Server.start_or_resume(cfg.run_dir, initial[init], holders, **common))
+    # As in the paper's Table 1, these two are trained from random weights only.
+    if "centralised" in arms:
+        # What the clients hold together: under a split by age, images without an age are nobody's.
+        everything = federate.pooled(cohort, torch.cat(clients).sort().values)
+        found.append(
+            Server.start_or_resume(cfg.run_dir, initial["random"], everything, arm="centralised", **common)
+        )
+    if "standalone" in arms:
+        for number, examples in holders.items():
+            alone = {number: examples}
+            found.append(
+                Server.start_or_resume(cfg.run_dir, initial["random"], alone, arm="standalone", **common)
+            )
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a cell leaves behind
+# ---------------------------------------------------------------------------------------------------
+
+
+def cell_name(cfg: Settings, notebook: str) -> str:
+    """The name under which a notebook's results are kept: one per split and seed where it depends on them."""
+    seed = f"-seed{cfg.federate.seed}"
+    return notebook + {"03_distill": seed, "04_federate": f"-{cfg.federate.split}{seed}"}.get(notebook, "")
+
+
+def save(cfg: Settings, notebook: str, record: dict[str, Any], **tables: pd.DataFrame) -> Path:
+    """Write a cell's tables and a record of its settings, each file whole or not at all.
+
+    Args:
+        cfg: the run's settings.
+        notebook: the notebook's name without suffix.
+        record: JSON values that the manifest shall show for this cell.
+        **tables: written as ``{name}.csv``.
+
+    Returns:
+        The cell's folder.
+    """
+    folder = cfg.run_dir / "cells" / cell_name(cfg, notebook)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        write_text(folder / f"{name}.csv", table.to_csv(index=False))
+    about = {"notebook": notebook, "settings": cfg.flat(), "run": where(cfg), "record": record}
+    write_text(folder / "cell.json", json.dumps(about, indent=1, default=str))
+    return folder
+
+
+def save_figure(cfg: Settings, name: str, figure: Figure) -> Figure:
+    """Keep a figure under ``figures/{name}.png`` and give it back to be shown."""
+    folder = cfg.run_dir / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".{name}.png.{os.getpid()}"  # not *.png: a report takes those
+    figure.savefig(unfinished, format="png", dpi=120, bbox_inches="tight")
+    os.replace(unfinished, folder / f"{name}.png")
+    return figure
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, file)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Bringing the cells together
+# ---------------------------------------------------------------------------------------------------
+
+#: Settings in which the cells of one study may differ.
+FREE = ("run_name", "device", "split", "seed", "arms", "inits", "target_dice", "reference_split")
+
+
+def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """All cells' results that were made with this run's settings.
+
+    Returns:
+        The rows of results.csv and of per_image.csv, and the names of cells that are left out because
+        other settings made them.
+
+    Raises:
+        UserError: no cell has results with these settings, or two cells were made from different images or
+            by different code.
+    """
+    wanted = {name: value for name, value in cfg.flat().items() if name not in FREE}
+    results, per_image, others = [], [], []
+    inputs: dict[tuple[str, str], str] = {}
+    for folder in sorted((cfg.run_dir / "cells").glob("04_federate-*")):
+        about = read_json(folder / "cell.json")
+        made_with = {name: value for name, value in about["settings"].items() if name not in FREE}
+        if made_with != wanted:
+            others.append(folder.name)
+            continue
+        inputs.setdefault((about["record"].get("images"), about["record"].get("code")), folder.name)
+        results.append(pd.read_csv(folder / "results.csv"))
+        per_image.append(pd.read_csv(folder / "per_image.csv"))
+    if not results:
+        hint = f" ({len(others)} cells there were made with other settings)" if others else ""
+        raise UserError(f"{cfg.run_dir} holds no results of these settings{hint}: run 04_federate first")
+    if len(inputs) > 1:
+        raise UserError(
+            f"{' and '.join(inputs.values())} in {cfg.run_dir} were made from different images or by "
+            "different code: run 04_federate for all of them again"
+        )
+    key = ["arm", "init", "split", "seed", "round"]
+    table = pd.concat(results, ignore_index=True)
+    repeated = table[table.duplicated(key, keep=False)]
+    if len(repeated) and (repeated.groupby(key).dice.nunique() > 1).any():
+        raise UserError(
+            f"{cfg.run_dir / 'cells'} holds two different results for one run: delete it and run again"
+        )
+    images = pd.concat(per_image, ignore_index=True)
+    return (
+        table.drop_duplicates(key, ignore_index=True),
+        images.drop_duplicates(["arm", "init", "split", "seed", "client", "image_id"], ignore_index=True),
+        others,
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file's content.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: run the notebook that writes it again") from None
+    except ValueError:
+        raise UserError(f"{file} is damaged: delete it and run the notebook that writes it again") from None
+
+
+def where(cfg: Settings) -> dict[str, Any]:
+    """What a result was computed with: code, versions, device."""
+    device = train.device_of(cfg.run)
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    packages = (
+        "torch",
+        "torchvision",
+        "numpy",
+        "pandas",
+        "scipy",
+        "segmentation-models-pytorch",
+        "segment-anything",
+    )
+    return {
+        "fmfl": fmfl.__version__,
+        "commit": commit(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "device": {
+            "kind": device.type,
+            "name": name,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_gib": memory_gib(),
+            "system": platform.system(),
+        },
+    }
+
+
+def memory_gib() -> float | None:
+    """The machine's memory; None where the system does not tell (Windows)."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+
+
+def commit() -> str:
+    """The checkout's commit, with ``+changes`` where the package's files differ; empty outside git."""
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(
+            ["git", *arguments], cwd=paths.ROOT, capture_output=True, text=True, check=True
+        )
+        return found.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "fmfl", "notebooks", "data")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+STAND_IN = (
+    "The built-in teacher stands in for SAM-Med2D and is no foundation model: it was trained on lungs alone, "
+    "among them images of the Guangzhou source and synthetic ones of the built-in generator, so its student "
+    "also carries labels that pre-training has not seen."
+)
+
+
+def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -> dict[str, Any]:
+    """Everything that the run's numbers depend on, from the records that its cells left.
+
+    Args:
+        cfg: the run's settings.
+        results: the rows of results.csv.
+        others: cells that are not part of them, from :func:`collect`.
+    """
+    cells = {
+        folder.parent.name: read_json(folder)
+        for folder in sorted((cfg.run_dir / "cells").glob("*/cell.json"))
+        if folder.parent.name not in set(others)
+    }
+    here = where(cfg)
+    settings = cfg.flat() | {
+        "seeds": sorted(int(seed) for seed in results.seed.unique()),
+        "splits": [name for name in split.OPTIONS if name in set(results.split)],
+        "inits": analysis.ordered_inits(results),
+        "arms": sorted(results.arm.unique()),
+    }
+    for name in ("split", "seed"):
+        del settings[name]
+    # Results are passed on; where they lay on this machine is nobody's business.
+    for name in ("data", "checkpoint", "run_name"):
+        settings[name] = ",".join(Path(part).name for part in several(settings[name]))
+    runs = {f"{row.arm}-{row.split}-{row.init}-seed{row.seed}" for row in results.itertuples()}
+    runs |= {f"init-{row.init}-seed{row.seed}" for row in results.itertuples()}
+    weights = {
+        file.name: read_record_digest(file)
+        for file in sorted((cfg.run_dir / "weights").glob("*.safetensors"))
+        if file.stem.split("-client")[0] in runs
+    }
+    who = cells.get("02_teacher", {}).get("record", {})
+    if who.get("name") == "builtin":
+        who = who | {"note": STAND_IN}
+    return {
+        "fmfl": here["fmfl"],
+        "commit": here["commit"],
+        "created": here["finished"],
+        "versions": {"python": here["python"]} | here["versions"],
+        "device": here["device"],
+        "settings": settings,
+        "data": cells.get("01_data", {}).get("record", {}),
+        "teacher": who,
+        "student": next((c["record"] for n, c in cells.items() if n.startswith("03_distill")), {}),
+        "weights": weights,
+        "cells": {name: cell["run"] | {"record": cell["record"]} for name, cell in cells.items()},
+    }
+
+
+def read_record_digest(file: Path) -> str:
+    """SHA-256 over the names and values of a state in a file."""
+    found = states.read_state(file)
+    return states.state_digest(found[0]) if found else "unreadable"
+
+
+def student_card(name: str, size: int) -> dict[str, Any]:
+    """What a student weighs: parameters, bytes on the wire, FLOPs of one image."""
+    model = models.build(name)
+    return {
+        "student": name,
+        "parameters": models.num_parameters(model),
+        "bytes": models.num_bytes(model.state_dict()),
+        "flops": models.flops(model, torch.zeros(1, 1, size, size)),
+    }

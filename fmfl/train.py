@@ -1,0 +1,329 @@
+"""The one training loop, and what it is used for: a client's round, pre-training, distillation.
+
+Everything is on the device before an epoch begins: the images, the shuffled indices and the drawn
+augmentations. A step is one gather, one warp, one pass through the student.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fmfl import augment, losses, models
+from fmfl.config import DistillConfig, RunConfig
+from fmfl.states import State, code_digest, fingerprint, read_state, tensor_digest, write_state
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(student logits, masks, teacher logits or None), each (B, 1, H, W), to a scalar."""
+
+LOSSES: dict[str, Loss] = {
+    "dice": lambda logits, masks, _: losses.dice_loss(logits, masks),
+    "dice_bce": lambda logits, masks, _: (
+        losses.dice_loss(logits, masks) + F.binary_cross_entropy_with_logits(logits.float(), masks)
+    ),
+}
+
+
+def generator(*key: int) -> torch.Generator:
+    """Random numbers that depend on the key alone: the same on every device, for every initial state.
+
+    Args:
+        key: whole numbers >= 0, such as (seed, client, round, epoch).
+    """
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator().manual_seed(seed)
+
+
+def device_of(cfg: RunConfig) -> torch.device:
+    """The device that ``auto`` means here."""
+    if cfg.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(cfg.device)
+
+
+def precision_of(cfg: RunConfig) -> str:
+    """What ``auto`` means here: bfloat16 on a GPU that has it, float32 elsewhere.
+
+    Many CPUs emulate bfloat16 at a hundredth of the speed, so ``auto`` never picks it there.
+    """
+    if cfg.precision != "auto":
+        return cfg.precision
+    return "bfloat16" if device_of(cfg).type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def autocast(device: torch.device, precision: str = "float32") -> contextlib.AbstractContextManager:
+    """Mixed precision by name, float32 or bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+interrupted = threading.Event()
+"""Set while trainings that run side by side shall end at their next epoch."""
+
+
+def side_by_side(task: Callable[[T], R], items: Iterable[T], device: torch.device) -> list[R]:
+    """Independent trainings at once: on a CPU one a core, each on a single thread; elsewhere one by one.
+
+    A small network's layers are too short to be worth dividing: two trainings beside each other took 0.5 to
+    0.7 of the time of one after the other on both cores (``python -m bench threads``). A single thread also
+    adds in one order only, so the same seed gives the same bytes whatever the number of cores.
+
+    Args:
+        task: called once for each item; it must not use the global random state.
+        items: what to train.
+        device: where the tensors are.
+
+    Returns:
+        The tasks' results, in the items' order.
+
+    Raises:
+        Exception: the first one that a task raised; the others end at their next epoch.
+    """
+    if device.type != "cpu":
+        return [task(item) for item in items]
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(cores) as pool:
+            running = [pool.submit(task, item) for item in items]
+            try:
+                return [future.result() for future in running]
+            except BaseException:  # Ctrl-C as well
+                interrupted.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        interrupted.clear()
+        torch.set_num_threads(cores)
+
+
+@dataclass
+class Examples:
+    """Images to train on, where they already are.
+
+    Attributes:
+        images: (N, 1, H, W) uint8, all stored ones.
+        masks: (N, 1, H, W) uint8, 0 or 1.
+        indices: (n,) int64, the ones trained on.
+        teacher_logits: (n, 1, H, W) float, row i for ``indices[i]``, or None.
+    """
+
+    images: Tensor
+    masks: Tensor
+    indices: Tensor
+    teacher_logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def batches(
+    examples: Examples, batch_size: int, rng: torch.Generator, *, augmentation: str = "device"
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """One epoch of augmented batches, every example once.
+
+    The epoch is cut into ceil(n / batch_size) batches whose sizes differ by at most one: a last batch of
+    a single image would leave BatchNorm without a variance.
+
+    Yields:
+        images (B, 1, H, W) in 0..1, masks (B, 1, H, W) of 0 and 1, teacher logits or None; all float32.
+    """
+    device = examples.images.device
+    order = torch.randperm(len(examples), generator=rng)
+    draws = augment.draw(len(examples), rng).to(device)
+    warp = augment.AUGMENTATIONS[augmentation]
+    steps = -(-len(examples) // batch_size)
+    for rows, drawn in zip(order.to(device).tensor_split(steps), draws.tensor_split(steps), strict=True):
+        chosen = examples.indices[rows]
+        extra = None if examples.teacher_logits is None else examples.teacher_logits[rows].float()
+        images, masks, extra = warp(examples.images[chosen], examples.masks[chosen], drawn, extra)
+        yield images.contiguous(memory_format=torch.channels_last), masks, extra
+
+
+@dataclass
+class Fitted:
+    """What a piece of training leaves behind, besides the weights in the model.
+
+    Attributes:
+        losses: mean training loss of each epoch.
+        images_seen: images that went through the student, repeats counted.
+        seconds: on a CPU the thread's own time, elsewhere wall time.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    images_seen: int = 0
+    seconds: float = 0.0
+
+
+def adam(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
+    """The paper's optimizer (Kingma & Ba 2015) in its fused form."""
+    return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+
+
+def fit(
+    model: nn.Module,
+    examples: Examples,
+    loss: Loss,
+    *,
+    epochs: int,
+    batch_size: int,
+    optimizer: torch.optim.Optimizer,
+    key: tuple[int, ...],
+    augmentation: str = "device",
+    precision: str = "float32",
+) -> Fitted:
+    """Train a model in place; every arm of the study goes through here.
+
+    Args:
+        model: trained in place, on the examples' device.
+        examples: what it is trained on.
+        loss: see :data:`Loss`.
+        epochs: passes of the examples.
+        batch_size: images a step.
+        optimizer: over the model's parameters; its state is used and changed.
+        key: names the random order and augmentation, for example (seed, client, round); an epoch adds
+            its own number.
+        augmentation: a name in ``augment.AUGMENTATIONS``.
+        precision: see :func:`autocast`.
+    """
+    device = examples.images.device
+    # A core's own time, where trainings share the machine: else one would be charged for the other's.
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    started = clock()
+    means = []
+    model.train()
+    for epoch in range(epochs):
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        total = torch.zeros((), device=device)
+        for images, masks, teacher_logits in batches(
+            examples, batch_size, generator(*key, epoch), augmentation=augmentation
+        ):
+            with autocast(device, precision):
+                logits = model(images)
+            value = loss(logits.float(), masks, teacher_logits)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+            total += value.detach() * len(images)
+        means.append(total / len(examples))
+    found = torch.stack(means).tolist() if means else []  # the only wait for the device
+    return Fitted(found, epochs * len(examples), clock() - started)
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, images: Tensor, indices: Tensor, *, batch_size: int = 64, precision: str = "float32"
+) -> Tensor:
+    """Logits of chosen images, without augmentation.
+
+    Args:
+        images: (N, 1, H, W) uint8.
+        indices: (n,) int64.
+
+    Returns:
+        (n, 1, H, W) float32 on the images' device.
+    """
+    model.eval()
+    found = []
+    for chosen in indices.split(batch_size):
+        with autocast(images.device, precision):
+            x = augment.to_float(images[chosen]).contiguous(memory_format=torch.channels_last)
+            found.append(model(x).float())
+    return torch.cat(found) if found else images.new_empty((0, 1, *images.shape[2:]), dtype=torch.float32)
+
+
+@dataclass
+class InitialState:
+    """Where a federated run begins, and what it has cost to get there.
+
+    Attributes:
+        name: random, pretraining, fm.
+        state: the student's weights.
+        fitted: of the training on the proxy set; empty for ``random``.
+        reused: whether it was read from a file instead of being made.
+    """
+
+    name: str
+    state: State
+    fitted: Fitted
+    reused: bool = False
+
+
+def initial_state(
+    name: str,
+    proxy: Examples,
+    cfg: DistillConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    precision: str = "float32",
+    augmentation: str = "device",
+    file: Path | None = None,
+    teacher_key: str = "",
+    teacher_seconds: float = 0.0,
+) -> InitialState:
+    """One of the paper's three initial states (section 2.3), all from the same random weights.
+
+    - ``random``: the student as built.
+    - ``pretraining``: trained on the proxy set's masks alone, which is Eq. 5 with alpha = 0.
+    - ``fm``: trained on Eq. 5 with the teacher's logits.
+
+    Args:
+        name: one of the three.
+        proxy: the proxy set, with the teacher's logits for ``fm``.
+        cfg: student, alpha, temperature, epochs, learning rate.
+        batch_size: images a step.
+        seed: of weights, order and augmentation.
+        file: where the state is kept; a file made with the same settings and images is read instead.
+        teacher_key: what the teacher's logits depend on, for recognising that file.
+        teacher_seconds: what they have cost; charged to ``fm``.
+    """
+    alpha = {"random": 0.0, "pretraining": 0.0, "fm": cfg.alpha}[name]
+    epochs = 0 if name == "random" else cfg.proxy_epochs
+    training = (alpha, cfg.temperature, epochs, cfg.proxy_learning_rate, batch_size, precision, augmentation)
+    seen = [tensor_digest(stored[proxy.indices]) for stored in (proxy.images, proxy.masks)] if epochs else []
+    key = fingerprint(code_digest(), name, cfg.student, seed, training, seen, teacher_key if alpha else "")
+    device = proxy.images.device
+    if file is not None and (stored := read_state(file, fingerprint=key, device=device)) is not None:
+        state, record = stored
+        return InitialState(name, state, Fitted(**record["fitted"]), reused=True)
+
+    def loss(logits: Tensor, masks: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        if alpha == 0:  # the teacher has no say, so it need not be asked
+            return losses.dice_loss(logits, masks)
+        return losses.distillation_loss(logits, teacher_logits, masks, alpha, cfg.temperature)
+
+    model = models.build(cfg.student, seed=seed, device=device)
+    fitted = fit(
+        model,
+        proxy if alpha else Examples(proxy.images, proxy.masks, proxy.indices),
+        loss,
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=adam(model, cfg.proxy_learning_rate),
+        key=(seed, PROXY_KEY),
+        augmentation=augmentation,
+        precision=precision,
+    )
+    if alpha:
+        fitted.seconds += teacher_seconds
+    state = models.copy_state(model)
+    if file is not None:
+        write_state(file, state, fingerprint=key, fitted=vars(fitted), init=name)
+    return InitialState(name, state, fitted)
+
+
+PROXY_KEY = 2**32 - 1
+"""Stands for the proxy set where a client's number stands in a random key; no client is called that."""

@@ -1,0 +1,29 @@
+"""What holds for every test: figures without a display, caches of its own, no network."""
+
+import os
+import socket
+import tempfile
+
+import pytest
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+# Before fmfl.paths is imported: the tests neither use nor fill the caches of a person's studies.
+_cache = tempfile.TemporaryDirectory(prefix="fmfl-tests-")
+os.environ["FMFL_CACHE"] = _cache.name
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """A test that would reach another machine fails; kernels and local servers stay within reach."""
+    connect = socket.socket.connect
+
+    def connect_locally(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
+            "127.0.0.1",
+            "::1",
+            "localhost",
+        ):
+            raise AssertionError(f"a test tried to reach {address[0]}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_locally)

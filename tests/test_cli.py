@@ -1,0 +1,270 @@
+"""A person's mistake is one sentence and exit code 2, found before anything is written."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fmfl import cli, grid
+
+TINY = ["-p", "size=32", "-p", "num_phantoms=40", "-p", "num_rounds=1", "-p", "proxy_epochs=1"]
+TINY += ["-p", "student=tiny_unet", "--plain"]
+
+
+@pytest.fixture
+def fmfl(monkeypatch, capsys):
+    """The command as a shell runs it: exit code, what it says, what it complains of."""
+
+    def command(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fmfl", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return command
+
+
+def sentence(code: int, out: str, err: str) -> str:
+    """The one sentence of a refusal."""
+    assert code == 2
+    assert out == ""
+    assert err.startswith("fmfl: ") and err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["-p", "numrounds=3"], "parameter 'numrounds' is unknown: did you mean num_rounds?"),
+        (["-p", "zzz=3"], "parameter 'zzz' is unknown"),
+        (["-p", "num_rounds=three"], "parameter num_rounds must be a whole number, not 'three'"),
+        (["-p", "num_rounds=1.5"], "parameter num_rounds must be a whole number, not 1.5"),
+        (["-p", "num_rounds="], "parameter num_rounds must be a whole number, not ''"),
+        (["-p", "strict=perhaps"], "parameter strict must be True or False"),
+        (["-p", "num_rounds=0"], "parameter num_rounds is 0: it must lie between 1 and"),
+        (["-p", "alpha=1.5"], "parameter alpha is 1.5: it must lie between 0 and 1"),
+        (["-p", "alpha=nan"], "parameter alpha is nan"),
+        (["-p", "size=100"], "parameter size is 100: it must be a multiple of 32"),
+        (["-p", "loss=mse"], "parameter loss is 'mse': choose one of dice"),
+        (["-p", "inits=random,best"], "parameter inits is 'best': choose some of random"),
+        (["-p", "num_rounds"], "-p num_rounds has no value: write -p NAME=VALUE"),
+        (["-p", "=3"], "parameter '' is unknown"),
+        (["-p", "seed=1"], "-p seed has an option of its own: use --seeds"),
+        (["-p", "split=iid"], "-p split has an option of its own: use --splits"),
+        (["-p", "run_name=x"], "-p run_name has an option of its own: use --out"),
+        (["-p", "data=phantom"], "-p data has an option of its own: use --data"),
+        (["-p", "teacher=builtin"], "-p teacher has an option of its own: use --teacher"),
+        (["-p", "checkpoint=x"], "-p checkpoint has an option of its own: use --checkpoint"),
+        (["-p", "device=cpu"], "-p device has an option of its own: use --device"),
+        (["--profile", "huge"], "profile 'huge' is unknown: choose one of smoke, class, paper"),
+        (["--splits", "iid,random"], "parameter split is 'random': choose one of iid"),
+        (["--splits", "iid,iid"], "--splits names one twice (iid, iid)"),
+        (["--splits", ","], "--splits is empty"),
+        (["--seeds", "one"], "parameter seed must be a whole number, not 'one'"),
+        (["--seeds", "-1"], "parameter seed is -1"),
+        (["--seeds", "0,00"], "--seeds names one twice (0, 0)"),
+        (["--device", "tpu"], "parameter device is 'tpu': choose one of auto, cpu, cuda"),
+        (["--engine", "spark"], "engine 'spark' is unknown: choose local"),
+        (["--data", "phantom,no/such/folder"], "no/such/folder: there is no such folder"),
+        (["--data", "phantom,phantom"], "--data names one twice"),
+        (["--data", ""], "--data is empty"),
+        (["--checkpoint", "no/such/file"], "no/such/file: there is no such file"),
+    ],
+)
+def test_a_typing_mistake_is_one_sentence(tmp_path, fmfl, arguments, says):
+    assert says in sentence(*fmfl("study", *arguments, "--out", tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--teacher", "oracle"], "teacher 'oracle' is unknown: choose builtin"),
+        (["-p", "student=genius"], "student 'genius' is unknown: choose one of tiny_unet"),
+        (["--checkpoint", __file__], "test_cli.py does not hold the built-in teacher's weights"),
+        (["-p", "num_clients=39"], "num_clients is 39, but split 'iid' has only"),
+        (["--splits", "iid,site", "-p", "num_clients=6"], "num_clients is 6, but split 'site' finds"),
+        (["-p", "proxy=39"], "leave none of the 40 images for the clients"),
+    ],
+)
+def test_what_would_stop_a_later_notebook_stops_the_study_at_once(tmp_path, fmfl, arguments, says):
+    assert says in sentence(*fmfl("study", *TINY, *arguments, "--out", tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path, fmfl, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    wrong = sentence(*fmfl("study", *TINY, "--device", "cuda", "--out", tmp_path / "run"))
+    assert "device is cuda, but PyTorch finds no GPU here: choose auto or cpu" in wrong
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_folder_of_data_is_one_sentence(tmp_path, fmfl):
+    (tmp_path / "empty").mkdir()
+    wrong = sentence(*fmfl("study", *TINY, "--data", tmp_path / "empty", "--out", tmp_path / "run"))
+    assert str(tmp_path / "empty") in wrong
+    assert not (tmp_path / "run").exists()
+
+
+def test_results_below_a_file_are_one_sentence(tmp_path, fmfl):
+    (tmp_path / "file").touch()
+    wrong = sentence(*fmfl("study", *TINY, "--out", tmp_path / "file" / "run"))
+    assert f"--out {tmp_path / 'file' / 'run'} cannot be written to" in wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_results_in_a_folder_of_somebody_else_are_one_sentence(tmp_path, fmfl):
+    tmp_path.chmod(0o500)
+    try:
+        assert "Permission denied" in sentence(*fmfl("study", *TINY, "--out", tmp_path / "run"))
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_typing_mistake_does_not_wait_for_torch():
+    """In a process of its own, as this one has torch already."""
+    code = (
+        "import sys\n"
+        "from fmfl import cli\n"
+        "sys.argv = ['fmfl', 'study', '--seeds', '0,1', '-p', 'numrounds=3']\n"
+        "try:\n    cli.main()\n"
+        "finally:\n    print(sorted({'torch', 'numpy', 'pandas'} & set(sys.modules)))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "[]\n")
+    assert ended.stderr == "fmfl: parameter 'numrounds' is unknown: did you mean num_rounds?\n"
+
+
+def test_an_unknown_option_is_no_traceback(fmfl):
+    code, out, err = fmfl("study", "--rounds", "3")
+    assert code == 2 and out == "" and "--rounds" in err and "Traceback" not in err
+
+
+def test_the_contracts_options_are_there(fmfl):
+    code, out, _ = fmfl("study", "--help")
+    options = ("profile", "data", "teacher", "checkpoint", "out", "seeds", "splits", "device", "engine")
+    assert code == 0 and all(f"--{name}" in out for name in options) and "-p" in out
+
+
+def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path, fmfl):
+    code, out, _ = fmfl(
+        "study", "--dry-run", "-p", "num_rounds=4", "--seeds", "0,2", "--out", tmp_path / "run"
+    )
+    assert code == 0
+    assert out.splitlines() == [
+        "01_data",
+        "02_teacher",
+        "03_distill-seed0",
+        "04_federate-iid-seed0: 12 rounds",
+        "04_federate-age-seed0: 20 rounds",
+        "04_federate-quantity-seed0: 12 rounds",
+        "03_distill-seed2",
+        "04_federate-iid-seed2: 12 rounds",
+        "04_federate-age-seed2: 20 rounds",
+        "04_federate-quantity-seed2: 12 rounds",
+        "05_analysis",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_are_those_of_the_shell_and_the_profile_fills_the_rest(tmp_path, fmfl, monkeypatch):
+    """Notebooks run in another folder than the one in which a person types a path."""
+    seen = []
+    monkeypatch.setattr(
+        grid, "run", lambda cells, **options: seen.append((cells, options)) or (len(cells), 0)
+    )
+    (tmp_path / "weights").touch()
+    (tmp_path / "rays").mkdir()
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = fmfl(
+        "study", "--profile", "paper", "--data", "phantom,rays", "--checkpoint", "weights", "--out", "run",
+        "-p", "num_rounds=7", "--seeds", "3", "--splits", "iid", "--plain",
+    )  # fmt: skip
+    ((cells, options),) = seen
+    settings = cells[-1].cfg.flat()
+    assert code == 0 and options["plain"]
+    assert settings["data"] == f"phantom,{tmp_path / 'rays'}"
+    assert settings["checkpoint"] == str(tmp_path / "weights")
+    assert cells[0].cfg.run_dir == tmp_path / "run"
+    assert (settings["num_rounds"], settings["local_epochs"], settings["student"]) == (7, 5, "unet")
+    assert [cell.name for cell in cells][3] == "04_federate-iid-seed3"
+    assert out.splitlines()[-1] == f"report: {tmp_path / 'run' / 'report.html'}"
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, fmfl, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grid, "run", stopped)
+    code, out, err = fmfl("study", "--out", tmp_path / "run")
+    assert (code, out, err) == (130, "", "fmfl: stopped; the same command continues where it stopped\n")
+
+
+# ------------------------------------------------------------------------------------------ fmfl data
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three X-rays with masks, and a fourth whose file is cut short."""
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (tmp_path / "rays" / name).mkdir(parents=True)
+    mask = np.zeros((40, 40), np.uint8)
+    mask[10:30, 5:15] = 255
+    for k in range(4):
+        Image.fromarray(rng.integers(0, 256, (40, 40), dtype=np.uint8)).save(
+            tmp_path / f"rays/images/x{k}.png"
+        )
+        Image.fromarray(mask).save(tmp_path / f"rays/masks/x{k}.png")
+    bad = tmp_path / "rays" / "images" / "x3.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    return tmp_path / "rays"
+
+
+def test_a_bad_file_is_named_and_the_rest_is_counted(folder, fmfl):
+    code, out, err = fmfl("data", folder, "--size", "32")
+    assert code == 0
+    assert re.search(r"^3 images of 3 patients, fingerprint [0-9a-f]{64}$", out, re.MULTILINE)
+    (line,) = [line for line in err.splitlines() if "left out" in line]
+    assert "images/x3.png" in line
+
+
+def test_with_strict_a_bad_file_is_an_error(folder, fmfl):
+    assert "x3.png" in sentence(*fmfl("data", folder, "--size", "32", "--strict"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["no/such/folder"], "no/such/folder: there is no such folder"),
+        ([""], "sources is empty"),
+        (["phantom", "--size", "3"], "size is 3"),
+        (["phantom", "--mask-class", ""], "mask_class is ''"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_one_sentence(fmfl, arguments, says):
+    assert says in sentence(*fmfl("data", *arguments))
+
+
+def test_the_synthetic_source_says_what_it_holds(fmfl):
+    code, out, err = fmfl("data", "phantom", "--size", "32")
+    assert code == 0 and out.splitlines()[0].split() == ["images", "patients", "ages", "known"]
+    assert out.splitlines()[-1].startswith("300 images of ")
+    assert "left out" not in err
+
+
+# ------------------------------------------------------------------------------------------ fmfl report
+
+
+def test_a_folder_without_results_has_no_report(tmp_path, fmfl):
+    for place in (tmp_path, tmp_path / "nowhere"):
+        assert f"{place / 'results.csv'} is missing" in sentence(*fmfl("report", place))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,286 @@
+"""Every parameter has one type and one range, the notebooks show the defaults, mistakes get one sentence."""
+
+import ast
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from fmfl import config, paths
+from fmfl.errors import UserError
+
+NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("0*.ipynb"))
+
+
+def refused(name, value) -> str:
+    """The sentence with which a value is refused: one, and it names the parameter."""
+    with pytest.raises(UserError) as caught:
+        config.checked(name, value)
+    sentence = str(caught.value)
+    assert name in sentence
+    assert "\n" not in sentence
+    return sentence
+
+
+def code_cells(notebook: Path) -> list[dict]:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [cell | {"source": "".join(cell["source"])} for cell in cells if cell["cell_type"] == "code"]
+
+
+# ------------------------------------------------------------------------------------------ one value
+
+
+@pytest.mark.parametrize(("given", "meant"), [("num_rouds", "num_rounds"), ("Alpha", "alpha")])
+def test_an_unknown_parameter_is_named_with_the_likely_one(given, meant):
+    assert f"did you mean {meant}?" in refused(given, 3)
+
+
+def test_an_unknown_parameter_like_no_other_gets_the_place_where_all_stand():
+    assert "fmfl/config.py" in refused("zzzz", 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("num_rounds", True, "a whole number"),  # in Python, True is 1
+        ("num_rounds", 3.0, "a whole number"),
+        ("num_rounds", "3", "a whole number"),
+        ("num_rounds", None, "a whole number"),
+        ("alpha", True, "a number"),
+        ("alpha", "0.6", "a number"),
+        ("strict", 1, "True or False"),
+        ("strict", "yes", "True or False"),
+        ("run_name", 7, "a text"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name, value, what):
+    assert f"must be {what}" in refused(name, value)
+
+
+def test_a_whole_number_serves_as_a_number():
+    value = config.checked("alpha", 1)
+    assert value == 1.0
+    assert type(value) is float
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("alpha", -0.1),
+        ("alpha", 1.1),
+        ("alpha", math.nan),
+        ("learning_rate", math.inf),
+        ("temperature", 0.0),
+        ("num_clients", 0),
+        ("num_rounds", -1),
+        ("proxy", math.nan),
+        ("proxy", -0.5),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_the_range(name, value):
+    sentence = refused(name, value)
+    assert "between" in sentence or "at least" in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("alpha", 0.0), ("alpha", 1.0), ("num_clients", 1), ("size", 32)]
+)
+def test_the_ends_of_a_range_are_inside(name, value):
+    assert config.checked(name, value) == value
+
+
+def test_a_size_that_no_unet_can_halve_five_times_is_refused():
+    assert "multiple of 32, such as 96" in refused("size", 100)
+
+
+def test_choices_are_listed_where_the_choice_is_unknown():
+    assert "'cosine'" in refused("split", "cosine")
+    assert "iid, age, quantity, site, dirichlet" in refused("split", "cosine")
+
+
+@pytest.mark.parametrize("value", ["random,fm", "random, fm", "fm"])
+def test_several_choices_are_joined_by_commas(value):
+    assert set(config.several(config.checked("inits", value))) <= set(config.INITS)
+
+
+def test_a_list_serves_as_its_comma_separated_text():
+    assert config.checked("inits", ["random", "fm"]) == "random,fm"
+    assert config.checked("data", [Path("a"), "phantom"]) == "a,phantom"
+    assert config.checked("checkpoint", Path("w.safetensors")) == "w.safetensors"
+
+
+@pytest.mark.parametrize("value", ["", " , ", "random,imagenet", "random,random", "fm, fm"])
+def test_no_choice_a_wrong_one_and_one_twice_are_refused(value):
+    refused("inits", value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("learning_rate", "1e-4", 1e-4),
+        ("alpha", "1", 1.0),
+        ("num_rounds", "3", 3),
+        ("num_rounds", "3.0", 3),
+        ("num_rounds", "1e2", 100),
+        ("strict", "true", True),
+        ("strict", " False ", False),
+        ("run_name", "3", "3"),
+        ("inits", "random,fm", "random,fm"),
+    ],
+)
+def test_text_of_a_command_line_gets_the_parameters_type(name, text, value):
+    parsed = config.parse(name, text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("num_rounds", "3.5"),
+        ("num_rounds", "many"),
+        ("num_rounds", "nan"),
+        ("num_rounds", "inf"),
+        ("alpha", "nan"),
+        ("alpha", ""),
+        ("strict", "1"),
+        ("num_rouds", "3"),
+    ],
+)
+def test_text_that_cannot_be_the_parameter_is_refused(name, text):
+    with pytest.raises(UserError, match=name):
+        config.parse(name, text)
+
+
+# ------------------------------------------------------------------------------------------ all together
+
+
+def test_names_are_unique_over_the_stages():
+    """Else a parameter in a notebook would mean two things."""
+    names = [name for kind in config.STAGES.values() for name in kind.__dataclass_fields__]
+    assert len(names) == len(set(names)) == len(config.defaults())
+    assert config.stage_of()["seed"] == "federate"
+
+
+def test_every_default_and_every_profile_is_valid():
+    for name, value in config.defaults().items():
+        assert config.checked(name, value) == value
+        assert type(config.checked(name, value)) is type(value), "an int as the default of a float"
+    for profile, changes in config.PROFILES.items():
+        for name, value in changes.items():
+            assert config.checked(name, value) == value
+            assert type(value) is type(config.defaults()[name])
+        assert config.settings(profile=profile).flat() == config.defaults() | changes
+
+
+def test_the_paper_profile_has_the_papers_numbers():
+    cfg = config.settings(profile="paper")
+    assert (cfg.data.size, cfg.data.num_phantoms, cfg.distill.alpha) == (256, 6504, 0.6)
+    assert (round(cfg.data.proxy * 6504), round(cfg.data.test * 6504)) == (1504, 500)
+    federate = cfg.federate
+    assert (federate.num_clients, federate.num_rounds, federate.local_epochs) == (3, 100, 5)
+    assert (federate.learning_rate, federate.loss, cfg.distill.temperature) == (1e-4, "dice", 1.0)
+
+
+def test_what_is_given_goes_before_the_profile():
+    cfg = config.settings({"num_rounds": 2, "alpha": 0}, profile="paper")
+    assert (cfg.federate.num_rounds, cfg.distill.alpha, cfg.federate.local_epochs) == (2, 0.0, 5)
+
+
+def test_changed_lists_what_differs_from_the_quick_run():
+    assert config.settings().changed() == {}
+    assert config.settings({"seed": 3, "num_rounds": 5}).changed() == {"seed": 3}
+
+
+def test_an_unknown_profile_lists_the_known_ones():
+    with pytest.raises(UserError, match="smoke, class, paper"):
+        config.settings(profile="papre")
+
+
+def test_a_run_folder_is_below_runs_or_as_given(tmp_path):
+    assert config.settings({"run_name": "x"}).run_dir == paths.RUNS / "x"
+    assert config.settings({"run_name": tmp_path}).run_dir == tmp_path
+
+
+# ------------------------------------------------------------------------------------------ notebooks
+
+OWN_CELL = '# Parameters: the quick run. papermill injects others after this cell.\nseed = 0\nsplit = "age"\n'
+
+
+def notebook(*cells: str) -> dict:
+    """The variables of a kernel that has run these cells."""
+    namespace: dict = {"In": ["", *cells]}
+    for cell in cells:
+        exec(cell, namespace)
+    return namespace
+
+
+def test_the_injected_cell_goes_before_the_notebooks_own():
+    cfg = config.from_notebook(notebook(OWN_CELL, '# Parameters\nseed = 4\nproxy = 0.5\nsplit = "iid"\n'))
+    assert cfg.changed() == {"seed": 4, "proxy": 0.5, "split": "iid"}
+
+
+def test_names_of_other_cells_are_no_parameters():
+    cfg = config.from_notebook(notebook(OWN_CELL, "data = 3\nnum_rounds = 'x'\n"))
+    assert cfg == config.settings()
+
+
+@pytest.mark.parametrize("line", ["sead = 1", "sead: int = 1", "seed, sead = 1, 1"])
+def test_an_injected_name_that_is_no_parameter_is_an_error(line):
+    with pytest.raises(UserError, match="'sead' is unknown: did you mean seed"):
+        config.from_notebook(notebook(OWN_CELL, f"# Parameters\n{line}\n"))
+
+
+def test_an_injected_value_is_checked():
+    with pytest.raises(UserError, match="seed must be a whole number"):
+        config.from_notebook(notebook(OWN_CELL, "# Parameters\nseed = 'one'\n"))
+
+
+def test_a_corrected_cell_leaves_no_trace_of_its_mistake():
+    """A kernel remembers every version of a cell; only the last one counts."""
+    wrong = OWN_CELL + "sead = 1\nnum_rounds = 9\n"
+    assert config.from_notebook(notebook(wrong, OWN_CELL)).changed() == {}
+
+
+def test_there_are_five_notebooks():
+    assert [notebook.stem for notebook in NOTEBOOKS] == [
+        "01_data",
+        "02_teacher",
+        "03_distill",
+        "04_federate",
+        "05_analysis",
+    ]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)
+def test_a_notebooks_parameters_are_the_defaults_as_literals(notebook):
+    """Whoever opens a notebook sees the quick run's numbers, and those are the ones in config.py."""
+    cells = [cell for cell in code_cells(notebook) if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(cells) == 1, "papermill injects after the one cell tagged `parameters`"
+    source = cells[0]["source"]
+    assert source.startswith(config.PARAMETERS_COMMENT)
+    found = {}
+    for node in ast.parse(source).body:
+        assert isinstance(node, ast.Assign) and len(node.targets) == 1, f"line {node.lineno}"
+        found[node.targets[0].id] = ast.literal_eval(node.value)
+    assert "run_name" in found
+    assert set(found) <= set(config.defaults())
+    for name, value in found.items():
+        assert (name, value, type(value)) == (
+            name,
+            config.defaults()[name],
+            type(config.defaults()[name]),
+        )
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)
+def test_every_notebook_checks_its_parameters_before_it_does_anything(notebook):
+    sources = [cell["source"] for cell in code_cells(notebook)]
+    assert sources[0].startswith(config.PARAMETERS_COMMENT)
+    assert "config.from_notebook(globals())" in sources[1]
+
+
+def test_a_notebook_whose_parameters_cell_was_not_run_is_told_so():
+    with pytest.raises(UserError, match="run the parameters cell"):
+        config.from_notebook({"In": ["size = 64"], "size": 64})

@@ -1,0 +1,494 @@
+"""Eq. 2 and 3 by their special cases, rounds that resume in the same bytes, arms with the same batches."""
+
+import collections
+import dataclasses
+import weakref
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from fmfl import federate, metrics, models, states, train
+from fmfl.config import FederateConfig
+from fmfl.data import Cohort
+from fmfl.errors import UserError
+from fmfl.federate import POOLED, Server, aggregate
+from fmfl.train import Fitted, InitialState
+
+SIZE = 32
+TEST = torch.tensor([10, 11])
+PARTS = [torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5, 6, 7, 8, 9])]  # unequal, so the weighting matters
+
+
+@pytest.fixture(autouse=True)
+def _micro_student(monkeypatch):
+    """A student that trains in milliseconds, for claims that hold of any."""
+    monkeypatch.setitem(
+        models.STUDENTS,
+        "micro",
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1)
+        ),
+    )
+
+
+def a_cohort(num: int = 12) -> Cohort:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(20, 120, (num, 1, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+    masks = torch.zeros_like(images)
+    for i in range(num):
+        masks[i, :, 6 + i % 4 : 20 + i % 5, 5 + i % 3 : 24] = 1
+    images[masks == 1] += 100
+    names = [f"image{i}" for i in range(num)]
+    table = pd.DataFrame(
+        {"image_id": names, "patient_id": names, "site": "here", "age": np.arange(1.0 * num)}
+    )
+    return Cohort(images, masks, table, pd.DataFrame(), fingerprint="cohort")
+
+
+def an_initial(student: str = "micro", seed: int = 0, name: str = "random") -> InitialState:
+    return InitialState(name, models.build(student, seed=seed).state_dict(), Fitted([], 6, 1.5))
+
+
+def settings(**changes) -> FederateConfig:
+    return dataclasses.replace(FederateConfig(num_rounds=3, batch_size=4, learning_rate=1e-2), **changes)
+
+
+def serve(run_dir, *, parts=PARTS, student: str = "micro", cohort: Cohort | None = None, **more) -> Server:
+    cohort = cohort or a_cohort()
+    given = {
+        "initial": an_initial(student),
+        "clients": federate.clients_of(cohort, parts),
+        "cfg": settings(),
+        "student": student,
+        "cohort": cohort,
+        "test": TEST,
+    }
+    return Server.start_or_resume(run_dir, **given | more)
+
+
+def run(server: Server, rounds: int | None = None) -> Server:
+    """The notebook's round loop, to the end or stopped after some rounds."""
+    cohort = a_cohort()
+    for number in server.remaining_rounds():
+        state = aggregate(federate.train_client(server, k) for k in server.clients)
+        server.finish_round(state, cohort, TEST)
+        if number == rounds:
+            break
+    return server
+
+
+def equal(one: states.State, other: states.State) -> bool:
+    """Bitwise."""
+    return states.state_digest(one) == states.state_digest(other)
+
+
+def without_seconds(server: Server) -> pd.DataFrame:
+    return pd.DataFrame(server.history).drop(columns="seconds")
+
+
+# ------------------------------------------------------------------------------------------ Eq. 3
+
+
+def one_sgd_step(x: torch.Tensor, y: torch.Tensor) -> states.State:
+    """Weights of a fresh linear model after one full-batch step."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1).double()
+    (model(x) - y).square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    return model.state_dict()
+
+
+def test_one_full_batch_step_equals_sgd_on_the_pooled_data():
+    """With E = 1 and full batches FedAvg is FedSGD (McMahan et al. 2017, section 2)."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(10, 4, generator=generator).double().split([3, 1], dim=1)
+    clients = [slice(0, 2), slice(2, 10)]  # unequal, so the weighting matters
+    averaged = aggregate((one_sgd_step(x[c], y[c]), c.stop - c.start) for c in clients)
+    torch.testing.assert_close(averaged, dict(one_sgd_step(x, y)), rtol=1e-12, atol=1e-12)
+
+
+def test_batchnorm_is_averaged_as_by_hand():
+    """Two hospitals with 3 and 1 images; each has seen one batch of one channel, momentum 0.1 from (0, 1).
+
+    Hospital A saw 1, 2, 3: mean 2, unbiased variance 1, so mean 0.1 * 2 = 0.2, variance 0.9 + 0.1 * 1 = 1.0.
+    Hospital B saw 0, 10: mean 5, unbiased variance 50, so mean 0.5, variance 0.9 + 5 = 5.9.
+    Weighted 3 : 1: mean (3 * 0.2 + 0.5) / 4 = 0.275, variance (3 * 1.0 + 5.9) / 4 = 2.225.
+    Unweighted it would be 0.35 and 3.45; averaging parameters alone would leave 0.2 and 1.0.
+    """
+    found = []
+    for seen in ([1.0, 2.0, 3.0], [0.0, 10.0]):
+        layer = nn.BatchNorm1d(1)
+        layer(torch.tensor(seen)[:, None])
+        found.append(layer.state_dict())
+    found[1]["num_batches_tracked"] += 4
+    averaged = aggregate(zip(found, (3, 1), strict=True))
+    assert averaged["running_mean"].item() == pytest.approx(0.275)
+    assert averaged["running_var"].item() == pytest.approx(2.225)
+    assert averaged["num_batches_tracked"].item() == 1, "the first client's count"
+    assert averaged["num_batches_tracked"].dtype == torch.int64
+    assert list(averaged) == list(found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_average_keeps_its_dtype_and_one_client_gives_its_own_bits(dtype):
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values[0] = -0.0
+    values += (values.double() * 1e-9).to(dtype)  # bits that float32 has not
+    state = {"w": values, "count": torch.tensor(5)}
+    averaged = aggregate([(state, 49)])
+    assert averaged["w"].dtype == dtype
+    assert equal(averaged, state)
+    # And it is a copy: the client trains on.
+    assert averaged["w"].data_ptr() != values.data_ptr()
+    assert aggregate([(state, 49), ({**state, "w": 3 * values}, 1)])["w"].dtype == dtype
+
+
+def test_the_sum_runs_in_double_precision():
+    """In float32, 2^24 + 1 is 2^24: the third client would not be heard."""
+    clients = [({"w": torch.tensor([v])}, 1) for v in (2.0**24, 1.0, 1.0, -(2.0**24))]
+    assert aggregate(clients)["w"].item() == 0.5
+
+
+def test_the_same_clients_in_the_same_order_give_the_same_bytes():
+    clients = [(models.build("micro", seed=k).state_dict(), 3 * k + 1) for k in range(5)]
+    assert equal(aggregate(clients), aggregate(iter(clients)))
+
+
+def test_clients_are_asked_one_at_a_time_and_let_go():
+    """A round with many clients needs the memory of one client's state, the running sum and a copy."""
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def client(k: int) -> tuple[states.State, int]:
+        nonlocal most
+        most = max(most, sum(ref() is not None for ref in alive))
+        tensor = torch.full((4,), float(k) if k != 3 else torch.nan)
+        alive.append(weakref.ref(tensor))
+        return {"w": tensor}, k + 1
+
+    with pytest.warns(UserWarning, match="update 3 is not finite"):
+        aggregate(client(k) for k in range(6))
+    assert len(alive) == 6
+    assert most == 0, "when a client begins, no other client's state is held"
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_client_that_is_not_finite_is_left_out_with_a_warning(bad):
+    good = [
+        ({"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(1)}, 1),
+        ({"w": torch.tensor([5.0, 6.0]), "n": torch.tensor(2)}, 3),
+    ]
+    diverged = {"w": torch.tensor([0.0, bad]), "n": torch.tensor(0)}
+    for place in range(3):
+        clients = [*good[:place], (diverged, 100), *good[place:]]
+        with pytest.warns(UserWarning, match=f"update {place} is not finite"):
+            averaged = aggregate(clients)
+        assert averaged["w"].tolist() == [4.0, 5.0]
+        assert averaged["n"].item() == 1
+
+
+def test_a_round_without_a_valid_client_stops_the_run():
+    with (
+        pytest.warns(match="not finite"),
+        pytest.raises(RuntimeError, match="no client gave a finite update"),
+    ):
+        aggregate([({"w": torch.tensor([torch.nan])}, 1)] * 2)
+    with pytest.raises(RuntimeError, match="nothing to average"):
+        aggregate([])
+
+
+@pytest.mark.parametrize(
+    ("other", "num_examples", "message"),
+    [
+        ({"v": torch.zeros(2)}, 1, "update 1 has other tensors"),
+        ({"w": torch.zeros(1)}, 1, "update 1 has other tensors"),  # would broadcast
+        ({"w": torch.zeros(2), "v": torch.zeros(2)}, 1, "update 1 has other tensors"),
+        ({"w": torch.zeros(2)}, 0, "update 1 comes from 0 images"),
+        ({"w": torch.zeros(2)}, -3, "update 1 comes from -3 images"),
+    ],
+)
+def test_what_cannot_be_averaged_is_refused(other, num_examples, message):
+    with pytest.raises(ValueError, match=message):
+        aggregate([({"w": torch.zeros(2)}, 1), (other, num_examples)])
+
+
+# ------------------------------------------------------------------------------------------ Eq. 2
+
+
+@pytest.mark.parametrize("optimizer_state", ["keep", "reset"])
+@pytest.mark.parametrize("student", ["micro", "tiny_unet"])
+def test_one_client_is_plain_training(tmp_path, student, optimizer_state):
+    """No average changes anything: R rounds of E epochs are R * E epochs of one PyTorch loop, bit by bit."""
+    cohort, rounds, epochs = a_cohort(), 2, 2
+    cfg = settings(num_rounds=rounds, local_epochs=epochs, optimizer_state=optimizer_state, seed=5)
+    everything = torch.arange(8)
+    server = run(serve(tmp_path, parts=[everything], student=student, cfg=cfg))
+
+    model = models.build(student, seed=0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=cfg.learning_rate, fused=True)
+    for number in range(1, rounds + 1):
+        if optimizer_state == "reset":
+            optimizer = torch.optim.Adam(model.parameters(), lr=cfg.learning_rate, fused=True)
+        for epoch in range(epochs):
+            model.train()
+            rng = train.generator(5, 0, number, epoch)
+            for images, masks, _ in train.batches(
+                train.Examples(cohort.images, cohort.masks, everything), cfg.batch_size, rng
+            ):
+                optimizer.zero_grad()
+                train.LOSSES["dice"](model(images), masks, None).backward()
+                optimizer.step()
+    assert equal(server.state, model.state_dict())
+
+
+def test_the_scores_are_those_of_the_global_state(tmp_path):
+    server, cohort = run(serve(tmp_path)), a_cohort()
+    model = models.build("micro")
+    model.load_state_dict(server.state)
+    model.eval()
+    with torch.no_grad():
+        probabilities = model(cohort.images[TEST].float() / 255).sigmoid()
+    last = server.history[-1]
+    assert last["dice"] == pytest.approx(metrics.dice(probabilities > 0.5, cohort.masks[TEST]).mean().item())
+    shown = server.per_image(cohort, TEST)
+    assert shown.columns.tolist() == [
+        *("arm", "init", "split", "seed", "client", "image_id", "patient_id", "site", "age"),
+        *("dice", "iou", "hd95", "assd"),
+    ]
+    assert shown.image_id.tolist() == ["image10", "image11"]
+    assert shown.dice.mean() == pytest.approx(last["dice"])
+
+
+def seen_batches(monkeypatch) -> list[tuple]:
+    """Records what `train.batches` gives from now on."""
+    seen: list[tuple] = []
+    batches = train.batches
+
+    def recorded(*args, **options):
+        for images, masks, extra in batches(*args, **options):
+            seen.append((states.tensor_digest(images), states.tensor_digest(masks)))
+            yield images, masks, extra
+
+    monkeypatch.setattr(train, "batches", recorded)
+    return seen
+
+
+def test_all_starts_see_the_same_batches(tmp_path, monkeypatch):
+    """The arms are paired: what a client sees in a round does not depend on where the weights began."""
+    seen = seen_batches(monkeypatch)
+    found = []
+    for name, seed in (("random", 0), ("fm", 1)):
+        server = run(serve(tmp_path, initial=an_initial(seed=seed, name=name)))
+        found.append((server.state, tuple(seen)))
+        seen.clear()
+    assert not equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert len(set(found[0][1])) == len(found[0][1]) == 3 * (1 + 2), "and no two batches are alike"
+
+
+def test_a_client_alone_sees_what_it_sees_in_the_federation(tmp_path, monkeypatch):
+    seen = seen_batches(monkeypatch)
+    run(serve(tmp_path))
+    together = seen.copy()
+    seen.clear()
+    clients = federate.clients_of(a_cohort(), PARTS)
+    run(serve(tmp_path, clients={1: clients[1]}, arm="standalone"))
+    assert seen == [batch for number in range(3) for batch in together[3 * number + 1 : 3 * number + 3]]
+
+
+def test_the_arms_without_a_server_keep_their_optimizer(tmp_path):
+    """Centralised training is one long run: a new Adam each round would be a handicap for no reason."""
+    cohort = a_cohort()
+    everything = federate.pooled(cohort, torch.arange(8))
+    server = run(
+        serve(tmp_path, clients=everything, arm="centralised", cfg=settings(optimizer_state="reset"))
+    )
+    assert list(everything) == [POOLED]
+    assert (server.split, server.client, server.cfg.optimizer_state) == ("pooled", -1, "keep")
+    assert server.optimizers[POOLED]
+
+
+def test_a_client_that_diverged_comes_back_in_the_next_round(tmp_path, monkeypatch):
+    """Kept moments that are not finite would spoil all its later rounds too."""
+    fit = train.fit
+
+    def diverge(model, examples, *args, key, optimizer, **options):
+        fitted = fit(model, examples, *args, key=key, optimizer=optimizer, **options)
+        if key[1:] == (1, 2):  # client 1 in round 2
+            for parameter in model.parameters():
+                parameter.data.fill_(torch.nan)
+                optimizer.state[parameter]["exp_avg"].fill_(torch.nan)
+        return fitted
+
+    monkeypatch.setattr(train, "fit", diverge)
+    with pytest.warns(UserWarning, match="update 1 is not finite") as caught:
+        server = run(serve(tmp_path, cfg=settings(optimizer_state="keep")))
+    assert sum("not finite" in str(warning.message) for warning in caught) == 1, "in round 2 alone"
+    assert all(value.isfinite().all() for value in server.state.values())
+
+
+# ------------------------------------------------------------------------------------------ history
+
+
+def test_the_history_counts_bytes_images_and_the_cost_of_the_start(tmp_path):
+    server = run(serve(tmp_path, cfg=settings(local_epochs=2)))
+    table = pd.DataFrame(server.history)
+    weight = models.num_bytes(server.state)
+    assert table["round"].tolist() == [0, 1, 2, 3]
+    assert table.images_seen.tolist() == [6, 26, 46, 66], (
+        "6 for the start, then 2 epochs of 10 images a round"
+    )
+    assert table.bytes_up.tolist() == table.bytes_down.tolist() == [0, 2 * weight, 4 * weight, 6 * weight]
+    assert table.seconds.iloc[0] == 1.5
+    assert table.seconds.is_monotonic_increasing
+    assert set(table.arm) == {"federated"}
+
+
+def test_without_a_server_nothing_is_sent(tmp_path):
+    clients = federate.clients_of(a_cohort(), PARTS)
+    server = run(serve(tmp_path, clients={1: clients[1]}, arm="standalone"))
+    assert {row["bytes_up"] for row in server.history} == {0}
+    assert server.client == 1
+
+
+@pytest.mark.parametrize(("every", "scored"), [(1, [0, 1, 2, 3]), (2, [0, 2, 3]), (50, [0, 3])])
+def test_the_last_round_is_always_scored(tmp_path, every, scored):
+    server = run(serve(tmp_path, cfg=settings(score_every=every)))
+    assert [row["round"] for row in server.history] == scored
+
+
+def test_standalone_clients_become_one_row_a_round(tmp_path):
+    """Scores are means over the clients, costs are sums."""
+    clients = federate.clients_of(a_cohort(), PARTS)
+    alone = [run(serve(tmp_path, clients={k: clients[k]}, arm="standalone")) for k in clients]
+    table = federate.results([run(serve(tmp_path)), *alone])
+    assert len(table) == 4 + 4
+    row = table[(table.arm == "standalone") & (table["round"] == 3)].iloc[0]
+    last = [server.history[-1] for server in alone]
+    assert row.dice == pytest.approx((last[0]["dice"] + last[1]["dice"]) / 2)
+    assert row.images_seen == 2 * 6 + 3 * 3 + 3 * 7
+    assert row.seconds == pytest.approx(last[0]["seconds"] + last[1]["seconds"])
+    federated = table[table.arm == "federated"]
+    assert federated["round"].tolist() == [0, 1, 2, 3]
+
+
+def test_results_of_a_run_that_has_not_ended_are_refused(tmp_path):
+    with pytest.raises(UserError, match="federated-age-random-seed0 stands at round 1 of 3"):
+        federate.results([run(serve(tmp_path), rounds=1)])
+
+
+# ------------------------------------------------------------------------------------------ resuming
+
+
+@pytest.mark.parametrize("optimizer_state", ["reset", "keep"])
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_stopped_run_ends_in_the_same_bytes(tmp_path, optimizer_state, stop):
+    cfg = settings(optimizer_state=optimizer_state)
+    undisturbed = run(serve(tmp_path / "a", cfg=cfg))
+    run(serve(tmp_path / "b", cfg=cfg), rounds=stop)
+    resumed = serve(tmp_path / "b", cfg=cfg)
+    assert resumed.round_number == stop
+    assert len(resumed.history) == stop + 1
+    run(resumed)
+    assert equal(resumed.state, undisturbed.state)
+    assert equal(states.read_state(resumed.file)[0], undisturbed.state)
+    pd.testing.assert_frame_equal(without_seconds(resumed), without_seconds(undisturbed), check_exact=True)
+    seconds = [row["seconds"] for row in resumed.history]
+    assert seconds == sorted(seconds)
+
+
+def test_kept_moments_go_back_to_their_own_weights(tmp_path):
+    """Checkpoints hold rows, the student's convolutions are channels last: same numbers, another layout."""
+    cfg = settings(optimizer_state="keep")
+    running = run(serve(tmp_path, cfg=cfg), rounds=1)
+    resumed = serve(tmp_path, cfg=cfg)
+    assert resumed.optimizers.keys() == running.optimizers.keys() == {0, 1}
+    for number, held in running.optimizers.items():
+        assert equal(resumed.optimizers[number], held)
+    optimizer = train.adam(resumed.model, 1e-2)
+    federate._load_moments(optimizer, resumed.optimizers[0])
+    for parameter in resumed.model.parameters():
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert optimizer.state[parameter][name].stride() == parameter.stride()
+
+
+def test_a_finished_run_is_read_and_not_done_again(tmp_path, monkeypatch):
+    done = run(serve(tmp_path))
+    monkeypatch.setattr(train, "fit", None)
+    found = run(serve(tmp_path))
+    assert found.round_number == 3
+    assert found.history == done.history
+    assert equal(found.state, done.state)
+    tensors, _ = states.read_state(done.file)
+    assert tensors.keys() == done.state.keys(), "the last file holds the model alone"
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "one bit", "text", "removed"])
+def test_a_damaged_checkpoint_means_a_new_start(tmp_path, damage):
+    undisturbed = run(serve(tmp_path / "a"))
+    stopped = run(serve(tmp_path), rounds=2)
+    whole = stopped.file.read_bytes()
+    contents = {
+        "cut": whole[: len(whole) // 2],
+        "empty": b"",
+        "one bit": whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:],
+        "text": b"<!DOCTYPE html><html></html>",
+    }
+    if damage == "removed":
+        stopped.file.unlink()
+    else:
+        stopped.file.write_bytes(contents[damage])
+    again = serve(tmp_path)
+    assert again.round_number == 0
+    assert equal(run(again).state, undisturbed.state)
+
+
+CHANGES = {
+    "a setting": lambda: {"cfg": settings(learning_rate=1e-3)},
+    "more rounds": lambda: {"cfg": settings(num_rounds=4)},
+    "another start": lambda: {"initial": an_initial(seed=9)},
+    "other images": lambda: {"cohort": dataclasses.replace(a_cohort(), fingerprint="another")},
+    "other owners": lambda: {"parts": [PARTS[0], PARTS[1][:-1]]},
+    "other test images": lambda: {"test": torch.tensor([10])},
+    "precision": lambda: {"precision": "bfloat16"},
+    "nothing": lambda: {},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_goes_on_only_where_nothing_has_changed(tmp_path, change):
+    stopped = run(serve(tmp_path), rounds=1)
+    again = serve(tmp_path, **CHANGES[change]())
+    assert again.file == stopped.file
+    assert again.round_number == (1 if change == "nothing" else 0)
+
+
+def test_which_other_arms_are_run_does_not_matter(tmp_path):
+    run(serve(tmp_path), rounds=1)
+    assert serve(tmp_path, cfg=settings(arms="federated", inits="random")).round_number == 1
+
+
+def test_one_centralised_run_serves_all_splits(tmp_path):
+    clients = federate.pooled(a_cohort(), torch.arange(8))
+    run(serve(tmp_path, clients=clients, arm="centralised"), rounds=2)
+    for split in ("iid", "quantity"):
+        again = serve(tmp_path, clients=clients, arm="centralised", cfg=settings(split=split, num_clients=5))
+        assert again.round_number == 2
+
+
+def test_every_run_has_a_file_of_its_own(tmp_path):
+    cohort = a_cohort()
+    clients = federate.clients_of(cohort, PARTS)
+    files = [
+        serve(tmp_path).file,
+        serve(tmp_path, initial=an_initial(name="fm")).file,
+        serve(tmp_path, cfg=settings(seed=1)).file,
+        serve(tmp_path, cfg=settings(split="iid")).file,
+        serve(tmp_path, clients=federate.pooled(cohort, torch.arange(8)), arm="centralised").file,
+        *(serve(tmp_path, clients={k: clients[k]}, arm="standalone").file for k in clients),
+    ]
+    assert max(collections.Counter(files).values()) == 1
+    assert not any(file.exists() for file in files), "nothing is written before a round is finished"

@@ -1,0 +1,493 @@
+"""What runs, in which order, with which parameters, once; and what is kept when something fails."""
+
+import hashlib
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import nbformat
+import pytest
+from matplotlib import pyplot
+
+from fmfl import config, data, grid, paths, states, study, teacher
+from fmfl.errors import UserError
+
+ORDER = ["01_data", "02_teacher", "03_distill", "04_federate", "05_analysis"]
+SPLITS = ["iid", "age", "quantity"]
+
+
+def settings(folder: Path, **given) -> config.Settings:
+    """The smallest study, with results in a folder."""
+    tiny = {"size": 32, "num_phantoms": 40, "num_rounds": 2, "proxy_epochs": 1, "student": "tiny_unet"}
+    return config.settings(tiny | {"run_name": folder, "inits": "random,fm"} | given)
+
+
+# ------------------------------------------------------------------------------------------ the plan
+
+
+def test_cells_stand_in_an_order_in_which_they_can_run(tmp_path):
+    cells = grid.plan(settings(tmp_path), [0, 1], SPLITS)
+    assert [cell.name for cell in cells] == [
+        "01_data",
+        "02_teacher",
+        "03_distill-seed0",
+        "04_federate-iid-seed0",
+        "04_federate-age-seed0",
+        "04_federate-quantity-seed0",
+        "03_distill-seed1",
+        "04_federate-iid-seed1",
+        "04_federate-age-seed1",
+        "04_federate-quantity-seed1",
+        "05_analysis",
+    ]
+    for number, cell in enumerate(cells):
+        assert set(cell.needs) <= {before.name for before in cells[:number]}
+    assert set(cells[-1].needs) == {cell.name for cell in cells[:-1]}
+
+
+@pytest.mark.parametrize(
+    ("splits", "reference"), [(SPLITS, "age"), (["quantity", "iid"], "quantity"), (["iid"], "iid")]
+)
+def test_the_comparisons_of_table_1_are_trained_once_a_seed(tmp_path, splits, reference):
+    """Under the reference split, age, or the first one where age is not asked for."""
+    cells = [c for c in grid.plan(settings(tmp_path), [3, 4], splits) if c.notebook == "04_federate"]
+    arms = {(c.cfg.federate.seed, c.cfg.federate.split): c.cfg.federate.arms for c in cells}
+    assert arms == {
+        (seed, split): "federated,centralised,standalone" if split == reference else "federated"
+        for seed in (3, 4)
+        for split in splits
+    }
+
+
+def test_a_split_without_an_arm_is_no_cell(tmp_path):
+    cells = grid.plan(settings(tmp_path, arms="standalone"), [0], SPLITS)
+    assert [c.name for c in cells if c.notebook == "04_federate"] == ["04_federate-age-seed0"]
+
+
+def test_rounds_are_counted(tmp_path):
+    """Two starts, and under age the pooled run and the standalone clients, which together are one run."""
+    cells = grid.plan(settings(tmp_path, num_rounds=10), [0], ["iid", "age"])
+    assert {c.name: c.rounds for c in cells if c.rounds} == {
+        "04_federate-iid-seed0": 20,
+        "04_federate-age-seed0": 40,
+    }
+
+
+def test_a_cell_gets_the_settings_it_depends_on_and_no_others(tmp_path):
+    cells = {c.notebook: c.parameters for c in grid.plan(settings(tmp_path), [0], ["age"])}
+    stages = {name: {n for n, s in config.stage_of().items() if s == name} for name in config.STAGES}
+    where = {"run_name", "device"}
+    client = {"num_clients", "age_strength", "quantity_ratio"}
+    assert set(cells["01_data"]) == where | stages["data"] | client | {"seed"}
+    assert set(cells["02_teacher"]) == where | stages["data"] | stages["teacher"] | {"student"}
+    assert set(cells["03_distill"]) == (
+        where | stages["data"] | stages["teacher"] | stages["distill"]
+        | {"precision", "inits", "batch_size", "augmentation", "seed"}
+    )  # fmt: skip
+    everything = set().union(*stages.values())
+    assert set(cells["04_federate"]) == everything - stages["analysis"]
+    assert set(cells["05_analysis"]) == everything
+
+
+def test_every_injected_value_is_accepted(tmp_path):
+    for cell in grid.plan(settings(tmp_path), [0, 7], SPLITS):
+        assert {k: config.checked(k, v) for k, v in cell.parameters.items()} == cell.parameters
+
+
+def test_seed_and_split_reach_their_cells(tmp_path):
+    cells = grid.plan(settings(tmp_path), [5, 6], ["iid", "age"])
+    asked = {c.name: (c.parameters.get("seed"), c.parameters.get("split")) for c in cells}
+    assert asked == {
+        "01_data": (5, None),  # shows the first seed's clients
+        "02_teacher": (None, None),
+        "03_distill-seed5": (5, None),
+        "04_federate-iid-seed5": (5, "iid"),
+        "04_federate-age-seed5": (5, "age"),
+        "03_distill-seed6": (6, None),
+        "04_federate-iid-seed6": (6, "iid"),
+        "04_federate-age-seed6": (6, "age"),
+        "05_analysis": (5, "age"),
+    }
+
+
+# ------------------------------------------------------------------------------------------ before it begins
+
+
+def test_the_check_knows_the_images_and_the_weights_by_their_bytes(tmp_path):
+    """And writes nothing: what it finds wrong, tests/test_cli.py has."""
+    found = grid.check(grid.plan(settings(tmp_path / "run"), [0, 1], SPLITS))
+    assert found == {
+        "data": data.load("phantom", size=32, num_phantoms=40).fingerprint,
+        "teacher": hashlib.sha256(teacher.BUILTIN_WEIGHTS.read_bytes()).hexdigest(),
+    }
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------ what runs
+# With notebooks that only leave the files of the real ones, so that a study takes milliseconds.
+
+SETUP = """
+from fmfl import config, grid, study
+cfg = config.from_notebook(globals())
+def leave(*names):
+    for name in names:
+        file = cfg.run_dir / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("left behind")
+"""
+LEAVE = {
+    "01_data": """
+study.save(cfg, "01_data", {})
+leave("figures/ages.png")
+""",
+    "02_teacher": """
+study.save(cfg, "02_teacher", {})
+""",
+    "03_distill": """
+study.save(cfg, "03_distill", {})
+inits = config.several(cfg.federate.inits)
+leave(*(f"weights/init-{init}-seed{cfg.federate.seed}.safetensors" for init in inits))
+""",
+    "04_federate": """
+folder = study.save(cfg, "04_federate", {}).relative_to(cfg.run_dir)
+leave(folder / "results.csv", folder / "per_image.csv")
+leave(*(f"weights/{name}.safetensors" for name in grid._runs(cfg)))
+""",
+    "05_analysis": """
+study.save(cfg, "05_analysis", {})
+leave(*grid.FILES, "figures/fig2.png", "figures/fig3.png")
+""",
+}
+
+
+class Notebooks:
+    """Notebooks in a folder of the test's own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ORDER:
+            self.write(name, LEAVE[name])
+
+    def write(self, name: str, last_cell: str, text: str = "Some text.") -> None:
+        cells = [
+            nbformat.v4.new_markdown_cell(text, id="text"),
+            nbformat.v4.new_code_cell(
+                "# Parameters: none\nseed = 0", id="parameters", metadata={"tags": ["parameters"]}
+            ),
+            nbformat.v4.new_code_cell(SETUP, id="setup"),
+            nbformat.v4.new_code_cell(last_cell, id="last"),
+        ]
+        python = {"language_info": {"name": "python"}}
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=python), self.folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    monkeypatch.setattr(paths, "NOTEBOOKS", folder)
+    monkeypatch.setattr(grid, "check", lambda cells: {"data": "these images", "teacher": "these weights"})
+    monkeypatch.setattr(study, "commit", lambda: "")  # git takes longer than all the rest
+    return Notebooks(folder)
+
+
+def run(cfg, seeds=(0,), splits=("iid", "age"), **options) -> list[str]:
+    """Names of the cells that ran."""
+    said = []
+    ran, done = grid.run(
+        grid.plan(cfg, list(seeds), list(splits)),
+        **{"plain": True, "progress": False} | options,
+        say=said.append,
+    )
+    assert ran == len(said) and ran + done == 3 + len(seeds) * (1 + len(splits))
+    return [line.split(":")[0] for line in said]
+
+
+ALL = [
+    "01_data",
+    "02_teacher",
+    "03_distill-seed0",
+    "04_federate-iid-seed0",
+    "04_federate-age-seed0",
+    "05_analysis",
+]
+FEDERATE = ["04_federate-iid-seed0", "04_federate-age-seed0"]
+
+
+def test_what_is_done_is_not_done_again(tmp_path, notebooks):
+    cfg = settings(tmp_path / "run")
+    assert run(cfg) == ALL
+    assert run(cfg) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [
+        ({"device": "cpu"}, []),
+        ({"target_dice": 0.8}, ["05_analysis"]),
+        ({"num_rounds": 3}, [*FEDERATE, "05_analysis"]),
+        ({"learning_rate": 0.1}, [*FEDERATE, "05_analysis"]),
+        ({"alpha": 0.5}, ["03_distill-seed0", *FEDERATE, "05_analysis"]),
+        ({"jitter_pixels": 6.0}, ["02_teacher", "03_distill-seed0", *FEDERATE, "05_analysis"]),
+        ({"num_clients": 4}, ["01_data", *FEDERATE, "05_analysis"]),
+        ({"phantom_seed": 1}, ALL),
+    ],
+)
+def test_a_changed_setting_runs_what_depends_on_it(tmp_path, notebooks, changed, again):
+    run(settings(tmp_path / "run"))
+    assert run(settings(tmp_path / "run", **changed)) == again
+    assert run(settings(tmp_path / "run", **changed)) == []
+
+
+def test_another_seed_or_split_runs_its_own_cells(tmp_path, notebooks):
+    cfg = settings(tmp_path / "run")
+    run(cfg)
+    assert run(cfg, seeds=(0, 1)) == [
+        "03_distill-seed1",
+        "04_federate-iid-seed1",
+        "04_federate-age-seed1",
+        "05_analysis",
+    ]
+    assert run(cfg, seeds=(0, 1), splits=("iid", "age", "site")) == [
+        "04_federate-site-seed0",
+        "04_federate-site-seed1",
+        "05_analysis",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "again"),
+    [
+        ({"data": "one image more", "teacher": "these weights"}, ALL),
+        ({"data": "these images", "teacher": "other weights"}, ALL[1:]),
+    ],
+)
+def test_other_images_or_weights_under_the_same_name_are_noticed(
+    tmp_path, notebooks, monkeypatch, inputs, again
+):
+    cfg = settings(tmp_path / "run")
+    run(cfg)
+    monkeypatch.setattr(grid, "check", lambda cells: inputs)
+    assert run(cfg) == again
+
+
+def test_changed_code_of_a_notebook_runs_it_and_what_continues_it(tmp_path, notebooks):
+    cfg = settings(tmp_path / "run")
+    run(cfg)
+    notebooks.write("03_distill", LEAVE["03_distill"] + "\n1 + 1")
+    assert run(cfg) == ["03_distill-seed0", *FEDERATE, "05_analysis"]
+    notebooks.write("05_analysis", LEAVE["05_analysis"] + "\n1 + 1")
+    assert run(cfg) == ["05_analysis"]
+
+
+def test_changed_text_and_outputs_of_a_notebook_run_nothing(tmp_path, notebooks):
+    cfg = settings(tmp_path / "run")
+    run(cfg)
+    notebooks.write("02_teacher", LEAVE["02_teacher"], text="A better explanation.")
+    file = notebooks.folder / "02_teacher.ipynb"
+    content = nbformat.read(file, as_version=4)
+    content.cells[-1].outputs = [nbformat.v4.new_output("stream", text="an output")]
+    nbformat.write(content, file)
+    assert run(cfg) == []
+
+
+def test_changed_code_of_the_package_runs_everything(tmp_path, notebooks, monkeypatch):
+    cfg = settings(tmp_path / "run")
+    run(cfg)
+    monkeypatch.setattr(states, "code_digest", lambda files: "other code")
+    assert run(cfg) == ALL
+
+
+def test_the_code_that_no_number_depends_on_is_left_out(tmp_path, notebooks, monkeypatch):
+    seen = []
+    monkeypatch.setattr(states, "code_digest", lambda files: seen.append(files) or "code")
+    run(settings(tmp_path / "run"))
+    every = {file.name for file in paths.PACKAGE.glob("*.py")}
+    assert every - set(seen[0]) == {"cli.py", "grid.py", "teacher_training.py"}
+
+
+@pytest.mark.parametrize(
+    ("file", "again"),
+    [
+        ("cells/02_teacher/cell.json", "02_teacher"),
+        ("cells/02_teacher/done.json", "02_teacher"),
+        ("notebooks/02_teacher.ipynb", "02_teacher"),
+        ("figures/ages.png", "01_data"),
+        ("weights/init-fm-seed0.safetensors", "03_distill-seed0"),
+        ("cells/04_federate-iid-seed0/per_image.csv", "04_federate-iid-seed0"),
+        ("weights/federated-iid-fm-seed0.safetensors", "04_federate-iid-seed0"),
+        ("weights/centralised-pooled-random-seed0.safetensors", "04_federate-age-seed0"),
+        ("weights/standalone-age-random-seed0-client2.safetensors", "04_federate-age-seed0"),
+        ("report.html", "05_analysis"),
+        ("table1.csv", "05_analysis"),
+        ("figures/fig3.png", "05_analysis"),
+    ],
+)
+def test_a_result_that_is_gone_is_made_again_by_its_cell_alone(tmp_path, notebooks, file, again):
+    cfg = settings(tmp_path / "run")
+    run(cfg)
+    (cfg.run_dir / file).unlink()
+    assert run(cfg) == [again]
+    assert (cfg.run_dir / file).exists()
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '"x"', '{"fingerprint": "another"}'])
+def test_a_damaged_record_is_no_record(tmp_path, notebooks, damage):
+    cfg = settings(tmp_path / "run")
+    run(cfg)
+    (cfg.run_dir / "cells" / "01_data" / "done.json").write_text(damage)
+    assert run(cfg) == ["01_data"]
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path, notebooks):
+    cfg = settings(tmp_path / "run")
+    run(cfg)
+    before = sorted(cfg.run_dir.rglob("*"))
+    for name in (
+        "weights/.federated-iid-fm-seed0.safetensors.4711",
+        ".results.csv.12",
+        "figures/.fig2.png.12",
+    ):
+        (cfg.run_dir / name).write_text("half of")
+    theirs = cfg.run_dir / "theirs"
+    theirs.mkdir()
+    kept = [cfg.run_dir / ".nobackup", cfg.run_dir / ".notes.2024", theirs / ".table.csv.12"]
+    for file in kept:
+        file.touch()
+    assert run(cfg) == []
+    assert sorted(cfg.run_dir.rglob("*")) == sorted([*before, theirs, *kept])
+
+
+def test_what_another_run_began_to_overwrite_is_not_done(tmp_path, notebooks):
+    """Run with one setting, fail with a second one after its first files, come back to the first."""
+    fails = "assert cfg.federate.learning_rate != 0.5, 'diverged'"
+    notebooks.write("04_federate", LEAVE["04_federate"] + fails)
+    run(settings(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"04_federate-iid-seed0 failed with AssertionError: diverged"):
+        run(settings(tmp_path / "run", learning_rate=0.5))
+    assert run(settings(tmp_path / "run")) == ["04_federate-iid-seed0"]
+
+
+def test_a_notebook_that_leaves_less_than_it_should_is_not_done(tmp_path, notebooks):
+    cfg = settings(tmp_path / "run")
+    notebooks.write("03_distill", "study.save(cfg, '03_distill', {})")
+    with pytest.raises(UserError, match=r"03_distill-seed0\.ipynb ran but left no weights/init-random-seed0"):
+        run(cfg)
+    assert not (cfg.run_dir / "cells" / "03_distill-seed0" / "done.json").exists()
+
+
+def test_the_bar_counts_rounds_in_whole_numbers(tmp_path, notebooks, monkeypatch, capsys):
+    """Of six runs of two rounds: one ended, a pooled one and one of three standalone clients half way."""
+    cfg = settings(tmp_path / "run")
+    cells = grid.plan(cfg, [0], ["iid", "age"])
+    rounds = {
+        "federated-iid-fm-seed0": 2,
+        "centralised-pooled-random-seed0": 1,
+        "standalone-age-random-seed0-client0": 1,
+    }
+    monkeypatch.setattr(states, "read_record", lambda file: {"round_number": rounds.get(file.stem, 0)})
+    assert grid._rounds_done(cells) == 3
+    rounds |= {f"standalone-age-random-seed0-client{k}": 2 for k in range(3)}
+    assert grid._rounds_done(cells) == 5
+    run(cfg, progress=True)
+    assert "5/12" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ when it fails
+
+
+def executed(cfg, name) -> nbformat.NotebookNode:
+    """An executed notebook, valid and without anything that a later Jupyter will refuse."""
+    with warnings.catch_warnings(action="error"):
+        found = nbformat.read(cfg.run_dir / "notebooks" / f"{name}.ipynb", as_version=4)
+        nbformat.validate(found)
+    return found
+
+
+def hidden(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob(".*") if file.is_file()]
+
+
+@pytest.mark.parametrize("plain", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_notebook_that_fails_is_named_with_its_outputs(tmp_path, notebooks, plain):
+    cfg = settings(tmp_path / "run")
+    notebooks.write("02_teacher", "print('so far')\nx = 1 / 0\nprint('never')")
+    with pytest.raises(UserError) as caught:
+        run(cfg, plain=plain)
+    sentence, output = str(caught.value), cfg.run_dir / "notebooks" / "02_teacher.ipynb"
+    assert "notebook 02_teacher failed with ZeroDivisionError: division by zero" in sentence
+    assert str(output) in sentence and "\n" not in sentence
+    outputs = [out for cell in executed(cfg, "02_teacher").cells for out in cell.get("outputs", [])]
+    assert any("so far" in out.get("text", "") for out in outputs)
+    (error,) = [out for out in outputs if out.output_type == "error"]
+    assert error.ename == "ZeroDivisionError" and "division by zero" in "".join(error.traceback)
+    assert not (cfg.run_dir / "cells" / "02_teacher").exists()
+    assert not (cfg.run_dir / "cells" / "03_distill-seed0").exists()
+    assert hidden(cfg.run_dir) == []
+
+    notebooks.write("02_teacher", LEAVE["02_teacher"])
+    assert run(cfg) == ALL[1:]  # it goes on where it failed
+
+
+def test_a_persons_mistake_in_a_notebook_is_its_sentence_alone(tmp_path, notebooks):
+    """By papermill too: tests/test_notebooks.py."""
+    notebooks.write("01_data", "from fmfl.errors import UserError\nraise UserError('mend this file')")
+    with pytest.raises(UserError, match=r"^mend this file$"):
+        run(settings(tmp_path / "run"))
+
+
+def test_without_the_studys_bar_there_are_no_bars_at_all(tmp_path, notebooks, monkeypatch):
+    """And afterwards the environment is what it was."""
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    seen = "assert not study.show_bars()"
+    notebooks.write("01_data", LEAVE["01_data"] + seen)
+    run(settings(tmp_path / "run"), progress=False)
+    assert study.show_bars()
+    monkeypatch.setenv("TQDM_DISABLE", "yes")
+    run(settings(tmp_path / "other"), progress=False)
+    assert os.environ["TQDM_DISABLE"] == "yes"
+
+
+@pytest.mark.slow
+def test_a_kernel_that_dies_is_one_sentence(tmp_path, notebooks):
+    """As when the system ends it because memory is short."""
+    cfg = settings(tmp_path / "run")
+    notebooks.write("01_data", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(UserError, match=r"^notebook 01_data failed with DeadKernelError: .*01_data.ipynb$"):
+        run(cfg, plain=False)
+    assert not list(cfg.run_dir.rglob("done.json"))
+
+
+def test_without_papermill_the_way_out_is_named(tmp_path, notebooks, monkeypatch):
+    monkeypatch.setitem(sys.modules, "papermill", None)
+    with pytest.raises(UserError, match="--plain"):
+        run(settings(tmp_path / "run"), plain=False)
+
+
+def test_plain_runs_the_same_cells_as_a_kernel_would(tmp_path, notebooks):
+    """A last expression is shown, `;` hides it, figures go to no window; names live on between cells."""
+    cfg = settings(tmp_path / "run")
+    notebooks.write("01_data", LEAVE["01_data"] + "print('printed')\n6 * 7")
+    figure = "from matplotlib import pyplot\npyplot.plot([1, 2])\n"
+    notebooks.write("02_teacher", LEAVE["02_teacher"] + figure + "6 * 7;")
+    run(cfg)
+    first, second = executed(cfg, "01_data"), executed(cfg, "02_teacher")
+    assert [out.text for out in first.cells[-1].outputs] == ["printed\n42\n"]
+    assert second.cells[-1].outputs == [] and pyplot.get_fignums() == []
+    (injected,) = [c for c in first.cells if "injected-parameters" in c.metadata.get("tags", [])]
+    names = {}
+    exec(injected.source, names)
+    wanted = grid.plan(cfg, [0], ["iid", "age"])[0].parameters
+    assert {name: names[name] for name in wanted} == wanted
+    assert first.cells.index(injected) == 2  # after the notebook's own parameters, before the set-up
+
+
+def test_results_can_be_written_to_a_new_folder_and_not_to_a_file(tmp_path):
+    grid.check_folder(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").touch()
+    for name in ("file", "file/below"):
+        with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
+            grid.check_folder(tmp_path / name)

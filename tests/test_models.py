@@ -1,0 +1,102 @@
+"""Students: their shapes, their seeds, and what they weigh, counted by hand."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fmfl import models, states
+from fmfl.errors import UserError
+
+SLOW = {"resnet18_unet", "resnet34_unet", "unet"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in models.STUDENTS],
+)
+def test_a_student_gives_one_logit_a_pixel(name):
+    model = models.build(name).eval()
+    images = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(images)
+    assert logits.shape == images.shape
+    assert logits.dtype == torch.float32
+    assert logits.min() < 0 or logits.max() > 1, "raw scores, no sigmoid"
+    assert logits[0].ne(logits[1]).any()
+
+
+def test_weights_depend_on_the_seed_alone():
+    digests = []
+    for seed in (3, 3, 4):
+        torch.rand(1)  # the global generator has moved on
+        digests.append(states.state_digest(models.build("tiny_unet", seed=seed).state_dict()))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_building_leaves_everybody_elses_random_numbers_alone():
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 (the global state is what this is about)
+    random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    models.build("tiny_unet", seed=1)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+    assert random.getstate() == before[2]
+
+
+def test_convolutions_are_channels_last():
+    weights = [p for p in models.build("tiny_unet").parameters() if p.ndim == 4]
+    assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+
+
+def test_an_unknown_student_is_named_with_the_known_ones():
+    with pytest.raises(UserError, match=r"'mobile-unet' is unknown: choose one of tiny_unet, mobile_unet"):
+        models.build("mobile-unet")
+
+
+def test_parameters_bytes_and_flops_of_a_small_network_by_hand():
+    """A 3 x 3 convolution from 2 to 4 channels with bias, then BatchNorm, on a 5 x 6 image.
+
+    Parameters: 4 * 2 * 3 * 3 weights + 4 biases + 4 scales + 4 shifts = 84. Buffers: 4 means, 4 variances,
+    one int64 count. Bytes: (84 + 8) * 4 + 8 = 376. A value that the convolution gives takes 2 * 3 * 3
+    multiplications and as many additions: 4 * 5 * 6 * 18 * 2 = 4,320 (bias and BatchNorm are not counted).
+    """
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4))
+    assert models.num_parameters(model) == 84
+    assert models.num_bytes(model.state_dict()) == 376
+    assert models.flops(model, torch.zeros(1, 2, 5, 6)) == 4320
+    assert models.flops(model, torch.zeros(3, 2, 5, 6)) == 3 * 4320
+
+
+def test_bytes_follow_the_dtype():
+    assert (
+        models.num_bytes({"a": torch.zeros(10, dtype=torch.float16), "b": torch.zeros((), dtype=int)}) == 28
+    )
+
+
+def test_counting_flops_changes_nothing():
+    model = models.build("tiny_unet")
+    before = models.copy_state(model)
+    models.flops(model, torch.ones(2, 1, 32, 32))
+    assert model.training, "it is left in the mode in which it was"
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_copied_state_does_not_follow_the_model():
+    model = nn.Linear(2, 1)
+    copied = models.copy_state(model)
+    kept = copied["weight"].clone()
+    with torch.no_grad():
+        model.weight.add_(1)
+    assert torch.equal(copied["weight"], kept)
+    assert not copied["weight"].requires_grad
+
+
+@pytest.mark.slow
+def test_students_are_ordered_by_size_and_the_papers_is_the_largest():
+    sizes = [models.num_parameters(models.build(name)) for name in models.STUDENTS]
+    assert sizes == sorted(sizes)
+    assert 30_900_000 < sizes[-1] < 31_300_000, "the U-Net of 2015 has 31 million parameters"

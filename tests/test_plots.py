@@ -1,0 +1,226 @@
+"""The figures show the numbers they are given, with units, and stand partial results."""
+
+import matplotlib
+
+matplotlib.use("agg")
+
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from fmfl import analysis, plots
+
+SPREAD = 0.01 * np.linspace(-3, 3, 12)  # of Dice over images
+
+
+@pytest.fixture(autouse=True)
+def _style():
+    plots.use_style()
+    yield
+    plt.close("all")
+
+
+def results(inits=analysis.INITS, splits=("iid", "age"), seeds=2, rounds=4, centralised=True):
+    """Dice that climbs from 40 % in equal steps; each later start ends 4 points higher, seed 1 one point."""
+    rows = []
+    cells = [("federated", init, split) for init in inits for split in splits]
+    for arm, init, split in cells + [("centralised", "random", "pooled")] * centralised:
+        final = 95 if arm == "centralised" else 80 + 4 * inits.index(init) - splits.index(split)
+        for seed in range(seeds):
+            for number in range(rounds + 1):
+                dice = 40 + (final - 40) * number / rounds + seed
+                rows.append((arm, init, split, seed, number, dice / 100))
+    return pd.DataFrame(rows, columns=["arm", "init", "split", "seed", "round", "dice"])
+
+
+def per_image(table):
+    """Scores of twelve images around each run's final Dice."""
+    names = {"image_id": [f"i{k}" for k in range(12)], "patient_id": [f"p{k}" for k in range(12)]}
+    frames = [
+        pd.DataFrame(names).assign(
+            arm=row.arm, init=row.init, split=row.split, seed=row.seed, dice=row.dice + SPREAD
+        )
+        for row in analysis.final(table).itertuples()
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def squares(number=6, size=32):
+    """Images and masks whose prediction is shifted more from image to image, so Dice falls."""
+    images = torch.randint(0, 256, (number, 1, size, size), dtype=torch.uint8)
+    masks = torch.zeros_like(images)
+    masks[..., 8:24, 8:20] = 1
+    predicted = torch.stack([torch.roll(mask, k, dims=-1) for k, mask in enumerate(masks)])
+    dice = 2 * (masks * predicted).sum((1, 2, 3)) / (masks.sum((1, 2, 3)) + predicted.sum((1, 2, 3)))
+    return images, masks, predicted, dice
+
+
+def table(number=6):
+    return pd.DataFrame(
+        {
+            "patient_id": [f"p{k // 2}" for k in range(number)],
+            "age": [1.0, 2.0, 30.0, np.nan, 60.0, 81.0][:number],
+            "site": ["a", "b"] * (number // 2),
+        }
+    )
+
+
+def labels(figure):
+    return [axis.get_xlabel() for axis in figure.axes], [axis.get_ylabel() for axis in figure.axes]
+
+
+def legend(figure):
+    boxes = [*figure.legends, *(axis.get_legend() for axis in figure.axes)]
+    return [text.get_text() for box in boxes if box for text in box.get_texts()]
+
+
+def drawn(axis, init, style):
+    """y of each line of a start: style "None" for markers alone, "-" for intervals."""
+    lines = [line for line in axis.lines if line.get_color() == plots.PALETTE[init]]
+    return [np.asarray(line.get_ydata()).tolist() for line in lines if line.get_linestyle() == style]
+
+
+def test_fig2_places_means_seeds_and_intervals():
+    table = results()
+    axis = plots.fig2(table, per_image(table)).axes[0]
+
+    mean, seeds, mean_age, seeds_age = drawn(axis, "fm", "None")  # two seeds, a point apart
+    assert [*mean, *seeds] == pytest.approx([88.5, 88, 89])
+    assert [*mean_age, *seeds_age] == pytest.approx([87.5, 87, 88])
+    interval, _ = drawn(axis, "fm", "-")
+    assert interval == pytest.approx(analysis.bootstrap_mean(88.5 + 100 * SPREAD, range(12)))
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["IID", "age skew"]
+    assert axis.get_ylabel() == "Dice on the test images (%)"
+
+
+def test_fig2_without_scores_by_image_takes_the_seeds():
+    axis = plots.fig2(results(inits=("fm",), splits=("age",))).axes[0]
+    assert drawn(axis, "fm", "-") == [pytest.approx(analysis.seed_interval([80, 81]))]
+
+
+def test_fig3_draws_the_mean_of_seeds_their_range_and_the_centralised_level():
+    figure = plots.fig3(results())
+    whole, top = figure.axes
+
+    lines = {line.get_label(): line for line in whole.lines}
+    np.testing.assert_allclose(lines["random"].get_ydata(), [40.5, 50.25, 60, 69.75, 79.5])
+    assert lines["centralised 95.5"].get_ydata()[0] == pytest.approx(95.5)
+    band = whole.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((40, 80))
+    assert top.get_ylim()[0] == pytest.approx(81)  # 2 points below the lowest end of an informed start
+    assert whole.get_xlabel() == "round (age skew)"
+
+
+def test_partial_results_still_make_figures():
+    alone = results(inits=("fm",), splits=("site",), seeds=1, centralised=False)
+    assert isinstance(plots.fig2(alone, per_image(alone)), Figure)
+    assert plots.fig3(alone).axes[0].get_xlabel() == "round (split by site)"
+    assert isinstance(plots.per_image(per_image(alone)), Figure)
+    assert isinstance(plots.fig2(alone.iloc[:0]), Figure)
+    assert isinstance(plots.fig3(alone.iloc[:0]), Figure)
+
+
+def test_per_image_counts_and_draws_the_failures():
+    table = results(inits=("random", "fm"), splits=("age",), centralised=False)
+    scores = per_image(table)
+    scores.loc[(scores.init == "fm") & scores.image_id.isin(["i0", "i1"]), "dice"] = 0.5  # in both seeds
+    axis = plots.per_image(scores).axes[0]
+
+    names = [text.get_text() for text in axis.get_yticklabels()]
+    assert names[1] == "foundation model\n2 below 0.8"
+    points = np.concatenate([np.asarray(group.get_offsets()) for group in axis.collections])
+    assert (points[:, 0] == 0.5).sum() == 2
+
+
+def test_a_start_has_one_colour_and_no_two_starts_share_one():
+    found = plots.colours(["fm", "mine", "random", "other", "fm"])
+    assert found["fm"] == plots.PALETTE["fm"]
+    assert len(set(found.values())) == len(found) == 4
+
+
+def test_galleries_show_the_images_they_name():
+    images, masks, predicted, dice = squares()
+
+    worst = plots.worst_cases(images, masks, predicted, dice, count=2)
+    assert labels(worst)[0] == [f"Dice {dice[5]:.3f}", f"Dice {dice[4]:.3f}"]
+    np.testing.assert_array_equal(worst.axes[0].images[0].get_array(), images[5, 0])
+
+    boxes = torch.tensor([[8.0, 8, 20, 24]]).repeat(6, 1)
+    teacher = plots.teacher_gallery(images, masks, predicted, dice, boxes=boxes, count=1)
+    assert [axis.get_title() for axis in teacher.axes] == ["best", "median", "worst"]
+    shown = [float(text.removeprefix("Dice ")) for text in labels(teacher)[0]]
+    assert shown == pytest.approx(dice[[0, 2, 5]].tolist(), abs=5e-4)
+    assert legend(teacher) == ["ground truth", "predicted", "box prompt"]
+    (patch,) = teacher.axes[0].patches
+    assert patch.get_bbox().extents.tolist() == [8, 8, 20, 24]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_and_network_images_have_the_same_greys(dtype):
+    """A pixel of 51 of 255 is a fifth of white, and so is 0.2 of 1."""
+    stored = torch.tensor([[51, 255], [0, 51]], dtype=torch.uint8)[None, None]
+    masks = torch.tensor([[True, False], [False, False]])[None, None]
+    greys = []
+    for images in (stored, stored.numpy(), (stored / 255).to(dtype)):
+        picture = plots.augmented(images, masks).axes[0].images[0]
+        greys.append(picture.norm(picture.get_array()))
+    np.testing.assert_allclose(greys[0], [[0.2, 1], [0, 0.2]])
+    np.testing.assert_allclose(greys[1], greys[0])
+    np.testing.assert_allclose(greys[2], greys[0], atol=1e-3)
+
+
+def test_images_of_a_cohort_carry_site_and_age():
+    images, masks, *_ = squares()
+    cohort = SimpleNamespace(images=images, masks=masks, table=table())
+    figure = plots.images(cohort, torch.tensor([3, 4]))
+    assert labels(figure)[0] == ["b\nage unknown", "a\n60 years"]
+    np.testing.assert_array_equal(figure.axes[1].images[0].get_array(), images[4, 0])
+    assert len(plots.augmented(images, masks, columns=4).axes) == 6
+
+
+def test_boxes_draws_one_or_several_and_an_empty_mask():
+    images, masks, *_ = squares()
+    one = plots.boxes(images[0], torch.tensor([1.0, 2, 3, 4]), mask=masks[0])
+    two = plots.boxes(images[0], np.array([[1, 2, 3, 4], [5, 6, 9, 9]]), teacher_mask=0 * masks[0])
+    assert len(one.axes[0].patches) == 1
+    assert len(two.axes[0].patches) == 2
+    assert legend(one) == ["ground truth", "box prompt"]
+
+
+def test_ages_counts_images_without_age():
+    by_site = plots.ages(table())
+    assert legend(by_site) == ["a: 3", "b: 3 (1 without age)"]
+    assert sum(bar.get_height() for bar in by_site.axes[0].patches) == 5
+    assert by_site.axes[0].get_xlabel() == "age (years)"
+    parts = plots.ages(table(), {"proxy": torch.tensor([0, 1]), "test": [3]})
+    assert legend(parts) == ["proxy: 2", "test: 1 (1 without age)"]
+
+
+def test_clients_draws_sizes_and_counts_patients():
+    figure = plots.clients(table(), [torch.tensor([0, 1, 2]), torch.tensor([4, 5])], title="sizes 1.5 : 1")
+    sizes, ages = figure.axes
+    assert [bar.get_width() for bar in sizes.patches] == [3, 2]
+    assert [text.get_text() for text in sizes.texts] == ["3 (2)", "2 (1)"]
+    assert ages.get_xlabel() == "age (years)"
+
+
+def test_loss_and_dice_curves():
+    inits = ["fm", "fm", "random", "random"]
+    history = pd.DataFrame({"epoch": [1, 2, 1, 2], "loss": [4.0, 3, 2, 1], "init": inits})
+    axis = plots.loss_curves(history).axes[0]
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[4, 3], [2, 1]]
+    assert axis.lines[0].get_color() == plots.PALETTE["fm"]
+
+    axis = plots.dice_by_round(pd.DataFrame({"round": [0, 1], "dice": [0.2, 0.9]})).axes[0]
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), [20, 90])
+
+
+def test_dice_by_rule_writes_each_rules_mean():
+    scores = pd.DataFrame({"rule": ["box", "box", "whole"], "dice": [0.9, 0.8, 0.5]})
+    axis = plots.dice_by_rule(scores).axes[0]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["box\nmean 0.850", "whole\nmean 0.500"]

@@ -1,0 +1,434 @@
+"""A whole study in the smallest size: every file of it, what stands in them, and that it can be stopped.
+
+The studies are slow tests; what a cell leaves behind and how cells come together is tested without training.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from matplotlib import pyplot
+from pandas.testing import assert_frame_equal
+from safetensors.torch import load_file
+
+import fmfl
+from fmfl import config, data, grid, models, paths, states, study, teacher
+from fmfl.errors import UserError
+
+TINY = {
+    "size": 32,
+    "num_phantoms": 40,
+    "num_rounds": 2,
+    "local_epochs": 2,
+    "proxy_epochs": 3,
+    "student": "tiny_unet",
+}
+SPLITS = ["iid", "age"]
+INITS = ["random", "pretraining", "fm"]
+RESULTS = ["arm", "init", "split", "seed", "round", "dice", "iou", "hd95", "seconds", "bytes_up"]
+RESULTS += ["bytes_down", "images_seen"]
+PER_IMAGE = ["arm", "init", "split", "seed", "client", "image_id", "patient_id", "site", "age"]
+PER_IMAGE += ["dice", "iou", "hd95", "assd"]
+WEIGHTS = {
+    *(f"init-{init}-seed0" for init in INITS),
+    *(f"federated-{split}-{init}-seed0" for split in SPLITS for init in INITS),
+    "centralised-pooled-random-seed0",
+    *(f"standalone-age-random-seed0-client{k}" for k in range(3)),
+}
+CELLS = ["01_data", "02_teacher", "03_distill-seed0", "04_federate-iid-seed0", "04_federate-age-seed0"]
+CELLS += ["05_analysis"]
+
+
+def run(folder: Path, splits=SPLITS, *, plain: bool = True) -> list[str]:
+    """Names of the cells that ran."""
+    cfg, said = config.settings(TINY | {"run_name": folder}), []
+    grid.run(grid.plan(cfg, [0], splits), plain=plain, progress=False, say=said.append)
+    return [line.split(":")[0] for line in said]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    """The folder of a finished study."""
+    folder = tmp_path_factory.mktemp("study") / "run"
+    assert run(folder) == CELLS
+    return folder
+
+
+def table(folder: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(folder / name)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {f.stem: states.state_digest(load_file(f)) for f in (folder / "weights").glob("*.safetensors")}
+
+
+def assert_same_study(folder: Path, whole: Path) -> None:
+    """All but the time that it took, for the splits that the folder holds."""
+    held = {*table(folder, "results.csv").split}
+    for name in ("results.csv", "per_image.csv", "table1.csv"):
+        one, two = (table(place, name).drop(columns="seconds", errors="ignore") for place in (folder, whole))
+        assert_frame_equal(one, two[two.split.isin(held)].reset_index(drop=True), check_exact=True)
+    states_here, states_there = digests(folder), digests(whole)
+    assert {"init-fm-seed0", "federated-age-fm-seed0"} <= states_here.keys()
+    assert states_here == {name: states_there[name] for name in states_here}
+
+
+# ------------------------------------------------------------------------------------------ a whole study
+
+
+@pytest.mark.slow
+def test_a_study_leaves_every_file_of_the_contract_and_nothing_half_written(done):
+    for name in ("results.csv", "per_image.csv", "table1.csv", "claims.csv", "report.html", "manifest.json"):
+        assert (done / name).stat().st_size > 100
+    assert {file.stem for file in (done / "weights").glob("*")} == WEIGHTS
+    assert {file.stem for file in (done / "notebooks").glob("*")} == set(CELLS)
+    figures = {file.stem for file in (done / "figures").glob("*")}
+    assert {"fig2", "fig3", "images", "clients_age", "teacher_gallery", "dice_by_round_iid_seed0"} <= figures
+    assert all(f.read_bytes()[:4] == b"\x89PNG" for f in (done / "figures").glob("*"))
+    assert list(done.rglob(".*")) == []
+    known = {"results.csv", "per_image.csv", "table1.csv", "claims.csv", "differences.csv", "cost.csv"}
+    known |= {"report.html", "manifest.json", "weights", "notebooks", "figures", "cells"}
+    assert {file.name for file in done.iterdir()} == known
+
+
+@pytest.mark.slow
+def test_results_have_a_row_for_each_run_and_round(done):
+    results = table(done, "results.csv")
+    assert list(results.columns) == RESULTS
+    runs = {("federated", init, split) for init in INITS for split in SPLITS}
+    runs |= {("centralised", "random", "pooled"), ("standalone", "random", "age")}
+    rows = list(results[["arm", "init", "split", "seed", "round"]].itertuples(index=False, name=None))
+    assert sorted(rows) == sorted((*run, 0, number) for run in runs for number in (0, 1, 2))
+    assert results[["dice", "iou"]].stack().between(0, 1).all()
+    assert results.notna().all().all()
+    assert (results.groupby(["arm", "init", "split"]).seconds.diff().dropna() > 0).all()
+
+
+@pytest.mark.slow
+def test_bytes_are_the_clients_states_both_ways_each_round(done):
+    """Nothing travels where nobody averages."""
+    state = models.build("tiny_unet").state_dict()
+    size = sum(value.nelement() * value.element_size() for value in state.values())
+    results = table(done, "results.csv")
+    expected = results["round"] * 3 * size * (results.arm == "federated")
+    assert (results.bytes_up == expected).all() and (results.bytes_down == expected).all()
+
+
+@pytest.mark.slow
+def test_images_seen_are_counted_by_hand(done):
+    """A start pays for 3 passes of the proxy set, a round for 2 local passes of all federated images."""
+    counts = json.loads((done / "manifest.json").read_text())["data"]
+    assert counts["proxy"] + counts["test"] + counts["federated"] == counts["images"] == 40
+    results = table(done, "results.csv")
+    expected = 3 * counts["proxy"] * (results.init != "random") + 2 * counts["federated"] * results["round"]
+    assert (results.images_seen == expected).all()
+
+
+@pytest.mark.slow
+def test_all_runs_begin_as_their_start_and_the_comparisons_as_random(done):
+    first = table(done, "results.csv").query("round == 0").set_index(["arm", "init", "split"]).dice
+    for init in INITS:
+        assert first["federated", init, "iid"] == first["federated", init, "age"]
+    for run in (("centralised", "random", "pooled"), ("standalone", "random", "age")):
+        assert first[run] == pytest.approx(first["federated", "random", "age"], abs=1e-12)
+    found = digests(done)
+    assert len(set(found.values())) == len(found), "no two runs end in the same weights"
+
+
+@pytest.mark.slow
+def test_the_scores_by_image_are_those_of_the_last_round(done):
+    """Their means are the rows of results.csv; standalone clients count alike."""
+    images, results = table(done, "per_image.csv"), table(done, "results.csv")
+    assert list(images.columns) == PER_IMAGE
+    key = ["arm", "init", "split", "seed"]
+    tested = json.loads((done / "manifest.json").read_text())["data"]["test"]
+    assert set(images.groupby([*key, "client"]).image_id.nunique()) == {tested}
+    assert len(images) == tested * (6 + 1 + 3)
+    assert set(images[images.arm == "standalone"].client) == {0, 1, 2}
+    assert set(images[images.arm != "standalone"].client) == {-1}
+    last = results[results["round"] == 2].set_index(key)[["dice", "iou", "hd95"]].sort_index()
+    means = images.groupby(key)[["dice", "iou", "hd95"]].mean()
+    assert_frame_equal(means, last, rtol=1e-6, check_like=True)
+
+
+@pytest.mark.slow
+def test_table_1_is_of_the_reference_split(done):
+    results = table(done, "results.csv")
+    last = results[results["round"] == 2].set_index(["arm", "init", "split"]).dice
+    found = table(done, "table1.csv").set_index("init")
+    assert list(found.index) == INITS and set(found.split) == {"age"}
+    for init in INITS:
+        assert found.federated[init] == pytest.approx(100 * last["federated", init, "age"], abs=1e-3)
+    assert found.centralised["random"] == pytest.approx(
+        100 * last["centralised", "random", "pooled"], abs=1e-3
+    )
+    assert found.standalone["random"] == pytest.approx(100 * last["standalone", "random", "age"], abs=1e-3)
+    assert found[["centralised", "standalone"]].drop("random").isna().all().all()
+
+
+@pytest.mark.slow
+def test_the_manifest_is_true(done):
+    manifest = json.loads((done / "manifest.json").read_text())
+    assert manifest["fmfl"] == fmfl.__version__
+    assert manifest["commit"] == study.commit()
+    for package, version in manifest["versions"].items():
+        wanted = sys.version.split()[0] if package == "python" else importlib.metadata.version(package)
+        assert version == wanted
+    assert manifest["device"]["kind"] in ("cpu", "cuda") and manifest["device"]["name"]
+    cohort = data.load("phantom", size=32, num_phantoms=40)
+    assert manifest["data"]["fingerprint"] == cohort.fingerprint
+    assert manifest["data"]["patients"] == cohort.table.patient_id.nunique()
+    weights = teacher.BUILTIN_WEIGHTS.read_bytes()
+    assert manifest["teacher"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert manifest["student"]["parameters"] == models.num_parameters(models.build("tiny_unet"))
+    assert manifest["weights"] == {f"{name}.safetensors": digest for name, digest in digests(done).items()}
+    assert set(manifest["cells"]) == set(CELLS) - {"05_analysis"}
+    settings = manifest["settings"]
+    assert (settings.pop("seeds"), settings.pop("splits"), settings.pop("inits")) == ([0], SPLITS, INITS)
+    assert settings.pop("arms") == sorted(config.ARMS)
+    flat = config.settings(TINY | {"run_name": "run"}).flat()
+    assert settings == {name: flat[name] for name in flat if name not in ("seed", "split", "inits", "arms")}
+
+
+@pytest.mark.slow
+def test_what_is_passed_on_does_not_tell_where_it_lay(done):
+    for name in ("manifest.json", "report.html", "results.csv", "per_image.csv"):
+        assert str(done.parent) not in (done / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_executed_notebooks_hold_code_parameters_and_outputs(done):
+    for file in (done / "notebooks").glob("*.ipynb"):
+        with warnings.catch_warnings(action="error"):
+            executed = nbformat.read(file, as_version=4)
+            nbformat.validate(executed)
+        source = nbformat.read(paths.NOTEBOOKS / f"{file.stem.split('-')[0]}.ipynb", as_version=4)
+        injected = [c for c in executed.cells if "injected-parameters" in c.metadata.get("tags", [])]
+        assert [c.source for c in executed.cells if c not in injected] == [c.source for c in source.cells]
+        assert len(injected) == 1
+        assert ("num_rounds = 2" in injected[0].source) == file.stem.startswith(("04", "05"))
+        outputs = [out for c in executed.cells if c.cell_type == "code" for out in c.outputs]
+        assert outputs and not [out for out in outputs if out.output_type == "error"]
+
+
+@pytest.mark.slow
+def test_running_again_runs_and_writes_nothing(done):
+    before = {file: file.stat().st_mtime_ns for file in done.rglob("*")}
+    assert run(done) == []
+    assert {file: file.stat().st_mtime_ns for file in done.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_a_cell_that_runs_again_finds_its_training_done(done, tmp_path):
+    """And a state that is gone is trained again to the same bytes, alone."""
+    folder = tmp_path / "run"
+    shutil.copytree(done, folder)
+    gone = "federated-age-fm-seed0.safetensors"
+    (folder / "weights" / gone).unlink()
+    before = {file.name: file.stat().st_mtime_ns for file in (folder / "weights").iterdir()}
+    assert run(folder) == ["04_federate-age-seed0"]
+    after = {file.name: file.stat().st_mtime_ns for file in (folder / "weights").iterdir()}
+    assert {name: when for name, when in after.items() if name != gone} == before
+    assert_same_study(folder, done)
+
+
+@pytest.mark.slow
+def test_jupyter_and_plain_end_in_the_same_study(done, tmp_path, monkeypatch):
+    """So do two runs of one study in two folders. Kernels leave figures, and neither bars nor warnings."""
+    monkeypatch.setenv("FMFL_CACHE", str(tmp_path / "cache"))  # so that the teacher is asked in the kernel
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    ran = run(tmp_path / "run", ["age"], plain=False)
+    assert ran == [name for name in CELLS if "iid" not in name]
+    assert_same_study(tmp_path / "run", done)
+    for name in ran:
+        executed = nbformat.read(tmp_path / "run" / "notebooks" / f"{name}.ipynb", as_version=4)
+        outputs = [out for c in executed.cells if c.cell_type == "code" for out in c.outputs]
+        assert any("image/png" in out.get("data", {}) for out in outputs), f"{name} shows no figure"
+        assert not [out for out in outputs if out.get("name") == "stderr"], f"{name} has a warning or a bar"
+        assert not [out for out in outputs if "widget" in str(out.get("data", {}).keys())], (
+            f"{name} has a bar"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be handled")
+def test_a_study_killed_at_any_time_goes_on_and_ends_in_the_same_files(done, tmp_path):
+    """Killed in the distillation, and between two rounds."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", "from fmfl.cli import main; main()", "study", "--plain"]
+    command += ["--profile", "smoke", "--out", str(folder), "--splits", "age"]
+    command += [part for name, value in TINY.items() for part in ("-p", f"{name}={value}")]
+    weights = folder / "weights"
+    for sign in (
+        weights / "init-random-seed0.safetensors",
+        weights / "federated-age-pretraining-seed0.safetensors",
+    ):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while not sign.exists() and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(random.uniform(0, 0.2))
+            os.kill(process.pid, signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL, f"it ended before {sign.name}"
+        assert not (folder / "report.html").exists()
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "01_data" not in ended.stdout and "05_analysis" in ended.stdout
+    assert_same_study(folder, done)
+    assert list(folder.rglob(".*")) == []
+
+
+# ------------------------------------------------------------------------------------------ cells, untrained
+
+
+def cell(
+    folder: Path, *, split="age", seed=0, dice=0.5, arms=("federated",), pixels="a", code="b", **given
+) -> config.Settings:
+    """One 04_federate cell as its notebook leaves it; dice after the only round."""
+    cfg = config.settings({"run_name": folder, "num_rounds": 1, "split": split, "seed": seed} | given)
+    rows, images = [], []
+    for arm in arms:
+        about = {"arm": arm, "init": "random", "split": "pooled" if arm == "centralised" else split}
+        about |= {"seed": seed}
+        spent = {"seconds": seed, "bytes_up": 0, "bytes_down": 0, "images_seen": 0}
+        rows += [about | {"round": k, "dice": k * dice, "iou": 0.1, "hd95": 1.0} | spent for k in (0, 1)]
+        images.append(about | {"client": -1, "image_id": "a", "patient_id": "p", "dice": dice})
+    record = {"images": pixels, "code": code}
+    study.save(cfg, "04_federate", record, results=pd.DataFrame(rows), per_image=pd.DataFrame(images))
+    return cfg
+
+
+def test_a_cell_is_named_by_what_it_depends_on():
+    cfg = config.settings({"split": "iid", "seed": 3})
+    names = [study.cell_name(cfg, name) for name in grid.DEPENDS]
+    assert names == ["01_data", "02_teacher", "03_distill-seed3", "04_federate-iid-seed3", "05_analysis"]
+
+
+def test_a_cells_record_says_what_made_it(tmp_path):
+    cfg = config.settings({"run_name": tmp_path, "seed": 3})
+    folder = study.save(cfg, "03_distill", {"weighs": 1}, losses=pd.DataFrame({"loss": [0.25]}))
+    assert folder == tmp_path / "cells" / "03_distill-seed3"
+    about = study.read_json(folder / "cell.json")
+    assert about["settings"] == cfg.flat() and about["record"] == {"weighs": 1}
+    assert about["run"]["versions"]["torch"] == importlib.metadata.version("torch")
+    assert (folder / "losses.csv").read_text() == "loss\n0.25\n"
+    assert sorted(file.name for file in folder.iterdir()) == ["cell.json", "losses.csv"]
+
+
+def test_cells_come_together_whatever_seed_split_and_arms_they_have(tmp_path):
+    cell(tmp_path, split="iid")
+    cell(tmp_path, split="age", seed=1)
+    cfg = cell(tmp_path, split="age", arms=("federated", "centralised"))
+    results, images, others = study.collect(cfg)
+    assert others == []
+    assert set(zip(results.arm, results.split, results.seed, strict=True)) == {
+        ("federated", "iid", 0),
+        ("federated", "age", 0),
+        ("federated", "age", 1),
+        ("centralised", "pooled", 0),
+    }
+    assert len(results) == 8 and len(images) == 4
+
+
+def test_a_run_that_two_cells_hold_counts_once(tmp_path):
+    """As the centralised one does that was trained under two splits."""
+    cell(tmp_path, split="iid", arms=("federated", "centralised"))
+    results, images, _ = study.collect(cell(tmp_path, arms=("federated", "centralised")))
+    assert (results.arm == "centralised").sum() == 2 and (images.arm == "centralised").sum() == 1
+
+
+def test_two_results_for_one_run_are_refused(tmp_path):
+    cell(tmp_path, split="iid", arms=("centralised",), dice=0.25)
+    with pytest.raises(UserError, match="two different results for one run"):
+        study.collect(cell(tmp_path, arms=("centralised",)))
+
+
+@pytest.mark.parametrize("other", [{"pixels": "c"}, {"code": "c"}])
+def test_cells_of_other_images_or_other_code_are_not_mixed(tmp_path, other):
+    cell(tmp_path, split="iid", **other)
+    with pytest.raises(UserError, match="made from different images or by different code"):
+        study.collect(cell(tmp_path))
+
+
+def test_cells_of_other_settings_are_left_out_and_named(tmp_path):
+    cell(tmp_path, split="iid", learning_rate=0.5)
+    cfg = cell(tmp_path)
+    results, _, others = study.collect(cfg)
+    assert set(results.split) == {"age"} and others == ["04_federate-iid-seed0"]
+    (tmp_path / "cells" / "04_federate-age-seed0" / "cell.json").unlink()
+    with pytest.raises(UserError, match=r"cell\.json is missing"):
+        study.collect(cfg)
+
+
+def test_no_results_of_these_settings_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"holds no results of these settings: run 04_federate first"):
+        study.collect(config.settings({"run_name": tmp_path}))
+    cell(tmp_path)
+    with pytest.raises(UserError, match=r"\(1 cells there were made with other settings\)"):
+        study.collect(config.settings({"run_name": tmp_path}))
+
+
+@pytest.mark.parametrize(("content", "what"), [(None, "is missing"), ("{", "is damaged")])
+def test_a_record_that_cannot_be_read_is_named(tmp_path, content, what):
+    if content:
+        (tmp_path / "cell.json").write_text(content)
+    with pytest.raises(UserError, match=rf"cell\.json {what}"):
+        study.read_json(tmp_path / "cell.json")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    study.write_text(tmp_path / "new" / "file", "before")
+
+    def broken(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="no space left"):
+        study.write_text(tmp_path / "new" / "file", "after")
+    assert (tmp_path / "new" / "file").read_text() == "before"
+
+
+def test_a_figure_half_written_is_no_figure(tmp_path, monkeypatch):
+    """A report takes every *.png of the folder, hidden ones too."""
+    cfg, figure = config.settings({"run_name": tmp_path}), pyplot.figure()
+    assert study.save_figure(cfg, "fig9", figure) is figure
+    assert [file.name for file in (tmp_path / "figures").glob("*.png")] == ["fig9.png"]
+    monkeypatch.setattr(os, "replace", lambda *_: None)  # killed just before
+    study.save_figure(cfg, "fig8", figure)
+    assert [file.name for file in (tmp_path / "figures").glob("*.png")] == ["fig9.png"]
+    pyplot.close(figure)
+
+
+def test_the_manifest_shows_names_and_no_paths(tmp_path):
+    given = {"data": "phantom,/home/somebody/rays", "checkpoint": "/home/somebody/weights.safetensors"}
+    cfg = cell(tmp_path / "run", **given)
+    results, *_ = study.collect(cfg)
+    settings = study.manifest(cfg, results)["settings"]
+    assert (settings["data"], settings["checkpoint"]) == ("phantom,rays", "weights.safetensors")
+    assert settings["run_name"] == "run"
+
+
+def test_the_commit_is_that_of_the_checkout(monkeypatch, tmp_path):
+    git = shutil.which("git")
+    if git and (paths.ROOT / ".git").exists():
+        head = subprocess.run([git, "rev-parse", "HEAD"], cwd=paths.ROOT, capture_output=True, text=True)
+        assert study.commit().removesuffix("+changes") == head.stdout.strip()
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    assert study.commit() == "", "outside git"
+
+
+def test_the_machines_memory_is_told_where_the_system_tells_it(monkeypatch):
+    assert study.memory_gib() is None or 0.1 < study.memory_gib() < 100_000
+    monkeypatch.delattr(os, "sysconf", raising=False)
+    assert study.memory_gib() is None

@@ -1,0 +1,341 @@
+"""The training loop against plain PyTorch, paired batches, and the three initial states by their theorems."""
+
+import collections
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fmfl import augment, losses, models, states, train
+from fmfl.config import DistillConfig, RunConfig
+from fmfl.train import Examples
+
+NUM, SIZE = 12, 32
+
+
+@pytest.fixture(autouse=True)
+def _micro_student(monkeypatch):
+    """A student that trains in milliseconds, for claims that hold of any."""
+    monkeypatch.setitem(
+        models.STUDENTS,
+        "micro",
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1)
+        ),
+    )
+
+
+def examples(indices=range(10), logits: bool = False, num: int = NUM) -> Examples:
+    """Images with a bright rectangle as the mask; image i is recognised by the grey value i of its corner.
+
+    With ``logits`` the teacher's are +6 inside the mask and -6 outside.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(20, 120, (num, 1, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+    masks = torch.zeros_like(images)
+    for i in range(num):
+        masks[i, :, 6 + i % 4 : 20 + i % 5, 5 + i % 3 : 24] = 1
+    images[masks == 1] += 100
+    images[:, 0, 0, 0] = torch.arange(num)
+    chosen = torch.tensor(list(indices))
+    teacher = (masks[chosen].float() * 12 - 6) if logits else None
+    return Examples(images, masks, chosen, teacher)
+
+
+def epoch(of: Examples, *key: int, batch_size: int = 4, augmentation: str = "none") -> list:
+    return list(train.batches(of, batch_size, train.generator(*key), augmentation=augmentation))
+
+
+def order(of: Examples, *key: int) -> list[int]:
+    """In which order an epoch shows the images."""
+    return [round(corner * 255) for images, *_ in epoch(of, *key) for corner in images[:, 0, 0, 0].tolist()]
+
+
+def equal(one: states.State, other: states.State) -> bool:
+    """Bitwise."""
+    return states.state_digest(one) == states.state_digest(other)
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+@pytest.mark.parametrize(("num", "batch_size"), [(10, 4), (9, 8), (8, 4), (3, 8), (7, 1)])
+def test_an_epoch_shows_every_image_once_in_batches_of_nearly_one_size(num, batch_size):
+    """9 images at 8 a batch are 5 + 4: with 8 + 1 BatchNorm would see a batch of one."""
+    of = examples(range(1, 1 + num))
+    sizes = [len(images) for images, *_ in epoch(of, 0, batch_size=batch_size)]
+    assert len(sizes) == -(-num // batch_size)
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
+    assert sorted(order(of, 0)) == list(range(1, 1 + num))
+
+
+def test_seed_client_round_and_epoch_each_change_the_order_and_the_augmentation():
+    keys = [(0, 0, 1, 0), (1, 0, 1, 0), (0, 1, 1, 0), (0, 0, 2, 0), (0, 0, 1, 1)]
+    of = examples()
+    assert len({tuple(order(of, *key)) for key in keys}) == len(keys)
+    draws = {states.tensor_digest(augment.draw(5, train.generator(*key))) for key in keys}
+    assert len(draws) == len(keys)
+
+
+def test_the_same_key_gives_the_same_batches_bit_by_bit():
+    torch.manual_seed(1)
+    one = epoch(examples(logits=True), 3, 1, 2, 0, augmentation="device")
+    torch.manual_seed(2)
+    again = epoch(examples(logits=True), 3, 1, 2, 0, augmentation="device")
+    for first, second in zip(one, again, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("augmentation", ["device", "none"])
+def test_image_mask_and_teacher_belong_together(augmentation):
+    """The teacher's logits were made from the masks, so they must still say what the moved masks say."""
+    of = examples([7, 2, 9, 4, 11], logits=True)
+    for images, masks, logits in epoch(of, 5, batch_size=2, augmentation=augmentation):
+        assert images.shape == masks.shape == logits.shape
+        assert {images.dtype, masks.dtype, logits.dtype} == {torch.float32}
+        assert ((logits > 0) == masks.bool()).float().mean() > 0.97  # edges are interpolated
+        inside, outside = images[masks == 1].mean(), images[masks == 0].mean()
+        assert inside > outside + 0.2
+
+
+def test_teacher_logits_are_by_position_and_images_by_index():
+    """Row i of the logits belongs to ``indices[i]``, whatever the number of stored images."""
+    of = examples([7, 2, 9, 4, 11])
+    of.teacher_logits = of.indices.float().view(-1, 1, 1, 1).expand(-1, 1, SIZE, SIZE)
+    for images, _, logits in epoch(of, 5, batch_size=2):
+        assert torch.equal((images[:, 0, 0, 0] * 255).round(), logits[:, 0, 0, 0])
+
+
+# ------------------------------------------------------------------------------------------ the loop
+
+
+def plain_training(
+    model, of: Examples, loss, *, key: tuple[int, ...], epochs: int, batch_size: int, rate: float
+) -> list[float]:
+    """What `fit` does, written out without any of its parts but the random numbers and `augment`."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
+    model.train()
+    means = []
+    for number in range(epochs):
+        rng = train.generator(*key, number)
+        shuffled, draws = torch.randperm(len(of), generator=rng), augment.draw(len(of), rng)
+        total, steps = 0.0, -(-len(of) // batch_size)
+        for rows, drawn in zip(shuffled.chunk(steps), draws.chunk(steps), strict=True):
+            rows_of = of.indices[rows]
+            images, masks, _ = augment.apply(of.images[rows_of], of.masks[rows_of], drawn)
+            value = loss(model(images.to(memory_format=torch.channels_last)), masks)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            total += value.item() * len(rows)
+        means.append(total / len(of))
+    return means
+
+
+def test_the_loop_is_plain_pytorch_bit_by_bit():
+    of = examples(range(8))
+    expected = models.build("tiny_unet")
+    means = plain_training(expected, of, losses.dice_loss, key=(0, 1, 2), epochs=2, batch_size=4, rate=1e-2)
+    model = models.build("tiny_unet")
+    fitted = train.fit(
+        model,
+        of,
+        train.LOSSES["dice"],
+        epochs=2,
+        batch_size=4,
+        optimizer=train.adam(model, 1e-2),
+        key=(0, 1, 2),
+    )
+    assert equal(model.state_dict(), expected.state_dict())
+    assert fitted.losses == pytest.approx(means, rel=1e-6)
+    assert fitted.images_seen == 16
+    assert fitted.seconds > 0
+
+
+def test_the_mean_loss_weights_batches_by_their_images():
+    """5 images in batches of 2, 2 and 1: losses 1, 0 and 0 have the mean 2/5, not 1/3."""
+    values = iter([1.0, 0.0, 0.0])
+    model = torch.nn.Conv2d(1, 1, 1)
+    fitted = train.fit(
+        model,
+        examples(range(5)),
+        lambda logits, *_: logits.sum() * 0 + next(values),
+        epochs=1,
+        batch_size=2,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+        key=(0,),
+    )
+    assert fitted.losses == pytest.approx([0.4])
+
+
+def test_the_loss_with_cross_entropy_is_the_sum_of_both():
+    logits, masks = torch.randn(2, 1, 4, 4), torch.ones(2, 1, 4, 4)
+    both = train.LOSSES["dice_bce"](logits, masks, None)
+    entropy = -logits.sigmoid().log().mean()
+    torch.testing.assert_close(both, train.LOSSES["dice"](logits, masks, None) + entropy)
+
+
+def test_predicting_is_in_the_order_asked_for_and_changes_nothing():
+    of = examples()
+    model = models.build("micro")
+    before = states.state_digest(model.state_dict())
+    together = train.predict(model, of.images, torch.tensor([5, 1, 8]))
+    one_by_one = [train.predict(model, of.images, torch.tensor([i])) for i in (5, 1, 8)]
+    torch.testing.assert_close(together, torch.cat(one_by_one))
+    torch.testing.assert_close(
+        train.predict(model, of.images, torch.tensor([5, 1, 8]), batch_size=2), together
+    )
+    assert states.state_digest(model.state_dict()) == before, "BatchNorm's statistics stay"
+    assert train.predict(model, of.images, torch.tensor([], dtype=torch.int64)).shape == (0, 1, SIZE, SIZE)
+
+
+def test_bfloat16_is_used_where_it_is_asked_for():
+    of, model = examples(), models.build("micro")
+    exact, rounded = (
+        train.predict(model, of.images, of.indices[:2], precision=p) for p in ("float32", "bfloat16")
+    )
+    assert exact.dtype == rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
+    assert torch.equal(exact, train.predict(model, of.images, of.indices[:2], precision="auto")), (
+        "not on a CPU"
+    )
+
+
+def test_the_device_is_as_named():
+    assert train.device_of(RunConfig(device="cpu")) == torch.device("cpu")
+    assert (train.device_of(RunConfig()).type == "cuda") == torch.cuda.is_available()
+
+
+# ------------------------------------------------------------------------------------------ initial states
+
+CFG = DistillConfig(student="micro", proxy_epochs=2)
+
+
+def begin(name: str, cfg: DistillConfig = CFG, of: Examples | None = None, seed: int = 0, **more):
+    return train.initial_state(
+        name, of or examples(range(6), logits=True), cfg, batch_size=3, seed=seed, **more
+    )
+
+
+def test_random_is_the_untrained_student():
+    start = begin("random")
+    assert equal(start.state, models.build("micro", seed=0).state_dict())
+    assert (start.fitted.losses, start.fitted.images_seen) == ([], 0)
+
+
+def test_pretraining_is_eq_5_without_the_teacher():
+    """alpha = 0, to the last bit: as ``fm`` with that alpha, and in a loop that still asks the teacher."""
+    cfg = DistillConfig(student="tiny_unet", proxy_epochs=2)
+    pretrained = begin("pretraining", cfg)
+    assert equal(
+        begin("fm", DistillConfig(student="tiny_unet", proxy_epochs=2, alpha=0.0)).state, pretrained.state
+    )
+    of, model = examples(range(6), logits=True), models.build("tiny_unet")
+    train.fit(
+        model,
+        of,
+        lambda logits, masks, teacher: losses.distillation_loss(logits, teacher, masks, alpha=0.0),
+        epochs=2,
+        batch_size=3,
+        optimizer=train.adam(model, CFG.proxy_learning_rate),
+        key=(0, train.PROXY_KEY),
+    )
+    assert equal(model.state_dict(), pretrained.state)
+    assert pretrained.fitted.images_seen == 12
+    assert not equal(pretrained.state, begin("random", cfg).state)
+
+
+def test_fm_listens_to_the_teacher_and_to_the_temperature():
+    pretrained, taught = begin("pretraining"), begin("fm")
+    contrary = examples(range(6), logits=True)
+    contrary.teacher_logits = -contrary.teacher_logits
+    softened = begin("fm", DistillConfig(student="micro", proxy_epochs=2, temperature=3.0))
+    found = [pretrained, taught, begin("fm", of=contrary), softened, begin("fm", seed=1)]
+    assert len({states.state_digest(start.state) for start in found}) == len(found)
+
+
+@pytest.fixture
+def trained(monkeypatch) -> collections.Counter:
+    """Counts how often anything is trained."""
+    calls: collections.Counter = collections.Counter()
+    fit = train.fit
+
+    def counted(*args, **settings):
+        calls["fit"] += 1
+        return fit(*args, **settings)
+
+    monkeypatch.setattr(train, "fit", counted)
+    return calls
+
+
+def test_an_initial_state_is_made_once_and_then_read(tmp_path, trained):
+    made = begin("fm", file=tmp_path / "fm.safetensors", teacher_key="t")
+    found = begin("fm", file=tmp_path / "fm.safetensors", teacher_key="t")
+    assert trained["fit"] == 1
+    assert (made.reused, found.reused) == (False, True)
+    assert equal(made.state, found.state)
+    assert found.fitted == made.fitted, "the cost of making it is remembered"
+
+
+def test_only_the_start_that_asks_the_teacher_pays_for_it(tmp_path):
+    """And it pays once: read from its file, it has cost what it has cost."""
+    costs = {}
+    for name in ("random", "pretraining", "fm"):
+        for _ in range(2):
+            start = begin(name, file=tmp_path / f"{name}.safetensors", teacher_seconds=1000.0)
+            costs.setdefault(name, []).append(start.fitted.seconds)
+    assert costs["random"][0] < costs["pretraining"][0] < 1000 < costs["fm"][0] < 2000
+    assert all(first == again for first, again in costs.values())
+
+
+@pytest.mark.parametrize("change", ["teacher", "alpha", "epochs", "seed", "images", "damage"])
+def test_an_initial_state_is_made_anew_when_anything_it_depends_on_changes(tmp_path, trained, change):
+    file = tmp_path / "fm.safetensors"
+    begin("fm", file=file, teacher_key="t")
+    cfg, of, seed, teacher_key = CFG, examples(range(6), logits=True), 0, "t"
+    if change == "teacher":
+        teacher_key = "another"
+    elif change == "alpha":
+        cfg = DistillConfig(student="micro", proxy_epochs=2, alpha=0.5)
+    elif change == "epochs":
+        cfg = DistillConfig(student="micro", proxy_epochs=1)
+    elif change == "seed":
+        seed = 1
+    elif change == "images":
+        of.images[3, 0, 9, 9] ^= 1
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    start = begin("fm", cfg, of, seed, file=file, teacher_key=teacher_key)
+    assert trained["fit"] == 2
+    assert not start.reused
+
+
+def test_pretraining_does_not_depend_on_the_teacher(tmp_path, trained):
+    """Another teacher or alpha changes ``fm`` alone."""
+    file = tmp_path / "pretraining.safetensors"
+    begin("pretraining", file=file, teacher_key="t")
+    cfg = DistillConfig(student="micro", proxy_epochs=2, alpha=0.9)
+    assert begin("pretraining", cfg, file=file, teacher_key="another").reused
+    assert trained["fit"] == 1
+
+
+def test_no_real_client_shares_the_proxy_sets_random_numbers():
+    of = examples()
+    assert order(of, 0, train.PROXY_KEY, 1) != order(of, 0, 0, 1)
+
+
+def test_training_makes_the_student_better():
+    """Few steps on easy rectangles: the loss falls by more than a tenth."""
+    cfg = DistillConfig(student="micro", proxy_epochs=8, proxy_learning_rate=1e-2)
+    fitted = begin("fm", cfg).fitted
+    assert fitted.losses[-1] < 0.9 * fitted.losses[0]
+
+
+def test_logits_in_half_precision_are_taken(tmp_path):
+    """As they come from the cache."""
+    of: Examples = examples(range(6), logits=True)
+    assert isinstance(of.teacher_logits, Tensor)
+    expected = begin("fm", of=of).state
+    of.teacher_logits = of.teacher_logits.half()  # 6 and -6 are exact
+    assert equal(begin("fm", of=of).state, expected)
