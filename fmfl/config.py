@@ -276,6 +276,23 @@ def settings(given: dict[str, Any] | None = None, *, profile: str = "smoke") -> 
 
 
 PARAMETERS_COMMENT = "# Parameters"
+PLAIN_TYPES = (str, int, float, bool, list, tuple, type(None))  # what a parameter can be
+
+
+def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
+    """The names that the latest version of each parameter cell assigns, from the sources of all cells run."""
+    latest = {cell.splitlines()[0]: cell for cell in cells if cell.startswith(PARAMETERS_COMMENT)}
+    if not latest:
+        raise UserError(
+            f"no cell that was run begins with {PARAMETERS_COMMENT!r}: run the parameters cell first, "
+            "with that line"
+        )
+    return {
+        node.id
+        for cell in latest.values()
+        for node in ast.walk(ast.parse(cell))
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
 
 
 def from_notebook(namespace: dict[str, Any]) -> Settings:
@@ -290,16 +307,13 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
         UserError: a parameter is unknown, mistyped or out of range, or no parameter cell was run.
     """
     cells = [source.strip() for source in namespace.get("In", [])]
-    latest = {cell.splitlines()[0]: cell for cell in cells if cell.startswith(PARAMETERS_COMMENT)}
-    if not latest:
-        raise UserError(
-            f"no cell that was run begins with {PARAMETERS_COMMENT!r}: run the parameters cell first, "
-            "with that line"
-        )
-    assigned = {
-        node.id
-        for cell in latest.values()
-        for node in ast.walk(ast.parse(cell))
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    }
+    if any(cells):
+        assigned = _assigned_in_parameter_cells(cells)
+    else:
+        # A runner that keeps no history (nbval): its kernel is fresh, so all plain values are parameters.
+        assigned = {
+            name
+            for name, value in namespace.items()
+            if not name.startswith("_") and isinstance(value, PLAIN_TYPES) and name not in ("In", "Out")
+        }
     return settings({name: namespace[name] for name in sorted(assigned)})
