@@ -314,6 +314,6 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
         assigned = {
             name
             for name, value in namespace.items()
-            if not name.startswith("_") and isinstance(value, PLAIN_TYPES) and name not in ("In", "Out")
+            if name[0].islower() and isinstance(value, PLAIN_TYPES)  # BOX_RULES was imported
         }
     return settings({name: namespace[name] for name in sorted(assigned)})

@@ -288,7 +288,7 @@ def test_a_notebook_whose_parameters_cell_was_not_run_is_told_so():
 
 def test_a_runner_without_history_gives_its_plain_variables():
     """nbval asks the kernel to keep no history."""
-    kernel = {"In": [""], "Out": {}, "_dh": ["."], "pd": ast, "exit": print, "split": "iid"}
+    kernel = {"In": [""], "Out": {}, "_dh": ["."], "pd": ast, "exit": print, "RULES": ("a",), "split": "iid"}
     assert config.from_notebook({**kernel, "seed": 4}).changed() == {"seed": 4, "split": "iid"}
     with pytest.raises(UserError, match="'sead' is unknown: did you mean seed"):
         config.from_notebook({**kernel, "sead": 4})
