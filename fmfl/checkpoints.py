@@ -1,7 +1,11 @@
-"""Weights from elsewhere: read as tensors only, compared key by key, recognised by their SHA-256."""
+"""Weights from elsewhere: fetched on request, read as tensors only, compared key by key, known by SHA-256."""
 
 import hashlib
+import os
 import pickle
+import shutil
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +16,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from fmfl import paths
 from fmfl.errors import UserError
 
 State = dict[str, Tensor]
@@ -196,3 +202,127 @@ def compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Fit:
         reshaped=reshaped,
         matched=[key for key in both if key not in reshaped],
     )
+
+
+# ------------------------------------------------------------------------------------------ published files
+
+
+@dataclass(frozen=True)
+class Published:
+    """A teacher's weights where its authors publish them.
+
+    Attributes:
+        file_name: as its authors call it.
+        sha256: of the file; None where its authors and public registries name none.
+        url: an address that gives the file itself; None where a person has to fetch it.
+        page: where its authors say more.
+    """
+
+    file_name: str
+    page: str
+    sha256: str | None = None
+    url: str | None = None
+
+    @property
+    def file(self) -> Path:
+        """Where :func:`download` puts it."""
+        return paths.WEIGHTS / self.file_name
+
+
+_SAM_PAGE = "https://github.com/facebookresearch/segment-anything#model-checkpoints"
+_SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+
+
+def _of_sam(file_name: str, sha256: str) -> Published:
+    return Published(file_name, _SAM_PAGE, sha256, _SAM_URL + file_name)
+
+
+#: SAM's checksums are those of public model registries (micro-sam's, for one): Meta names none.
+PUBLISHED = {
+    "sam-med2d": Published("sam-med2d_b.pth", "https://github.com/OpenGVLab/SAM-Med2D"),
+    "sam_vit_b": _of_sam(
+        "sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"
+    ),
+    "sam_vit_l": _of_sam(
+        "sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"
+    ),
+    "sam_vit_h": _of_sam(
+        "sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"
+    ),
+    "medsam": Published("medsam_vit_b.pth", "https://github.com/bowang-lab/MedSAM"),
+}
+
+
+def published_as(sha256: str) -> str | None:
+    """The teacher whose published checksum this is; None for any other file."""
+    return next((name for name, known in PUBLISHED.items() if known.sha256 == sha256), None)
+
+
+def download(name: str, *, progress: bool = True) -> Path:
+    """Fetch a teacher's published weights; what an earlier try has left is continued.
+
+    Args:
+        name: one of :data:`PUBLISHED`.
+        progress: show a bar.
+
+    Returns:
+        The file, whose SHA-256 is the published one.
+
+    Raises:
+        UserError: the weights have no direct address, cannot be fetched, or are not the published ones.
+    """
+    if name not in PUBLISHED:
+        raise UserError(f"no published weights are known for {name!r}: choose one of {', '.join(PUBLISHED)}")
+    known = PUBLISHED[name]
+    if known.url is None:
+        raise UserError(
+            f"{known.file_name} has no direct address: fetch it by hand from {known.page} and save it as "
+            f"{known.file}, or name it with --checkpoint"
+        )
+    if known.file.is_file():
+        if sha256_of(known.file) == known.sha256:
+            return known.file
+        raise UserError(f"{known.file} is not the published file (other SHA-256): move it away or delete it")
+    # Pooch and torch.hub begin a file of gigabytes anew after each broken line; this one goes on.
+    unfinished = known.file.with_name(f"{known.file.name}.part")
+    try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        _fetch(known.url, unfinished, progress=progress)
+    except (OSError, urllib.error.URLError) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{known.url} could not be fetched ({reason}): the same command continues where it stopped"
+        ) from None
+    if (found := sha256_of(unfinished)) != known.sha256:
+        unfinished.unlink()
+        raise UserError(
+            f"{known.url} gave another file than the published one (SHA-256 {found[:16]}...): it was deleted"
+        )
+    os.replace(unfinished, known.file)
+    return known.file
+
+
+def _fetch(url: str, file: Path, *, progress: bool) -> None:
+    """Append to a file what it lacks of an address's content."""
+    there = file.stat().st_size if file.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={there}-"} if there else {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and there:  # nothing is left to send
+            return
+        raise
+    with answer:
+        if answer.status != 206:  # a server that knows no ranges sends all
+            there = 0
+        size = answer.headers.get("Content-Length")
+        total = there + int(size) if size else None
+        with (
+            file.open("ab" if there else "wb") as out,
+            tqdm.wrapattr(
+                answer, "read", total=total, initial=there, desc=file.stem, unit="B", disable=not progress
+            ) as body,
+        ):
+            shutil.copyfileobj(body, out, 2**20)
+    if total is not None and file.stat().st_size < total:
+        raise OSError("the connection was cut")

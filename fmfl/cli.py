@@ -136,6 +136,53 @@ def rebuild_report(
     typer.echo(f"report: {report.write(directory)}")
 
 
+teachers = typer.Typer(no_args_is_help=True, help="A teacher's weights: check a file, fetch a published one.")
+app.add_typer(teachers, name="teacher")
+
+
+@teachers.command("check")
+def check_teacher(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a checkpoint")],
+    name: Annotated[
+        str | None, typer.Option("--teacher", help="the teacher that it shall be; else told from its keys")
+    ] = None,
+) -> None:
+    """Say which weights a file holds, and how they fit; exit code 2 where they do not."""
+    from fmfl import teacher
+
+    found = teacher.check(file, name)
+    numbers = sum(value.numel() for value in found.state.values())
+    lines = {
+        "file": file,
+        "SHA-256": found.sha256,
+        "published as": found.published_as or "no published checksum is this one",
+        "tensors": f"{len(found.state)} with {numbers:,} numbers",
+        "teacher": found.name or "unknown: its keys are no Segment Anything network's",
+        "made for": f"{found.input_size} pixels" if found.input_size else "unknown",
+    }
+    if found.fit:
+        lines["keys"] = (
+            f"{len(found.fit.matched)} fit, {len(found.fit.missing)} missing, "
+            f"{len(found.fit.unexpected)} unexpected, {len(found.fit.reshaped)} of another shape"
+        )
+    for what, value in lines.items():
+        typer.echo(f"{what:<13} {value}")
+    if found.fit is None:
+        raise UserError(f"{file} fits no teacher: choose a checkpoint of SAM, MedSAM or SAM-Med2D")
+    if problems := found.fit.sentence():
+        raise UserError(f"{file} does not fit teacher {found.name!r}: {problems}")
+
+
+@teachers.command("download")
+def download_teacher(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="sam_vit_b, sam_vit_l or sam_vit_h")],
+) -> None:
+    """Fetch a teacher's published weights and check their SHA-256; a broken download is continued."""
+    from fmfl import checkpoints
+
+    typer.echo(f"weights: {checkpoints.download(name, progress=sys.stderr.isatty())}")
+
+
 def main() -> None:
     """The command ``fmfl``: a person's mistake is one sentence and exit code 2."""
     try:

@@ -66,7 +66,12 @@ class TeacherConfig:
 
     teacher: str = "builtin"  # or sam-med2d (the paper's), sam_vit_b, sam_vit_l, sam_vit_h, medsam
     checkpoint: str = ""  # its weights' file; empty: the shipped ones of builtin
-    box_rule: str = _one_of("ground_truth", "ground_truth", "ground_truth_jitter", "whole_image")
+    adapter: bool = True  # False: SAM-Med2D's weights without the adapters
+    teacher_size: int = _in(0, 0, 2048)  # pixels a side of the teacher's input; 0: the family's own
+    passed_over: str = ""  # keys that may be missing, unexpected or of another shape, * for anything
+    box_rule: str = _one_of(
+        "ground_truth", "ground_truth", "ground_truth_jitter", "whole_image", "predicted", "point"
+    )
     boxes_per_image: str = _one_of("per_lung", "per_lung", "one")  # left open by the paper
     jitter_pixels: float = _in(5.0, 0, 100)
 
@@ -78,6 +83,8 @@ class DistillConfig:
     student: str = "mobile_unet"
     alpha: float = _in(0.6, 0, 1)  # weight of the teacher in Eq. 5; 0 is supervised pre-training
     temperature: float = _in(1.0, 0.01, 100)  # T of Hinton et al. 2015; the paper names none
+    teacher_labels: str = _one_of("soft", "soft", "hard")  # hard: the teacher's mask instead of its logits
+    teacher_views: str = _one_of("cached", "cached", "fresh")  # fresh: asked about each augmented image
     proxy_epochs: int = _in(15, 0, 10_000)  # passes of the proxy set; the paper names none
     proxy_learning_rate: float = _in(1e-3, 0, 10)
 

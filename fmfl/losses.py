@@ -107,6 +107,19 @@ def distillation_loss(
     return alpha * distil + (1 - alpha) * segment
 
 
+def hard(teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """The teacher's mask as logits, certain of every pixel: Eq. 4 becomes cross-entropy with that mask.
+
+    Args:
+        teacher_logits: [B, 1, H, W] raw scores; above 0 is lung.
+        temperature: T > 0 that :func:`kl_divergence` will divide by.
+
+    Returns:
+        [B, 1, H, W] of +50 T and -50 T, where a float32 sigmoid is 1 and (nearly) 0.
+    """
+    return torch.where(teacher_logits > 0, 50.0, -50.0) * temperature
+
+
 def _full_precision(logits: Tensor) -> Tensor:
     """At least float32: a sum over 256 x 256 pixels overflows float16 and stalls in bfloat16."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -8,4 +8,5 @@ ROOT = PACKAGE.parent
 NOTEBOOKS = ROOT / "notebooks"
 DATA = ROOT / "data"
 CACHE = Path(os.environ.get("FMFL_CACHE", DATA / "cache"))
+WEIGHTS = DATA / "weights"  # fetched by `fmfl teacher download`
 RUNS = ROOT / "runs"

@@ -118,7 +118,8 @@ class Convention:
 
     Attributes:
         image: (B, 1, H, W) uint8 and the network's size to what the image encoder takes, (B, C, size, size).
-        boxes: (..., 4) x0 y0 x1 y1 in pixels of the images, size, H and W to pixels of the network's input.
+        boxes: (..., 4) x0 y0 x1 y1 or (..., 2) x y in pixels of the images, size, H and W to pixels of the
+            network's input.
         mask: (P, 1, h, w) low-resolution logits, size, H and W to (P, 1, H, W) logits.
         multimask: whether the best of three masks by predicted IoU is taken, or the single one.
     """
@@ -136,7 +137,7 @@ def bilinear(x: Tensor, height: int, width: int) -> Tensor:
 
 def scaled_by_sides(boxes: Tensor, size: int, height: int, width: int) -> Tensor:
     """Coordinates times new side over old, the convention of SAM's relatives, without a half pixel."""
-    return boxes * boxes.new_tensor([size / width, size / height] * 2)
+    return boxes * boxes.new_tensor([size / width, size / height]).repeat(boxes.shape[-1] // 2)
 
 
 def _normalised(images: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ def _sam_sides(size: int, height: int, width: int) -> tuple[int, int]:
 
 def _sam_boxes(boxes: Tensor, size: int, height: int, width: int) -> Tensor:
     inner_height, inner_width = _sam_sides(size, height, width)
-    return boxes * boxes.new_tensor([inner_width / width, inner_height / height] * 2)
+    return boxes * boxes.new_tensor([inner_width / width, inner_height / height]).repeat(boxes.shape[-1] // 2)
 
 
 def _sam_mask(low: Tensor, size: int, height: int, width: int) -> Tensor:

@@ -11,9 +11,10 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -82,24 +83,106 @@ def partition(
     return split.partition(cohort.table, federated, scheme, cfg.num_clients, cfg.seed, **options)
 
 
-def load_teacher(cfg: Settings) -> Teacher:
-    """The teacher of ``cfg.teacher`` on the run's device."""
-    return teacher.load(cfg.teacher.teacher, cfg.teacher.checkpoint or None, train.device_of(cfg.run))
+def load_teacher(cfg: Settings, **other: Any) -> Teacher:
+    """The teacher of ``cfg.teacher`` on the run's device; ``other`` replaces arguments of its loading."""
+    wanted = cfg.teacher
+    options: dict[str, Any] = dict(
+        adapter=wanted.adapter,
+        size=wanted.teacher_size or None,
+        allow=several(wanted.passed_over),
+        precision=train.precision_of(cfg.run),
+    )
+    return teacher.load(
+        wanted.teacher, wanted.checkpoint or None, train.device_of(cfg.run), **options | other
+    )
+
+
+class Prompts(NamedTuple):
+    """What the teacher is asked with, and what making it has cost."""
+
+    boxes: Tensor
+    seconds: float
+
+
+def prompts(
+    cfg: Settings, cohort: Cohort, indices: Tensor, rule: str | None = None, per_image: str | None = None
+) -> Prompts:
+    """The prompts of chosen images under the run's box rule, or under the rule named."""
+    wanted = cfg.teacher
+    rule = rule or wanted.box_rule
+    masks, seconds = cohort.masks[indices], 0.0
+    if rule == "predicted":
+        masks, seconds = _predicted_masks(cfg, cohort, indices)
+    boxes = teacher.prompt(
+        masks,
+        rule,
+        per_image=per_image or wanted.boxes_per_image,
+        jitter_pixels=wanted.jitter_pixels,
+        seed=cfg.data.holdout_seed,
+    )
+    return Prompts(boxes, seconds)
+
+
+def _predicted_masks(cfg: Settings, cohort: Cohort, indices: Tensor) -> tuple[Tensor, float]:
+    """See :func:`fmfl.train.out_of_fold_masks`; made once for the same images and settings."""
+    examples = Examples(cohort.images, cohort.masks, indices)
+    patients = cohort.table.patient_id.iloc[indices.tolist()].tolist()
+    how: dict[str, Any] = dict(
+        batch_size=cfg.federate.batch_size,
+        seed=cfg.data.holdout_seed,
+        precision=train.precision_of(cfg.run),
+        augmentation=cfg.federate.augmentation,
+    )
+    learning = (cfg.distill.student, cfg.distill.proxy_epochs, cfg.distill.proxy_learning_rate)
+    seen = [states.tensor_digest(stored[indices]) for stored in (cohort.images, cohort.masks)]
+    key = states.fingerprint(states.code_digest(), how, learning, seen, patients)
+    file = paths.CACHE / f"predicted-{key}.safetensors"
+    if (stored := states.read_state(file, device=cohort.device)) is not None:
+        return stored[0]["masks"], stored[1]["seconds"]
+    masks, seconds = train.out_of_fold_masks(examples, patients, cfg.distill, **how)
+    states.write_state(file, {"masks": masks}, seconds=seconds)
+    return masks, seconds
 
 
 def teacher_logits(cfg: Settings, who: Teacher, cohort: Cohort, indices: Tensor) -> CachedLogits:
     """The teacher's (n, 1, H, W) logits of chosen images under the run's box rule, cached."""
-    rule = cfg.teacher
-    return teacher.cached_logits(
-        who,
-        cohort.images[indices],
-        cohort.masks[indices],
-        rule=rule.box_rule,
-        per_image=rule.boxes_per_image,
-        jitter_pixels=rule.jitter_pixels,
-        seed=cfg.data.holdout_seed,
-        progress=show_bars(),
-    )
+    boxes, seconds = prompts(cfg, cohort, indices)
+    found = teacher.cached_logits(who, cohort.images[indices], boxes, progress=show_bars())
+    return CachedLogits(found.logits, found.seconds + seconds)
+
+
+class Taught(NamedTuple):
+    """The proxy set with a teacher beside it."""
+
+    examples: Examples
+    key: str  # what the teacher's answers depend on
+    seconds: float  # that they have cost before training
+
+
+def taught(cfg: Settings, cohort: Cohort, proxy: Tensor) -> Taught:
+    """The proxy set with the teacher's cached logits or, for fresh views, with a way to ask it."""
+    who, rule = load_teacher(cfg), cfg.teacher
+    if cfg.distill.teacher_views == "cached":
+        logits, seconds = teacher_logits(cfg, who, cohort, proxy)
+        examples = Examples(cohort.images, cohort.masks, proxy, logits)
+        return Taught(examples, states.tensor_digest(logits), seconds)
+    if rule.box_rule == "predicted":
+        raise UserError("teacher_views 'fresh' has no predicted box for an augmented image: choose cached")
+
+    def ask(images: Tensor, masks: Tensor) -> Tensor:
+        # A turn may carry a lung out of the picture: then the whole image is asked about.
+        masks = masks.masked_fill(~masks.flatten(1).any(1)[:, None, None, None], 1)
+        boxes = teacher.prompt(
+            masks,
+            rule.box_rule,
+            per_image=rule.boxes_per_image,
+            jitter_pixels=rule.jitter_pixels,
+            seed=cfg.data.holdout_seed + int(masks.sum()),  # another hand for each batch, the same each time
+        )
+        return who.logits(images, boxes).clone()  # outside inference mode, so that gradients can pass by
+
+    key = states.fingerprint("fresh", who.about(), asdict(rule), cfg.data.holdout_seed)
+    return Taught(Examples(cohort.images, cohort.masks, proxy, ask=ask), key, 0.0)
 
 
 def initial_states(
@@ -107,24 +190,22 @@ def initial_states(
 ) -> dict[str, InitialState]:
     """The named initial states, read from ``weights/`` where 03_distill has left them, else made now."""
     inits = list(inits)
-    logits, seconds, key = None, 0.0, ""
+    lesson = Taught(Examples(cohort.images, cohort.masks, proxy), "", 0.0)
     if "fm" in inits and cfg.distill.alpha > 0:
-        who = load_teacher(cfg)
-        logits, seconds = teacher_logits(cfg, who, cohort, proxy)
-        key = states.tensor_digest(logits)
+        lesson = taught(cfg, cohort, proxy)
 
     def make(init: str) -> InitialState:
         return train.initial_state(
             init,
-            Examples(cohort.images, cohort.masks, proxy, logits if init == "fm" else None),
+            lesson.examples,
             cfg.distill,
             batch_size=cfg.federate.batch_size,
             seed=cfg.federate.seed,
             precision=train.precision_of(cfg.run),
             augmentation=cfg.federate.augmentation,
             file=cfg.run_dir / "weights" / f"init-{init}-seed{cfg.federate.seed}.safetensors",
-            teacher_key=key,
-            teacher_seconds=seconds,
+            teacher_key=lesson.key,
+            teacher_seconds=lesson.seconds,
         )
 
     return dict(zip(inits, train.side_by_side(make, inits, cohort.device), strict=True))

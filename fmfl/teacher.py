@@ -11,13 +11,14 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from fmfl import checkpoints, paths, sam, states
-from fmfl.checkpoints import State
+from fmfl.checkpoints import Fit, State
 from fmfl.errors import UserError
 from fmfl.sam import Convention
 
@@ -36,8 +37,9 @@ if TYPE_CHECKING:
 
 BUILTIN_WEIGHTS = paths.DATA / "builtin_teacher.safetensors"
 
-#: Where a box comes from. The paper prompts with the ground truth's bounding box.
-BOX_RULES = ("ground_truth", "ground_truth_jitter", "whole_image")
+#: Where a prompt comes from. The paper prompts with the ground truth's bounding box. ``predicted`` is a box
+#: round what another network found, ``point`` a click in the middle of each lung.
+BOX_RULES = ("ground_truth", "ground_truth_jitter", "whole_image", "predicted", "point")
 
 #: One box round each lung, or one round both.
 BOXES_PER_IMAGE = ("per_lung", "one")
@@ -132,23 +134,27 @@ BUILTIN = Convention(_builtin_image, _builtin_boxes, _builtin_mask)
 
 
 def decode(
-    sam: "Sam", embeddings: Tensor, boxes: Tensor, *, multimask: bool = False
+    sam: "Sam", embeddings: Tensor, prompts: Tensor, *, multimask: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Masks for many (image, box) pairs in one call of the package's decoder.
+    """Masks for many (image, prompt) pairs in one call of the package's decoder.
 
-    The package decodes several boxes of *one* image: it repeats the image embedding and adds the dense
+    The package decodes several prompts of *one* image: it repeats the image embedding and adds the dense
     prompt. Here each pair has an image of its own, so the image embedding travels in the dense prompt
     and the repeated one is zero: 0 + (dense + image) is the sum that the package would have made.
 
     Args:
         embeddings: (P, C, h, w), one a pair.
-        boxes: (P, 4), x0 y0 x1 y1 in pixels of the network's input.
-        multimask: three masks a box, of parts and whole, instead of one.
+        prompts: (P, 4) boxes x0 y0 x1 y1, or (P, 2) clicks x y inside, in pixels of the network's input.
+        multimask: three masks a prompt, of parts and whole, instead of one.
 
     Returns:
         Low-resolution logits (P, 1 or 3, 4h, 4w) and predicted IoU (P, 1 or 3).
     """
-    sparse, dense = sam.prompt_encoder(points=None, boxes=boxes, masks=None)
+    clicks, boxes = None, prompts
+    if prompts.shape[-1] == 2:
+        inside = torch.ones(len(prompts), 1, dtype=torch.int, device=prompts.device)
+        clicks, boxes = (prompts[:, None], inside), None
+    sparse, dense = sam.prompt_encoder(points=clicks, boxes=boxes, masks=None)
     return sam.mask_decoder(
         image_embeddings=torch.zeros_like(embeddings[:1]),
         image_pe=sam.prompt_encoder.get_dense_pe(),
@@ -168,6 +174,9 @@ class Teacher:
         size: side of the network's input in pixels.
         convention: what is done to images, boxes and masks on the way.
         sha256: of the weights' file.
+        precision: of the image encoder, float32 or bfloat16; the decoder, a hundredth of the work, is always
+            float32.
+        fit: how the file's keys compared with the network's.
         calls: how many images the image encoder has seen; a cached distillation leaves it at 0.
     """
 
@@ -176,6 +185,8 @@ class Teacher:
     size: int
     convention: Convention
     sha256: str
+    precision: str = "float32"
+    fit: Fit = field(default_factory=Fit)
     calls: int = 0
 
     @property
@@ -189,11 +200,41 @@ class Teacher:
         return sum(parameter.numel() for parameter in self.sam.parameters())
 
     @property
-    def batch_size(self) -> int:
-        """Images a forward pass, by default: global attention's memory grows with the side's fourth power."""
-        return max(1, min(32, int(32 * (256 / self.size) ** 4)))
+    def adapters(self) -> bool:
+        """Whether the image encoder has SAM-Med2D's adapters."""
+        return hasattr(self.sam.image_encoder.blocks[0], "Adapter")
 
-    @torch.inference_mode()
+    @property
+    def batch_size(self) -> int:
+        """Images a forward pass: as many as half of the device's memory holds, 32 at most.
+
+        Reckoned from the memory that the device has, not from what is free just now: answers differ in their
+        last bits with the batch, and a run shall not depend on who else is there.
+        """
+        # Global attention holds its (patches x patches) weights about three times over, for every head.
+        encoder = self.sam.image_encoder
+        patches = (self.size // encoder.patch_embed.proj.kernel_size[0]) ** 2
+        one_image = 3 * 4 * encoder.blocks[0].attn.num_heads * patches**2
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+        else:
+            memory = psutil.virtual_memory().total
+        return max(1, min(32, memory // 2 // one_image))
+
+    def about(self) -> dict[str, object]:
+        """Which weights these are, as JSON values for a manifest."""
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "published_as": checkpoints.published_as(self.sha256),
+            "parameters": self.num_parameters,
+            "input_size": self.size,
+            "adapters": self.adapters,
+            "precision": self.precision,
+            "keys_matched": len(self.fit.matched),
+            "keys_passed_over": self.fit.problems,
+        }
+
     def logits(self, images: Tensor, boxes: Tensor, *, batch_size: int | None = None) -> Tensor:
         """The teacher's raw scores for the union of what the boxes hold.
 
@@ -203,7 +244,8 @@ class Teacher:
         Args:
             images: (B, 1, H, W) uint8.
             boxes: (B, 4) or (B, n, 4) float, x0 y0 x1 y1 as pixel indices of these images; a row of
-                NaN is no box (an image with one visible lung among images with two).
+                NaN is no box (an image with one visible lung among images with two). Or clicks x y inside
+                what is meant, (B, 2) or (B, n, 2), each decoded by itself as a box is.
             batch_size: images a forward pass; None for :attr:`batch_size`.
 
         Returns:
@@ -211,6 +253,7 @@ class Teacher:
 
         Raises:
             ValueError: the shapes do not fit, or an image has no box at all.
+            UserError: the built-in teacher is asked with clicks.
         """
         return self.answers(images, [boxes], batch_size=batch_size)[0]
 
@@ -224,25 +267,28 @@ class Teacher:
 
         Args:
             images: (B, 1, H, W) uint8.
-            prompts: each (B, 4) or (B, n, 4), as for :meth:`logits`.
+            prompts: each as for :meth:`logits`.
             batch_size: images a forward pass; None for :attr:`batch_size`.
 
         Returns:
             One (B, 1, H, W) float32 for each set of boxes.
 
         Raises:
-            ValueError: see :meth:`logits`.
+            ValueError, UserError: see :meth:`logits`.
         """
         if images.ndim != 4 or images.shape[1] != 1:
             raise ValueError(f"images {tuple(images.shape)} must be (B, 1, H, W)")
         prompts = [boxes[:, None] if boxes.ndim == 2 else boxes for boxes in prompts]
         for boxes in prompts:
-            if boxes.ndim != 3 or boxes.shape[0] != images.shape[0] or boxes.shape[2] != 4:
+            if boxes.ndim != 3 or boxes.shape[0] != images.shape[0] or boxes.shape[2] not in (2, 4):
                 raise ValueError(
-                    f"boxes {tuple(boxes.shape)} must be (B, 4) or (B, n, 4) with B = {images.shape[0]}"
+                    f"boxes {tuple(boxes.shape)} must be (B, 4) or (B, n, 4), clicks (B, 2) or (B, n, 2), "
+                    f"with B = {images.shape[0]}"
                 )
             if boxes.isnan().any(-1).all(-1).any():
                 raise ValueError("every image needs at least one box")
+            if boxes.shape[2] == 2 and self.name == "builtin":
+                raise UserError("the built-in teacher was trained on boxes alone: choose another box_rule")
         found: list[list[Tensor]] = [[] for _ in prompts]
         for rows in torch.arange(len(images), device=images.device).split(batch_size or self.batch_size):
             embeddings = self._embed(images[rows])
@@ -253,17 +299,19 @@ class Teacher:
     def _embed(self, images: Tensor) -> Tensor:
         """(B, C, h, w) image embeddings."""
         self.calls += len(images)
-        return self.sam.image_encoder(self.convention.image(images.to(self.device), self.size))
+        x = self.convention.image(images.to(self.device), self.size)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.sam.image_encoder(x).float()
 
-    def _decode(self, embeddings: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
-        """(B, 1, height, width) logits of (B, n, 4) boxes in pixels of that size."""
-        scaled = self.convention.boxes(boxes.to(self.device, torch.float32), self.size, height, width)
+    def _decode(self, embeddings: Tensor, prompts: Tensor, height: int, width: int) -> Tensor:
+        """(B, 1, height, width) logits of (B, n, 4) boxes or (B, n, 2) clicks in pixels of that size."""
+        scaled = self.convention.boxes(prompts.to(self.device, torch.float32), self.size, height, width)
         image, slot = (~scaled.isnan().any(-1)).nonzero(as_tuple=True)
         multimask = self.convention.multimask
         low, iou = decode(self.sam, embeddings[image], scaled[image, slot], multimask=multimask)
         best = low.float()[torch.arange(len(low), device=low.device), iou.argmax(1)]
         full = self.convention.mask(best[:, None], self.size, height, width)
-        joined = full.new_full((len(boxes), boxes.shape[1], height, width), -torch.inf)
+        joined = full.new_full((len(prompts), prompts.shape[1], height, width), -torch.inf)
         joined[image, slot] = full[:, 0]
         return joined.amax(1, keepdim=True)
 
@@ -280,37 +328,57 @@ def load(
     adapter: bool = True,
     size: int | None = None,
     allow: Iterable[str] = (),
+    precision: str = "float32",
 ) -> Teacher:
     """A frozen teacher by name, from its authors' checkpoint.
 
     Args:
         name: one of :data:`NAMES`; ``builtin`` is the small Segment Anything model that this project ships.
-        checkpoint: file of its weights; None for the shipped ones, which only ``builtin`` has.
+        checkpoint: file of its weights; None for the shipped ones of ``builtin``, or for those that
+            ``fmfl teacher download`` has fetched.
         device: where it runs.
         adapter: False runs SAM-Med2D's weights without the adapters, or plain SAM's as SAM-Med2D is called.
         size: side of the network's input in pixels; None for the family's own. A checkpoint of another
             size has its positions interpolated (:func:`fmfl.sam.resize`). ``builtin`` keeps its file's.
         allow: keys of the network or of the checkpoint that need not agree, ``*`` for anything; what is
             missing keeps random values, the same in each run.
+        precision: of the image encoder, float32 or bfloat16.
 
     Raises:
         UserError: the name or the file is not usable, or a key is missing, unexpected or of another shape.
     """
     if name not in NAMES:
         raise UserError(f"teacher {name!r} is unknown: choose {', '.join(NAMES[:-1])} or {NAMES[-1]}")
-    path = Path(checkpoint) if checkpoint else BUILTIN_WEIGHTS
+    path = Path(checkpoint) if checkpoint else default_file(name)
     if name == "builtin":
-        network, convention = _load_builtin(path), BUILTIN
-    elif checkpoint is None:
-        raise UserError(f"teacher {name!r} needs its authors' weights: name their file with --checkpoint")
+        network, convention, fit = _load_builtin(path), BUILTIN, Fit()
     else:
-        network, convention = _load_published(name, path, adapter, size, allow), sam.FAMILIES[name].convention
+        network, fit = _load_published(name, path, adapter, size, allow)
+        convention = sam.FAMILIES[name].convention
     return Teacher(
         name=name,
         sam=network.to(device).eval().requires_grad_(False),
         size=network.image_encoder.img_size,
         convention=convention,
         sha256=checkpoints.sha256_of(path),
+        precision=precision,
+        fit=fit,
+    )
+
+
+def default_file(name: str) -> Path:
+    """The weights that stand for a name when no file is given.
+
+    Raises:
+        UserError: they are not there; how to get them.
+    """
+    if name == "builtin":
+        return BUILTIN_WEIGHTS
+    if (file := checkpoints.PUBLISHED[name].file).is_file():
+        return file
+    raise UserError(
+        f"teacher {name!r} needs its authors' weights: name their file with --checkpoint, or see "
+        f"`fmfl teacher download {name}`"
     )
 
 
@@ -334,7 +402,9 @@ def _load_builtin(path: Path) -> "Sam":
     return network
 
 
-def _load_published(name: str, path: Path, adapter: bool, size: int | None, allow: Iterable[str]) -> "Sam":
+def _load_published(
+    name: str, path: Path, adapter: bool, size: int | None, allow: Iterable[str]
+) -> tuple["Sam", Fit]:
     """A family's network with a checkpoint's weights, all of them or those that ``allow`` leaves."""
     state, adapters = checkpoints.read(path), adapter and sam.FAMILIES[name].adapters
     if sam.FAMILIES[name].adapters and not adapter:
@@ -347,14 +417,100 @@ def _load_published(name: str, path: Path, adapter: bool, size: int | None, allo
         raise UserError(f"{path} does not fit teacher {name!r}: {problems}")
     network.load_state_dict({key: state[key] for key in fit.matched}, strict=False)
     sam.resize(network, size or sam.FAMILIES[name].size)
-    return network
+    return network, fit
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a file of weights is.
+
+    Attributes:
+        sha256: of the file.
+        published_as: the teacher whose published checksum this is; None for any other file.
+        state: the tensors.
+        name: the teacher that was asked for, or that its keys look like; None where they look like none.
+        input_size: side in pixels that its positions were made for; None where it has none.
+        fit: its keys against that teacher's network; None without one.
+    """
+
+    sha256: str
+    published_as: str | None
+    state: State
+    name: str | None
+    input_size: int | None
+    fit: Fit | None
+
+
+def check(path: str | Path, name: str | None = None) -> Checked:
+    """A look at a checkpoint: which file, which family, and how its keys compare.
+
+    Args:
+        path: the file.
+        name: the teacher that it shall be; None to tell from the keys. MedSAM's are those of SAM ViT-B.
+
+    Raises:
+        UserError: the file is no checkpoint, or the name is unknown.
+    """
+    path = Path(path)
+    if name is not None and name not in NAMES:
+        raise UserError(f"teacher {name!r} is unknown: choose {', '.join(NAMES[:-1])} or {NAMES[-1]}")
+    state = checkpoints.read(path)
+    sha256, input_size, fit = checkpoints.sha256_of(path), _input_size(state), None
+    name = name or checkpoints.published_as(sha256) or _looks_like(state)
+    if name == "builtin":
+        fit = checkpoints.compare(state, _load_builtin(path).state_dict())
+    elif name:
+        with torch.device("meta"):
+            network = sam.network(name, size=input_size)
+        fit = checkpoints.compare(state, network.state_dict())
+    return Checked(sha256, checkpoints.published_as(sha256), state, name, input_size, fit)
+
+
+def _looks_like(state: State) -> str | None:
+    """The family whose image encoder has this width and depth and, or not, adapters."""
+    weight = state.get("image_encoder.patch_embed.proj.weight")
+    if weight is None or weight.ndim != 4:
+        return None
+    if weight.shape[1] == 1:  # grey: only ours
+        return "builtin"
+    if any(".Adapter." in key for key in state):
+        return "sam-med2d"
+    return {768: "sam_vit_b", 1024: "sam_vit_l", 1280: "sam_vit_h"}.get(weight.shape[0])
 
 
 def _input_size(state: State) -> int | None:
     """Side in pixels of the input that a checkpoint was made for; None where it does not tell."""
     position = state.get("image_encoder.pos_embed")
     square = position is not None and position.ndim == 4 and position.shape[1] == position.shape[2] > 0
-    return 16 * position.shape[1] if square else None
+    weight = state.get("image_encoder.patch_embed.proj.weight")
+    patch = 16 if weight is None or weight.ndim != 4 else weight.shape[-1]
+    return patch * position.shape[1] if square else None
+
+
+def _parts(masks: Tensor, per_image: str) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Each mask's number and its one or two parts as (H, W) bool, from left to right.
+
+    Raises:
+        UserError: ``per_image`` is unknown.
+        ValueError: a mask is empty.
+    """
+    if per_image not in BOXES_PER_IMAGE:
+        raise UserError(
+            f"boxes_per_image {per_image!r} is unknown: choose one of {', '.join(BOXES_PER_IMAGE)}"
+        )
+    for number, mask in enumerate(masks[:, 0].cpu().numpy() > 0):
+        if not mask.any():
+            raise ValueError(f"mask {number} is empty, so it has no box")
+        if per_image == "one":
+            yield number, [mask]
+            continue
+        labels, count = ndimage.label(mask)
+        areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+        # A speck left by resizing is not a lung: a part counts from a twentieth of the largest on.
+        kept = [k for k in np.argsort(-areas, kind="stable")[:2] if areas[k] >= areas.max() / 20]
+        corners = ndimage.find_objects(labels)
+        kept.sort(key=lambda k: (corners[k][1].start, corners[k][0].start))
+        yield number, [labels == k + 1 for k in kept]
 
 
 def boxes_from_masks(masks: Tensor, *, per_image: str = "per_lung") -> Tensor:
@@ -372,24 +528,29 @@ def boxes_from_masks(masks: Tensor, *, per_image: str = "per_lung") -> Tensor:
         UserError: ``per_image`` is unknown.
         ValueError: a mask is empty.
     """
-    if per_image not in BOXES_PER_IMAGE:
-        raise UserError(
-            f"boxes_per_image {per_image!r} is unknown: choose one of {', '.join(BOXES_PER_IMAGE)}"
-        )
     found = np.full((len(masks), 2 if per_image == "per_lung" else 1, 4), np.nan, np.float32)
-    for number, mask in enumerate(masks[:, 0].cpu().numpy() > 0):
-        if not mask.any():
-            raise ValueError(f"mask {number} is empty, so it has no box")
-        parts, count = ndimage.label(mask) if per_image == "per_lung" else (mask.astype(int), 1)
-        slices = ndimage.find_objects(parts)
-        areas = np.bincount(parts.ravel(), minlength=count + 1)[1:]
-        # A speck left by resizing is not a lung: a part counts from a twentieth of the largest on.
-        kept = [k for k in np.argsort(-areas, kind="stable")[:2] if areas[k] >= areas.max() / 20]
-        rows = [
-            (slices[k][1].start, slices[k][0].start, slices[k][1].stop - 1, slices[k][0].stop - 1)
-            for k in kept
-        ]
-        found[number, : len(rows)] = sorted(rows)
+    for number, parts in _parts(masks, per_image):
+        for slot, part in enumerate(parts):
+            rows, columns = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
+            found[number, slot] = columns[0], rows[0], columns[-1], rows[-1]
+    return torch.from_numpy(found).to(masks.device)
+
+
+def points_from_masks(masks: Tensor, *, per_image: str = "per_lung") -> Tensor:
+    """A click in the middle of each part: the pixel that lies deepest inside (distance to the border).
+
+    Args and errors as for :func:`boxes_from_masks`.
+
+    Returns:
+        (B, 2, 2) or (B, 1, 2) float32: x y; NaN where there is one part.
+    """
+    found = np.full((len(masks), 2 if per_image == "per_lung" else 1, 2), np.nan, np.float32)
+    for number, parts in _parts(masks, per_image):
+        for slot, part in enumerate(parts):
+            # Padded, because the image's edge is a border too.
+            depth = ndimage.distance_transform_edt(np.pad(part, 1))[1:-1, 1:-1]
+            y, x = np.unravel_index(depth.argmax(), depth.shape)
+            found[number, slot] = x, y
     return torch.from_numpy(found).to(masks.device)
 
 
@@ -419,28 +580,33 @@ def prompt(
     jitter_pixels: float = 5.0,
     seed: int = 0,
 ) -> Tensor:
-    """Box prompts by a named rule.
+    """Prompts by a named rule.
 
     Args:
-        masks: (B, 1, H, W) ground truth; its values are not looked at for ``whole_image``.
+        masks: (B, 1, H, W) ground truth; its values are not looked at for ``whole_image``. For ``predicted``,
+            what another network found; where that is nothing, the box is the whole image.
         rule: one of :data:`BOX_RULES`.
         per_image: one of :data:`BOXES_PER_IMAGE`; ``whole_image`` gives one box in any case.
         jitter_pixels: for ``ground_truth_jitter``.
         seed: for ``ground_truth_jitter``.
 
     Returns:
-        (B, n, 4) float32.
+        (B, n, 4) float32 boxes; (B, n, 2) clicks for ``point``.
     """
-    size = masks.shape[-1]
-    if rule == "whole_image":
-        return torch.tensor([0.0, 0.0, size - 1, masks.shape[-2] - 1], device=masks.device).expand(
-            len(masks), 1, 4
-        )
     if rule not in BOX_RULES:
         raise UserError(f"box_rule {rule!r} is unknown: choose one of {', '.join(BOX_RULES)}")
+    height, width = masks.shape[-2:]
+    if rule == "whole_image":
+        whole = torch.tensor([0.0, 0.0, width - 1, height - 1], device=masks.device)
+        return whole.expand(len(masks), 1, 4)
+    if rule == "point":
+        return points_from_masks(masks, per_image=per_image)
+    if rule == "predicted":
+        nothing = ~(masks > 0).flatten(1).any(1)
+        masks = masks.masked_fill(nothing[:, None, None, None], 1)
     boxes = boxes_from_masks(masks, per_image=per_image)
     if rule == "ground_truth_jitter":
-        boxes = jitter(boxes, size, torch.Generator().manual_seed(seed), pixels=jitter_pixels)
+        boxes = jitter(boxes, width, torch.Generator().manual_seed(seed), pixels=jitter_pixels)
     return boxes
 
 
@@ -454,32 +620,27 @@ class CachedLogits(NamedTuple):
 def cached_logits(
     teacher: Teacher,
     images: Tensor,
-    masks: Tensor,
+    boxes: Tensor,
     *,
-    rule: str = "ground_truth",
-    per_image: str = "per_lung",
-    jitter_pixels: float = 5.0,
-    seed: int = 0,
     cache: Path = paths.CACHE,
     progress: bool = True,
 ) -> CachedLogits:
-    """The teacher's logits of a set of images, computed once for (weights, images, box rule).
+    """The teacher's logits of a set of images, computed once for (weights, images, boxes, way of asking).
 
     A file that is damaged is found out by its digest, and computed again.
 
     Args:
         images: (B, 1, H, W) uint8.
-        masks: (B, 1, H, W), for the boxes.
-        rule, per_image, jitter_pixels, seed: see :func:`prompt`.
+        boxes: as for :meth:`Teacher.logits`, from :func:`prompt`.
         cache: folder of the cached files.
         progress: show a bar while computing.
 
     Returns:
         (B, 1, H, W) float16 on the images' device, and the seconds that it took to ask.
     """
-    boxes = prompt(masks, rule, per_image=per_image, jitter_pixels=jitter_pixels, seed=seed)
     made_by = states.code_digest(("teacher.py", "sam.py", "checkpoints.py"))
-    key = hashlib.sha256(f"{made_by} {teacher.name} {teacher.sha256} {tuple(images.shape)}".encode())
+    asked = (teacher.name, teacher.sha256, teacher.size, teacher.adapters, teacher.precision)
+    key = hashlib.sha256(f"{made_by} {asked} {tuple(images.shape)} {tuple(boxes.shape)}".encode())
     for tensor in (images, boxes):
         key.update(tensor.cpu().contiguous().numpy().tobytes())
     file = cache / f"logits-{key.hexdigest()[:24]}.safetensors"

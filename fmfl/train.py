@@ -7,7 +7,7 @@ augmentations. A step is one gather, one warp, one pass through the student.
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fmfl import augment, losses, models
 from fmfl.config import DistillConfig, RunConfig
+from fmfl.errors import UserError
 from fmfl.states import State, code_digest, fingerprint, read_state, tensor_digest, write_state
 
 T = TypeVar("T")
@@ -117,12 +118,14 @@ class Examples:
         masks: (N, 1, H, W) uint8, 0 or 1.
         indices: (n,) int64, the ones trained on.
         teacher_logits: (n, 1, H, W) float, row i for ``indices[i]``, or None.
+        ask: instead of them, augmented images (B, 1, H, W) uint8 and their masks to the teacher's logits.
     """
 
     images: Tensor
     masks: Tensor
     indices: Tensor
     teacher_logits: Tensor | None = None
+    ask: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -148,6 +151,8 @@ def batches(
         chosen = examples.indices[rows]
         extra = None if examples.teacher_logits is None else examples.teacher_logits[rows].float()
         images, masks, extra = warp(examples.images[chosen], examples.masks[chosen], drawn, extra)
+        if examples.ask is not None:
+            extra = examples.ask((images * 255).round().to(torch.uint8), masks)
         yield images.contiguous(memory_format=torch.channels_last), masks, extra
 
 
@@ -282,19 +287,20 @@ def initial_state(
 
     Args:
         name: one of the three.
-        proxy: the proxy set, with the teacher's logits for ``fm``.
+        proxy: the proxy set, with the teacher's logits, or a way to ask it, for ``fm``.
         cfg: student, alpha, temperature, epochs, learning rate.
         batch_size: images a step.
         seed: of weights, order and augmentation.
         file: where the state is kept; a file made with the same settings and images is read instead.
-        teacher_key: what the teacher's logits depend on, for recognising that file.
+        teacher_key: what the teacher's answers depend on, for recognising that file.
         teacher_seconds: what they have cost; charged to ``fm``.
     """
     alpha = {"random": 0.0, "pretraining": 0.0, "fm": cfg.alpha}[name]
     epochs = 0 if name == "random" else cfg.proxy_epochs
     training = (alpha, cfg.temperature, epochs, cfg.proxy_learning_rate, batch_size, precision, augmentation)
+    taught = (cfg.teacher_labels, teacher_key) if alpha else ()
     seen = [tensor_digest(stored[proxy.indices]) for stored in (proxy.images, proxy.masks)] if epochs else []
-    key = fingerprint(code_digest(), name, cfg.student, seed, training, seen, teacher_key if alpha else "")
+    key = fingerprint(code_digest(), name, cfg.student, seed, training, seen, taught)
     device = proxy.images.device
     if file is not None and (stored := read_state(file, fingerprint=key, device=device)) is not None:
         state, record = stored
@@ -303,6 +309,8 @@ def initial_state(
     def loss(logits: Tensor, masks: Tensor, teacher_logits: Tensor | None) -> Tensor:
         if alpha == 0:  # the teacher has no say, so it need not be asked
             return losses.dice_loss(logits, masks)
+        if cfg.teacher_labels == "hard":
+            teacher_logits = losses.hard(teacher_logits, cfg.temperature)
         return losses.distillation_loss(logits, teacher_logits, masks, alpha, cfg.temperature)
 
     model = models.build(cfg.student, seed=seed, device=device)
@@ -323,6 +331,64 @@ def initial_state(
     if file is not None:
         write_state(file, state, fingerprint=key, fitted=vars(fitted), init=name)
     return InitialState(name, state, fitted)
+
+
+def out_of_fold_masks(
+    examples: Examples,
+    patients: Sequence[str],
+    cfg: DistillConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    precision: str = "float32",
+    augmentation: str = "device",
+) -> tuple[Tensor, float]:
+    """Masks of images by a student that has learned from other patients: where a predicted box comes from.
+
+    Two students learn from half of the patients each and answer for the other half. One that answered for
+    the images that it learned from would return their masks almost as they are, and the box with them.
+
+    Args:
+        examples: n images and their masks.
+        patients: who each of the n is.
+        cfg: student, epochs and learning rate, as for pre-training.
+        batch_size: images a step.
+        seed: of the halves, weights, order and augmentation.
+
+    Returns:
+        (n, 1, H, W) uint8 masks on the images' device, and the seconds that both students took.
+
+    Raises:
+        UserError: there are not two patients.
+    """
+    names = sorted(set(patients))
+    if len(names) < 2:
+        raise UserError("box_rule predicted needs two patients in the proxy set: give it more images")
+    order = torch.randperm(len(names), generator=generator(seed, PROXY_KEY)).tolist()
+    first = {names[k] for k in order[: len(names) // 2]}
+    inside = torch.tensor([patient in first for patient in patients], device=examples.indices.device)
+    found = torch.zeros_like(examples.images[examples.indices])
+
+    def answer(learned_from: Tensor) -> float:
+        rest = ~learned_from
+        model = models.build(cfg.student, seed=seed, device=examples.images.device)
+        fitted = fit(
+            model,
+            Examples(examples.images, examples.masks, examples.indices[learned_from]),
+            LOSSES["dice"],
+            epochs=cfg.proxy_epochs,
+            batch_size=batch_size,
+            optimizer=adam(model, cfg.proxy_learning_rate),
+            key=(seed, PROXY_KEY),
+            augmentation=augmentation,
+            precision=precision,
+        )
+        logits = predict(model, examples.images, examples.indices[rest], precision=precision)
+        found[rest] = (logits > 0).to(torch.uint8)
+        return fitted.seconds
+
+    seconds = side_by_side(answer, (inside, ~inside), examples.images.device)
+    return found, sum(seconds)
 
 
 PROXY_KEY = 2**32 - 1

@@ -2,14 +2,17 @@
 
 import hashlib
 import pickle
+import re
 import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from fmfl import checkpoints
-from fmfl.checkpoints import compare, read
+from fmfl import checkpoints, paths
+from fmfl.checkpoints import Published, compare, download, read
 from fmfl.errors import UserError
 
 STATE = {
@@ -250,3 +253,114 @@ def test_the_digest_is_of_the_file(tmp_path):
     file = tmp_path / "weights.pth"
     bare(file)
     assert checkpoints.sha256_of(file) == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------ published files
+
+CONTENT = bytes(range(256)) * 40
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """An address that gives CONTENT, and a list of the bytes from which on it was asked for."""
+    asked: list[int] = []
+    settings = {"ranges": True, "cut": None, "content": CONTENT}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path != "/weights.pth":
+                return self.send_error(404)
+            start = re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))
+            first = int(start[1]) if settings["ranges"] else 0
+            asked.append(first)
+            if first >= len(settings["content"]):
+                return self.send_error(416)
+            body = settings["content"][first:]
+            self.send_response(206 if "Range" in self.headers and settings["ranges"] else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: settings["cut"]])
+
+        def log_message(self, *_):
+            pass
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    known = Published(
+        "weights.pth",
+        "https://example.org/page",
+        hashlib.sha256(CONTENT).hexdigest(),
+        f"http://127.0.0.1:{running.server_port}/weights.pth",
+    )
+    monkeypatch.setitem(checkpoints.PUBLISHED, "sam_vit_b", known)
+    monkeypatch.setattr(paths, "WEIGHTS", tmp_path / "weights")
+    yield asked, settings
+    running.shutdown()
+    running.server_close()
+
+
+def test_a_download_is_the_published_file_and_is_fetched_once(server):
+    asked, _ = server
+    file = download("sam_vit_b", progress=False)
+    assert file.read_bytes() == CONTENT
+    assert download("sam_vit_b", progress=False) == file
+    assert asked == [0]
+    assert [entry.name for entry in file.parent.iterdir()] == ["weights.pth"]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_download_is_continued(server, ranges):
+    asked, settings = server
+    settings["cut"] = 3000
+    with pytest.raises(UserError, match=r"could not be fetched .*: the same command continues"):
+        download("sam_vit_b", progress=False)
+    assert not checkpoints.PUBLISHED["sam_vit_b"].file.exists()
+    settings.update(cut=None, ranges=ranges)
+    assert download("sam_vit_b", progress=False).read_bytes() == CONTENT
+    assert asked == ([0, 3000] if ranges else [0, 0])
+
+
+def test_a_download_that_was_whole_but_not_yet_named_is_not_fetched_again(server):
+    asked, _ = server
+    file = checkpoints.PUBLISHED["sam_vit_b"].file
+    file.parent.mkdir()
+    file.with_name("weights.pth.part").write_bytes(CONTENT)
+    assert download("sam_vit_b", progress=False) == file
+    assert asked == [len(CONTENT)]
+
+
+def test_another_file_than_the_published_one_is_deleted(server):
+    _, settings = server
+    settings["content"] = b"<html>please log in</html>"
+    with pytest.raises(UserError, match="gave another file than the published one"):
+        download("sam_vit_b", progress=False)
+    assert list(paths.WEIGHTS.iterdir()) == []
+
+
+def test_a_file_that_is_there_and_is_another_is_not_overwritten(server):
+    asked, _ = server
+    file = checkpoints.PUBLISHED["sam_vit_b"].file
+    file.parent.mkdir()
+    file.write_bytes(b"mine")
+    with pytest.raises(UserError, match="is not the published file"):
+        download("sam_vit_b", progress=False)
+    assert file.read_bytes() == b"mine" and asked == []
+
+
+def test_what_cannot_be_fetched_is_said_in_a_sentence(server, monkeypatch):
+    known = checkpoints.PUBLISHED["sam_vit_b"]
+    nowhere = Published(known.file_name, known.page, known.sha256, known.url + "x")
+    monkeypatch.setitem(checkpoints.PUBLISHED, "sam_vit_b", nowhere)
+    with pytest.raises(UserError, match=r"could not be fetched \(Not Found\)"):
+        download("sam_vit_b", progress=False)
+    with pytest.raises(UserError, match="no direct address: fetch it by hand from "):
+        download("sam-med2d")
+    with pytest.raises(UserError, match="no published weights are known for 'builtin'"):
+        download("builtin")
+
+
+def test_published_files_are_recognised():
+    checksums = [known.sha256 for known in checkpoints.PUBLISHED.values() if known.sha256]
+    assert len(set(checksums)) == 3 and all(re.fullmatch("[0-9a-f]{64}", found) for found in checksums)
+    assert checkpoints.published_as(checkpoints.PUBLISHED["sam_vit_h"].sha256) == "sam_vit_h"
+    assert checkpoints.published_as("0" * 64) is None

@@ -1,5 +1,6 @@
 """A person's mistake is one sentence and exit code 2, found before anything is written."""
 
+import hashlib
 import os
 import re
 import subprocess
@@ -7,9 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from fmfl import cli, grid
+from fmfl import cli, grid, teacher
 
 TINY = ["-p", "size=32", "-p", "num_phantoms=40", "-p", "num_rounds=1", "-p", "proxy_epochs=1"]
 TINY += ["-p", "student=tiny_unet", "--plain"]
@@ -268,3 +271,33 @@ def test_a_folder_without_results_has_no_report(tmp_path, fmfl):
     for place in (tmp_path, tmp_path / "nowhere"):
         assert f"{place / 'results.csv'} is missing" in sentence(*fmfl("report", place))
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------ teachers
+
+
+def test_teacher_check_says_what_a_file_is(fmfl):
+    code, out, err = fmfl("teacher", "check", teacher.BUILTIN_WEIGHTS)
+    assert (code, err) == (0, "")
+    assert hashlib.sha256(teacher.BUILTIN_WEIGHTS.read_bytes()).hexdigest() in out
+    assert re.search(r"teacher +builtin\n", out)
+    assert re.search(r"tensors +\d+ with 1,7\d\d,\d{3} numbers\n", out)
+    assert re.search(r"made for +128 pixels\n", out)
+    assert re.search(r"keys +\d+ fit, 0 missing, 0 unexpected, 0 of another shape", out)
+
+
+def test_teacher_check_refuses_what_fits_no_teacher(fmfl, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_file({"conv1.weight": torch.zeros(4, 3, 3, 3)}, other)
+    code, out, err = fmfl("teacher", "check", other)
+    assert code == 2 and "fits no teacher" in err and "unknown" in out
+    code, out, err = fmfl("teacher", "check", other, "--teacher", "sam_vit_b")
+    assert code == 2 and "314 missing, 1 unexpected" in out
+    assert "does not fit teacher 'sam_vit_b'" in err and err.count("\n") == 1
+    assert "mask decoder missing" in err and "masks would be noise" in err
+    assert "is unknown" in sentence(*fmfl("teacher", "check", other, "--teacher", "sam3"))
+    assert "are not there" in sentence(*fmfl("teacher", "check", tmp_path / "none.pth"))
+
+
+def test_teacher_download_says_where_the_others_are(fmfl):
+    assert "fetch it by hand from" in sentence(*fmfl("teacher", "download", "medsam"))

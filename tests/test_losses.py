@@ -10,7 +10,7 @@ from torch.distributions import Bernoulli
 from torch.distributions import kl_divergence as kl_of_distributions
 
 from fmfl.errors import UserError
-from fmfl.losses import SMOOTHING, dice_loss, distillation_loss, kl_divergence
+from fmfl.losses import SMOOTHING, dice_loss, distillation_loss, hard, kl_divergence
 
 SHAPE = (3, 1, 6, 5)
 
@@ -162,3 +162,14 @@ def test_alpha_outside_its_range_is_named(alpha):
 def test_a_temperature_that_is_not_positive_is_named(temperature):
     with pytest.raises(UserError, match="temperature"):
         kl_divergence(logits(0), logits(1), temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_hard_labels_turn_eq_4_into_cross_entropy_with_the_teachers_mask(temperature):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(2, 1, 8, 8, generator=generator) for _ in range(2))
+    found = kl_divergence(student, hard(teacher, temperature), temperature)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        student / temperature, (teacher > 0).float()
+    )
+    torch.testing.assert_close(found, temperature**2 * expected, rtol=1e-4, atol=1e-5)

@@ -173,6 +173,18 @@ def test_sam_answers_as_the_packages_own_predictor(small, tmp_path, height, widt
     check_against_the_predictor(file, x_ray(height, width))
 
 
+def test_a_click_is_answered_as_by_the_packages_own_predictor(small, tmp_path):
+    file, _ = weights(tmp_path, "sam_vit_b")
+    image, click = x_ray(90, 120), torch.tensor([[35.0, 61.0]])
+    predictor = SamPredictor(segment_anything.sam_model_registry["vit_b"](checkpoint=str(file)))
+    predictor.set_image(image[0].permute(1, 2, 0).expand(-1, -1, 3).numpy())
+    expected, _, _ = predictor.predict(
+        click.numpy(), np.array([1]), multimask_output=False, return_logits=True
+    )
+    found = teacher.load("sam_vit_b", file).logits(image, click)
+    torch.testing.assert_close(found[0], torch.from_numpy(expected), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_sam_vit_b_answers_as_the_packages_own_predictor(tmp_path):
     file, _ = weights(tmp_path, "sam_vit_b")

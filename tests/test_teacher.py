@@ -7,6 +7,7 @@ which it can be asked must agree.
 import functools
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmfl import metrics, paths, phantom, teacher
+from fmfl import metrics, paths, phantom, sam, teacher
 from fmfl.errors import UserError
 from fmfl.teacher import Teacher, boxes_from_masks, cached_logits, decode, jitter, prompt
 
@@ -428,6 +429,43 @@ def test_prompts_by_rule():
     assert (one - exact).abs().max() <= 5
 
 
+def test_a_click_is_the_pixel_that_lies_deepest():
+    """In a square of odd side the middle one; the image's edge is a border as well."""
+    masks = torch.zeros(2, 1, 20, 30, dtype=torch.uint8)
+    masks[0, 0, 2:9, 1:8] = 1
+    masks[0, 0, 8:19, 15:26] = 1
+    masks[1, 0, 0:5, 0:5] = 1
+    clicks = teacher.points_from_masks(masks)
+    assert clicks[0].tolist() == [[4, 5], [20, 13]]
+    assert clicks[1, 0].tolist() == [2, 2]
+    assert clicks[1, 1].isnan().all()
+    assert torch.equal(prompt(masks, "point").nan_to_num(), clicks.nan_to_num())
+    assert teacher.points_from_masks(masks[1:], per_image="one").tolist() == [[[2, 2]]]
+
+
+def test_where_nothing_was_predicted_the_whole_image_is_asked_about():
+    masks = some_masks(2)
+    masks[1] = 0
+    boxes = prompt(masks, "predicted")
+    assert torch.equal(boxes[0], boxes_from_masks(masks[:1])[0])
+    assert boxes[1, 0].tolist() == [0, 0, SIZE - 1, SIZE - 1]
+    assert masks[1].sum() == 0, "the caller's masks stay"
+
+
+def test_the_builtin_teacher_refuses_clicks_which_it_was_not_trained_on(who):
+    with pytest.raises(UserError, match="trained on boxes alone"):
+        who.logits(some_images(1), torch.tensor([[3.0, 4.0]]))
+
+
+def test_batches_are_sized_to_the_devices_memory(who, monkeypatch):
+    """64 patches, 2 heads, 4 bytes, three times: 98,304 bytes an image, in half of the memory."""
+    assert who.batch_size == 32
+    for total, images in ((98_304 * 2 * 7 + 1, 7), (1, 1)):
+        memory = SimpleNamespace(total=total)
+        monkeypatch.setattr(teacher.psutil, "virtual_memory", lambda memory=memory: memory)
+        assert who.batch_size == images
+
+
 def test_unknown_rules_are_named_with_the_known_ones():
     with pytest.raises(UserError, match="box_rule 'lung' is unknown: choose one of ground_truth, "):
         prompt(some_masks(), "lung")
@@ -440,7 +478,9 @@ def test_unknown_rules_are_named_with_the_known_ones():
 
 def test_the_teacher_is_asked_once(who, tmp_path):
     images, masks = some_images(), some_masks()
-    ask = functools.partial(cached_logits, who, images, masks, cache=tmp_path / "cache", progress=False)
+    ask = functools.partial(
+        cached_logits, who, images, prompt(masks), cache=tmp_path / "cache", progress=False
+    )
     first = ask()
     assert (first.logits.shape, first.logits.dtype) == (images.shape, torch.float16)
     assert who.calls == 3
@@ -453,27 +493,27 @@ def test_the_teacher_is_asked_once(who, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1, "no unfinished file stays"
 
 
-@pytest.mark.parametrize("change", ["rule", "boxes", "jitter", "seed", "weights", "image", "mask", "fewer"])
+@pytest.mark.parametrize("change", ["boxes", "clicks", "weights", "precision", "size", "image", "fewer"])
 def test_the_teacher_is_asked_again_when_anything_its_answer_depends_on_changes(who, tmp_path, change):
-    images, masks = some_images(), some_masks()
-    settings = dict(rule="ground_truth_jitter", jitter_pixels=5.0, seed=0, cache=tmp_path, progress=False)
-    cached_logits(who, images, masks, **settings)
+    images, boxes = some_images(), prompt(some_masks())
+    cached_logits(who, images, boxes, cache=tmp_path, progress=False)
     who.calls = 0
-    if change == "weights":
+    if change == "boxes":
+        boxes[2, 1, 3] += 1
+    elif change == "clicks":
+        boxes, who.name = boxes[..., :2].repeat(1, 2, 1), "another"
+    elif change == "weights":
         who.sha256 = "another"
+    elif change == "precision":
+        who.precision = "bfloat16"
+    elif change == "size":
+        sam.resize(who.sam, 32)
+        who.size = 32
     elif change == "image":
         images[2, 0, 5, 5] ^= 1
-    elif change == "mask":
-        masks[2, 0, 45:50, 40:50] = 1
     elif change == "fewer":
-        images, masks = images[:2], masks[:2]
-    changes = {
-        "rule": {"rule": "ground_truth"},
-        "boxes": {"per_image": "one"},
-        "jitter": {"jitter_pixels": 2.0},
-        "seed": {"seed": 1},
-    }
-    found = cached_logits(who, images, masks, **settings | changes.get(change, {}))
+        images, boxes = images[:2], boxes[:2]
+    found = cached_logits(who, images, boxes, cache=tmp_path, progress=False)
     assert found.logits.shape == images.shape
     assert who.calls == len(images)
 
@@ -481,7 +521,7 @@ def test_the_teacher_is_asked_again_when_anything_its_answer_depends_on_changes(
 @pytest.mark.parametrize("damage", ["cut", "empty", "one bit"])
 def test_a_damaged_cache_is_made_again(who, tmp_path, damage):
     ask = functools.partial(
-        cached_logits, who, some_images(), some_masks(), cache=tmp_path / "cache", progress=False
+        cached_logits, who, some_images(), prompt(some_masks()), cache=tmp_path / "cache", progress=False
     )
     expected = ask().logits
     (file,) = (tmp_path / "cache").iterdir()

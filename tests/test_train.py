@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fmfl import augment, losses, models, states, train
 from fmfl.config import DistillConfig, RunConfig
+from fmfl.errors import UserError
 from fmfl.train import Examples
 
 NUM, SIZE = 12, 32
@@ -339,3 +340,67 @@ def test_logits_in_half_precision_are_taken(tmp_path):
     expected = begin("fm", of=of).state
     of.teacher_logits = of.teacher_logits.half()  # 6 and -6 are exact
     assert equal(begin("fm", of=of).state, expected)
+
+
+# ------------------------------------------------------------------------------------------ the teacher
+
+
+def test_fresh_views_ask_the_teacher_about_what_the_student_sees():
+    """A teacher that repeats its picture: each batch's logits are the batch's own pixels."""
+    seen = []
+
+    def ask(images, masks):
+        assert images.dtype == torch.uint8 and masks.shape == images.shape
+        seen.append(len(images))
+        return images.float()
+
+    plain = examples()
+    fresh = Examples(plain.images, plain.masks, plain.indices, ask=ask)
+    for images, _, logits in train.batches(fresh, 4, train.generator(0)):
+        torch.testing.assert_close(logits / 255, images, atol=0.51 / 255, rtol=0)
+    assert sum(seen) == len(plain)
+
+
+def test_hard_labels_look_at_the_teachers_mask_alone():
+    """Logits of another size but the same sign teach the same."""
+    soft = examples(logits=True)
+    larger = Examples(soft.images, soft.masks, soft.indices, 7 * soft.teacher_logits)
+    made = {}
+    for labels in ("soft", "hard"):
+        cfg = DistillConfig(student="micro", alpha=1.0, proxy_epochs=1, teacher_labels=labels)
+        made[labels] = [
+            states.state_digest(
+                train.initial_state("fm", given, cfg, batch_size=4, seed=0, augmentation="none").state
+            )
+            for given in (soft, larger)
+        ]
+    assert made["hard"][0] == made["hard"][1] != made["soft"][0] != made["soft"][1]
+
+
+def test_predicted_masks_come_from_a_student_that_has_not_seen_the_patient(monkeypatch):
+    """Who learned from an image never answers for it, and two images of one patient stay together."""
+    plain = examples()
+    patients = [f"p{i // 2}" for i in range(len(plain))]
+    learned, answered = [], []
+    fit, predict = train.fit, train.predict
+
+    def watched_fit(model, given, *arguments, **options):
+        learned.append((model, set(given.indices.tolist())))
+        return fit(model, given, *arguments, **options)
+
+    def watched_predict(model, images, indices, **options):
+        answered.append((model, set(indices.tolist())))
+        return predict(model, images, indices, **options)
+
+    monkeypatch.setattr(train, "fit", watched_fit)
+    monkeypatch.setattr(train, "predict", watched_predict)
+    cfg = DistillConfig(student="micro", proxy_epochs=1)
+    masks, seconds = train.out_of_fold_masks(plain, patients, cfg, batch_size=4, seed=0)
+    assert masks.shape == (len(plain), 1, *plain.images.shape[2:]) and masks.dtype == torch.uint8
+    assert seconds > 0
+    for model, taught in learned:
+        (asked,) = [indices for other, indices in answered if other is model]
+        assert not {patients[i] for i in taught} & {patients[i] for i in asked}
+    assert sorted(i for _, indices in answered for i in indices) == plain.indices.tolist()
+    with pytest.raises(UserError, match="two patients"):
+        train.out_of_fold_masks(plain, ["one"] * len(plain), cfg, batch_size=4, seed=0)
