@@ -44,18 +44,27 @@ def show_bars() -> bool:
 
 
 def load_cohort(cfg: Settings) -> Cohort:
-    """The images of ``cfg.data`` on the run's device."""
-    wanted = cfg.data
-    return data.load(
+    """The images of ``cfg.data`` on the run's device, or beside it where it has no room for them."""
+    train.set_determinism(cfg.run)
+    wanted, device = cfg.data, train.device_of(cfg.run)
+    cohort = data.load(
         wanted.data,
         size=wanted.size,
-        device=train.device_of(cfg.run),
         num_phantoms=wanted.num_phantoms,
         phantom_seed=wanted.phantom_seed,
         mask_class=wanted.mask_class,
         strict=wanted.strict,
         progress=show_bars(),
     )
+    where = cfg.run.cohort_device
+    return cohort.to(device, resident=where == "device" or (where == "auto" and _fits(cohort, device)))
+
+
+def _fits(cohort: Cohort, device: torch.device) -> bool:
+    """Whether a cohort takes at most half of a GPU's free memory: training needs the other half."""
+    if device.type != "cuda":
+        return True
+    return cohort.images.nbytes + cohort.masks.nbytes <= torch.cuda.mem_get_info(device)[0] / 2
 
 
 def hold_out(cfg: Settings, cohort: Cohort) -> Holdout:
@@ -65,7 +74,7 @@ def hold_out(cfg: Settings, cohort: Cohort) -> Holdout:
         cfg.data.holdout_seed,
         proxy=cfg.data.proxy,
         test=cfg.data.test,
-        device=cohort.device,
+        device=cohort.images.device,
     )
 
 
@@ -116,12 +125,13 @@ def initial_states(
     def make(init: str) -> InitialState:
         return train.initial_state(
             init,
-            Examples(cohort.images, cohort.masks, proxy, logits if init == "fm" else None),
+            Examples(cohort.images, cohort.masks, proxy, logits if init == "fm" else None, cohort.device),
             cfg.distill,
             batch_size=cfg.federate.batch_size,
             seed=cfg.federate.seed,
             precision=train.precision_of(cfg.run),
             augmentation=cfg.federate.augmentation,
+            batch_norm=cfg.federate.batch_norm,
             file=cfg.run_dir / "weights" / f"init-{init}-seed{cfg.federate.seed}.safetensors",
             teacher_key=key,
             teacher_seconds=seconds,
@@ -218,7 +228,10 @@ def write_text(file: Path, text: str) -> None:
 # ---------------------------------------------------------------------------------------------------
 
 #: Settings in which the cells of one study may differ.
-FREE = ("run_name", "device", "split", "seed", "arms", "inits", "target_dice", "reference_split")
+FREE = (
+    *("run_name", "device", "cohort_device"),
+    *("split", "seed", "arms", "inits", "target_dice", "reference_split"),
+)
 
 
 def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
@@ -401,11 +414,12 @@ def read_record_digest(file: Path) -> str:
     return states.state_digest(found[0]) if found else "unreadable"
 
 
-def student_card(name: str, size: int) -> dict[str, Any]:
+def student_card(name: str, size: int, batch_norm: str = "average") -> dict[str, Any]:
     """What a student weighs: parameters, bytes on the wire, FLOPs of one image."""
-    model = models.build(name)
+    model = models.build(name, batch_norm=batch_norm)
     return {
         "student": name,
+        "norm": "group" if batch_norm == "group" else "batch",
         "parameters": models.num_parameters(model),
         "bytes": models.num_bytes(model.state_dict()),
         "flops": models.flops(model, torch.zeros(1, 1, size, size)),

@@ -73,7 +73,7 @@ def run(server: Server, rounds: int | None = None) -> Server:
     """The notebook's round loop, to the end or stopped after some rounds."""
     cohort = a_cohort()
     for number in server.remaining_rounds():
-        state = aggregate(federate.train_client(server, k) for k in server.clients)
+        state = aggregate(federate.train_client(server, k) for k in server.participants())
         server.finish_round(state, cohort, TEST)
         if number == rounds:
             break
@@ -308,7 +308,7 @@ def test_the_arms_without_a_server_keep_their_optimizer(tmp_path):
     )
     assert list(everything) == [POOLED]
     assert (server.split, server.client, server.cfg.optimizer_state) == ("pooled", -1, "keep")
-    assert server.optimizers[POOLED]
+    assert server.kept[f"adam-{POOLED}"]
 
 
 def test_a_client_that_diverged_comes_back_in_the_next_round(tmp_path, monkeypatch):
@@ -405,11 +405,12 @@ def test_kept_moments_go_back_to_their_own_weights(tmp_path):
     cfg = settings(optimizer_state="keep")
     running = run(serve(tmp_path, cfg=cfg), rounds=1)
     resumed = serve(tmp_path, cfg=cfg)
-    assert resumed.optimizers.keys() == running.optimizers.keys() == {0, 1}
-    for number, held in running.optimizers.items():
-        assert equal(resumed.optimizers[number], held)
+    assert {whose for whose, held in running.kept.items() if held} == {"adam-0", "adam-1"}
+    assert resumed.kept.keys() == {"adam-0", "adam-1"}
+    for whose, held in resumed.kept.items():
+        assert equal(running.kept[whose], held)
     optimizer = train.adam(resumed.model, 1e-2)
-    federate._load_moments(optimizer, resumed.optimizers[0])
+    federate._load_moments(optimizer, resumed.kept["adam-0"])
     for parameter in resumed.model.parameters():
         for name in ("exp_avg", "exp_avg_sq"):
             assert optimizer.state[parameter][name].stride() == parameter.stride()
