@@ -46,7 +46,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
 WHERE = ("run_name", "device", "cohort_device")
 
 #: Modules whose code no number depends on.
-NO_NUMBERS = ("cli.py", "grid.py", "teacher_training.py")
+NO_NUMBERS = ("cli.py", "grid.py", "teacher_training.py", "verify.py")
 
 NO_BARS = {"TQDM_DISABLE": "1"}
 """An environment without progress bars, see :func:`fmfl.study.show_bars`."""

@@ -390,6 +390,12 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
         for file in sorted((cfg.run_dir / "weights").glob("*.safetensors"))
         if file.stem.split("-client")[0] in runs
     }
+    records = {Path(name).stem: states.read_record(cfg.run_dir / "weights" / name) for name in weights}
+    rounds = {
+        name: [done["sha256"] for done in record["rounds"]]
+        for name, record in records.items()
+        if "rounds" in record
+    }
     who = cells.get("02_teacher", {}).get("record", {})
     if who.get("name") == "builtin":
         who = who | {"note": STAND_IN}
@@ -404,6 +410,7 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
         "teacher": who,
         "student": next((c["record"] for n, c in cells.items() if n.startswith("03_distill")), {}),
         "weights": weights,
+        "rounds": rounds,
         "cells": {name: cell["run"] | {"record": cell["record"]} for name, cell in cells.items()},
     }
 
