@@ -5,6 +5,7 @@ folders agree in all of them, they are equal bit by bit; where they do not, what
 (settings, versions, device, commit, images) is where to look for the cause.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -112,14 +113,15 @@ def _state(file: Path) -> State | None:
 
 
 def _difference(one: State, other: State) -> tuple[str, float]:
-    """The first tensor that differs, and the largest difference of all; infinity where none can be told."""
+    """The first name whose tensors differ, and the largest difference; infinity where there is no telling."""
     where, furthest = "", 0.0
-    for key in dict.fromkeys([*one, *other]):
+    for key in sorted({*one, *other}):
         a, b = one.get(key), other.get(key)
         if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
             where, furthest = where or f"{key} (in one alone, or of another kind)", float("inf")
         elif states.tensor_digest(a) != states.tensor_digest(b):
-            away = (a.double() - b.double()).abs().nan_to_num(nan=float("inf")).max().item()
+            away = (a.double() - b.double()).abs().max().item()
+            away = float("inf") if math.isnan(away) else away
             where, furthest = where or f"{key} (by {away:.3g})", max(furthest, away)
     return where, furthest
 
@@ -127,12 +129,14 @@ def _difference(one: State, other: State) -> tuple[str, float]:
 def _table(folder: Path) -> pd.DataFrame:
     file = folder / "results.csv"
     try:
-        found = pd.read_csv(file, float_precision="round_trip")
-        return found.set_index(KEY, verify_integrity=True)[VALUES].astype(float)
+        found = pd.read_csv(file).set_index(KEY)[VALUES].astype(float)
     except FileNotFoundError:
         raise UserError(f"{file} is missing: run 05_analysis again") from None
-    except (ValueError, KeyError):  # no CSV, no numbers, a row twice; a column is missing
+    except (ValueError, KeyError):  # no CSV, or no numbers; a column is missing
         raise UserError(f"{file} is damaged: delete it and run 05_analysis again") from None
+    if not found.index.is_unique:
+        raise UserError(f"{file} holds a row twice: delete it and run 05_analysis again")
+    return found
 
 
 def _results(one: pd.DataFrame, other: pd.DataFrame, tolerance: float) -> tuple[str, bool]:
