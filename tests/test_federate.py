@@ -453,6 +453,12 @@ def test_under_fedbn_a_client_has_its_own_batchnorm_and_the_server_their_average
             assert torch.equal(value, trained[k][0][name] if name in own else server.state[name]), name
 
 
+def test_under_fedbn_the_servers_step_leaves_batchnorm_alone(tmp_path):
+    averages, found, server = steps(tmp_path, batch_norm="local", server="momentum")
+    for average, state in zip(averages[1:], found[2:], strict=True):  # without momentum a step is the average
+        assert {name for name in state if torch.equal(state[name], average[name])} == server.own_keys
+
+
 def test_under_fedbn_batchnorm_is_not_sent(tmp_path):
     """A micro student has 40 + 8 + 37 weights and 8 statistics of 4 bytes, and a count of 8 bytes."""
     server = run(serve(tmp_path, cfg=settings(batch_norm="local")), rounds=1)
