@@ -67,6 +67,15 @@ OTHER_NAME = torch.device("cpu", 0)
 """The CPU under a name that no tensor there has: stored on "the host", wanted on another "device"."""
 
 
+def test_chosen_rows_come_to_the_device_that_asks():
+    """Of the meta device one sees the shapes alone, which tell the rest."""
+    stored, rows = torch.arange(12, dtype=torch.uint8).view(4, 3), torch.tensor([2, 0])
+    assert train.fetch(stored, rows, stored.device).tolist() == [[6, 7, 8], [0, 1, 2]]
+    assert train.fetch(stored, rows, OTHER_NAME).tolist() == [[6, 7, 8], [0, 1, 2]]
+    sent = train.fetch(stored, rows, torch.device("meta"))
+    assert (sent.device.type, sent.shape, sent.dtype) == ("meta", (2, 3), torch.uint8)
+
+
 DEVICES = [OTHER_NAME, pytest.param(torch.device("cuda", 0), marks=needs_gpu)]
 
 
@@ -405,6 +414,16 @@ def test_an_initial_state_is_made_anew_when_anything_it_depends_on_changes(tmp_p
     start = begin("fm", cfg, of, seed, file=file, teacher_key=teacher_key, batch_norm=norm)
     assert trained["fit"] == 2
     assert not start.reused
+
+
+def test_a_start_serves_both_ways_of_averaging_batchnorm_and_group_norm_has_its_own(tmp_path, trained):
+    file = tmp_path / "pretraining.safetensors"
+    begin("pretraining", file=file, batch_norm="average")
+    assert begin("pretraining", file=file, batch_norm="local").reused
+    start = begin("pretraining", file=file, batch_norm="group")
+    assert trained["fit"] == 2
+    assert start.state.keys() == models.build("micro", batch_norm="group").state_dict().keys()
+    assert not any("running" in name for name in start.state)
 
 
 def test_pretraining_does_not_depend_on_the_teacher(tmp_path, trained):

@@ -117,7 +117,7 @@ def test_bit_by_bit_means_the_sign_of_zero_too(tmp_path):
 
 
 def test_between_devices_what_lies_within_the_tolerance_is_equal(tmp_path, one):
-    state = changed(a_weight=torch.tensor([1.0, 2.25]), b_weight=torch.tensor([[3.5], [4.0]]))
+    state = changed(a_weight=torch.tensor([1.0, 2.5]), b_weight=torch.tensor([[3.25], [4.0]]))
     other = a_study(tmp_path / "other", state, ["00", "xx", "yy"], dice=1.0)
     for tolerance, expected in ((0.0, False), (0.4, False), (0.5, True), (0.6, True)):
         lines, equal = verify.compare(one, other, tolerance)
