@@ -90,17 +90,17 @@ def _run(
         for found, state in zip(manifests, finals, strict=True)
     ]
     if parted is None:
-        how = f"equal through round {len(rounds[0]) - 1}" if rounds[0] else "equal"
+        how = f"equal through round {len(rounds[0]) - 1}" if rounds[0] else ""
     else:
         how = f"equal through round {parted - 1}, then they part" if parted else "they part from the start"
     if digests[0] == digests[1]:
-        return how, parted is None or tolerance > 0
+        return how or "equal", parted is None or tolerance > 0
+    how += "; final weights differ" if how else "the weights differ"
     if None in finals:
-        return f"{how}; final weights differ and are not there to compare", False
+        return f"{how} and are not there to compare", False
     where, furthest = _difference(*finals)
-    within = 0 < tolerance >= furthest
-    near = ", within the tolerance" if within else ""
-    return f"{how}; final weights differ first in {where}, at most by {furthest:.3g}{near}", within
+    how = f"{how} first in {where}" + (f", at most by {furthest:.3g}" if math.isfinite(furthest) else "")
+    return (f"{how}, within the tolerance", True) if 0 < tolerance >= furthest else (how, False)
 
 
 def _state(file: Path) -> State | None:
