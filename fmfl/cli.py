@@ -1,4 +1,4 @@
-"""``fmfl``: the whole study, a look at a data source, and the report again, from a command line."""
+"""``fmfl``: the whole study, a look at a data source, the report again, two studies compared."""
 
 import sys
 from pathlib import Path
@@ -181,6 +181,26 @@ def download_teacher(
     from fmfl import checkpoints
 
     typer.echo(f"weights: {checkpoints.download(name, progress=sys.stderr.isatty())}")
+
+
+@app.command()
+def verify(
+    one: Annotated[Path, typer.Argument(metavar="DIR_A", help="a study's folder")],
+    other: Annotated[Path, typer.Argument(metavar="DIR_B", help="another's")],
+    tolerance: Annotated[
+        float, typer.Option(help="final weights and scores this near are equal, as between devices")
+    ] = 0.0,
+) -> None:
+    """Compare two studies round by round: exit code 0 where they are equal, 1 where they part."""
+    if not 0 <= tolerance < float("inf"):
+        raise UserError(f"--tolerance is {tolerance}: it must be a number of at least 0")
+
+    from fmfl import verify
+
+    lines, equal = verify.compare(one, other, tolerance)
+    for line in lines:
+        typer.echo(line)
+    raise typer.Exit(0 if equal else 1)
 
 
 def main() -> None:

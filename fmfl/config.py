@@ -43,6 +43,8 @@ class RunConfig:
     run_name: str = "quick"  # a folder under runs/, or an absolute path
     device: str = _one_of("auto", "auto", "cpu", "cuda")
     precision: str = _one_of("auto", "auto", "float32", "bfloat16")  # auto: bfloat16 on a GPU that has it
+    deterministic: bool = False  # on a GPU, slower kernels that give the same bytes twice; a CPU always does
+    cohort_device: str = _one_of("auto", "auto", "device", "host")  # auto: host if the GPU has no room for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +106,21 @@ class FederateConfig:
     local_epochs: int = _in(1, 1, 1000)  # E in McMahan et al. 2017; paper: 5
     batch_size: int = _in(8, 1, 4096)  # B, images a local step
     learning_rate: float = _in(1e-3, 0, 10)  # of the clients' Adam; paper: 1e-4
+    proximal: float = _in(0.0, 0, 1000)  # mu of FedProx (Li et al. 2020, arXiv 1812.06127); 0: FedAvg
     loss: str = _one_of("dice", "dice", "dice_bce")  # the paper names the Dice loss
     optimizer_state: str = _one_of("reset", "reset", "keep")  # of a client's Adam between rounds
+    # BatchNorm: averaged with the weights; a client's own (FedBN: Li et al. 2021, arXiv 2102.07623); or
+    # GroupNorm in its place, in every arm and start (Hsieh et al. 2020, arXiv 1910.00189).
+    batch_norm: str = _one_of("average", "average", "local", "group")
+    participation: float = _in(1.0, 0, 1)  # C in McMahan et al. 2017: clients a round, at least one
+    client_weights: str = _one_of("images", "images", "uniform")  # in the average; images: Eq. 3
+    # The server takes the average, or takes the way there for a gradient (FedAvgM: Hsu et al. 2019, arXiv
+    # 1909.06335; FedAdam: Reddi et al. 2021, arXiv 2003.00295).
+    server: str = _one_of("average", "average", "momentum", "adam")
+    server_learning_rate: float = _in(0.0, 0, 100)  # 0: the usual one, 1 for momentum and 0.01 for adam
+    server_momentum: float = _in(0.9, 0, 0.9999)  # beta in FedAvgM, beta_1 in FedAdam
+    server_beta2: float = _in(0.99, 0, 0.9999)  # of adam
+    server_epsilon: float = _in(1e-3, 1e-12, 1)  # tau in FedAdam: how adaptive adam is, the larger the less
     augmentation: str = _one_of("device", "device", "albumentations", "none")
     score_every: int = _in(1, 1, 100_000)  # rounds; the last round is always scored
     seed: int = _in(0, 0, 2**31)

@@ -84,13 +84,14 @@ class Cohort:
     """Images, masks and patients, ready to be indexed on a device.
 
     Attributes:
-        images: (N, 1, H, W) uint8, 0..255, H = W.
+        images: (N, 1, H, W) uint8, 0..255, H = W; index tensors lie where they do.
         masks: (N, 1, H, W) uint8, 1 where there is lung, else 0.
         table: one row an image, in the order of `images`; the columns are `COLUMNS`.
         left_out: one row a file that is not used: source, file (below the source's folder), reason (to count
             by), detail (one sentence), defect (True: the file wants mending; False: it is of another kind).
         fingerprint: SHA-256 of pixels, masks and table as the files give them; the same on every machine,
             under every path, and whatever the source's folder is called.
+        device: what computes with them; None: where they lie.
     """
 
     images: Tensor
@@ -98,6 +99,10 @@ class Cohort:
     table: pd.DataFrame
     left_out: pd.DataFrame
     fingerprint: str
+    device: torch.device | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", self.device or self.images.device)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -107,14 +112,13 @@ class Cohort:
         """Pixels a side."""
         return self.images.shape[-1]
 
-    @property
-    def device(self) -> torch.device:
-        """Where images and masks lie."""
-        return self.images.device
-
-    def to(self, device: str | torch.device) -> "Cohort":
-        """The same cohort with its tensors on `device`."""
-        return replace(self, images=self.images.to(device), masks=self.masks.to(device))
+    def to(self, device: str | torch.device, *, resident: bool = True) -> "Cohort":
+        """The same cohort for `device`; unless `resident`, its tensors stay where they are."""
+        images, masks = self.images, self.masks
+        if resident:
+            images, masks = images.to(device), masks.to(device)
+        # "cuda" is "cuda:0": a tensor there tells the name that tensors have.
+        return replace(self, images=images, masks=masks, device=torch.empty(0, device=device).device)
 
     def patients(self, indices: Tensor | Sequence[int]) -> set[str]:
         """The patient ids of the images at `indices` (an int64 tensor on any device, or a sequence)."""

@@ -5,9 +5,10 @@ the same loop with one client that holds everything, standalone training is the 
 the arms differ in nothing but who averages with whom.
 """
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +24,7 @@ from fmfl.states import (
     State,
     code_digest,
     fingerprint,
+    previous,
     read_state,
     state_digest,
     write_state,
@@ -32,8 +34,11 @@ from fmfl.train import Examples, InitialState
 POOLED = 2**32 - 2
 """The centralised arm's one client in a random key; no real client has that number."""
 
-OPTIMIZER_PREFIX = "optimizer/"
-"""Of the tensors in a checkpoint that are a client's Adam state, not the model's."""
+SAMPLING = 2**32 - 3
+"""Stands for the choice of a round's clients where a client's number stands in a random key."""
+
+KEPT = "kept/"
+"""Begins the names of the tensors in a checkpoint that are not the model's: see :attr:`Server.kept`."""
 
 
 def aggregate(updates: Iterable[tuple[State, int]]) -> State:
@@ -99,14 +104,58 @@ def _is_finite(state: State) -> bool:
     return not finite or bool(torch.stack(finite).all())
 
 
+def server_step(
+    state: State, average: State, names: Iterable[str], cfg: FederateConfig, moments: State
+) -> tuple[State, State]:
+    """What the server makes of Eq. 3's average: ``average`` takes it; the others step towards it.
+
+    The way from the average to the old state is taken for a gradient (Reddi et al. 2021, arXiv 2003.00295):
+
+        momentum    v <- beta v + (theta - average),   theta <- theta - lr v       FedAvgM, arXiv 1909.06335
+        adam        Adam's step with that gradient                                 FedAdam
+
+    Adam is PyTorch's, which corrects the first rounds for moments that begin at 0; FedAdam's does not. Only
+    the weights in ``names`` take a step. All other tensors, BatchNorm's running statistics among them, are
+    the average: they follow the data, and an optimizer could make a variance negative.
+
+    Args:
+        state: the global state of the last round.
+        average: from :func:`aggregate`.
+        names: of the trained weights.
+        moments: what the last round's step gave; empty before the first.
+
+    Returns:
+        The new global state, and the optimizer's moments.
+    """
+    if cfg.server == "average":
+        return average, {}
+    weights = {name: state[name].clone() for name in names}
+    for name, weight in weights.items():
+        weight.grad = weight - average[name]
+    rate = cfg.server_learning_rate or {"momentum": 1.0, "adam": 0.01}[cfg.server]
+    if cfg.server == "momentum":
+        optimizer = torch.optim.SGD(weights.values(), lr=rate, momentum=cfg.server_momentum)
+    else:
+        betas = (cfg.server_momentum, cfg.server_beta2)
+        optimizer = torch.optim.Adam(weights.values(), lr=rate, betas=betas, eps=cfg.server_epsilon)
+    if moments:
+        _load_moments(optimizer, moments)
+    optimizer.step()
+    return average | {name: weight.detach() for name, weight in weights.items()}, _moments(optimizer)
+
+
 def clients_of(cohort: Cohort, parts: Iterable[Tensor]) -> dict[int, Examples]:
     """Client numbers and their images, from :func:`fmfl.split.partition`."""
-    return {k: Examples(cohort.images, cohort.masks, indices) for k, indices in enumerate(parts)}
+    return {k: _examples(cohort, indices) for k, indices in enumerate(parts)}
 
 
 def pooled(cohort: Cohort, indices: Tensor) -> dict[int, Examples]:
     """The centralised arm's one client, which holds every federated image."""
-    return {POOLED: Examples(cohort.images, cohort.masks, indices)}
+    return {POOLED: _examples(cohort, indices)}
+
+
+def _examples(cohort: Cohort, indices: Tensor) -> Examples:
+    return Examples(cohort.images, cohort.masks, indices, device=cohort.device)
 
 
 @dataclass
@@ -123,6 +172,9 @@ class Server:
         state: the global state after the last finished round.
         round_number: the last finished round; 0 before any.
         history: one row a scored round.
+        rounds: of each round, from 0: SHA-256 of the global state, and the clients that took part.
+        kept: what is kept between rounds besides the state: ``adam-{client}``, a client's moments;
+            ``norm-{client}``, its own BatchNorm; ``server``, the moments of the server's optimizer.
         file: the checkpoint, and at the end the final weights.
     """
 
@@ -142,7 +194,8 @@ class Server:
     images_seen: int = 0
     bytes_each_way: int = 0
     history: list[dict] = field(default_factory=list)
-    optimizers: dict[int, State] = field(default_factory=dict)
+    rounds: list[dict] = field(default_factory=list)
+    kept: dict[str, State] = field(default_factory=dict)
 
     @classmethod
     def start_or_resume(
@@ -172,9 +225,13 @@ class Server:
         split = "pooled" if arm == "centralised" else cfg.split
         client = next(iter(clients)) if arm == "standalone" else -1
         # A stateless client begins each round with a new Adam; where no server comes in between, as in the
-        # centralised and standalone arms, resetting it would only be a handicap.
+        # centralised and standalone arms, resetting it would only be a handicap. All else that a server or a
+        # federation can choose is not theirs to choose.
         if arm != "federated":
-            cfg = FederateConfig(**asdict(cfg) | {"optimizer_state": "keep"})
+            plain = FederateConfig()
+            cfg = replace(cfg, optimizer_state="keep", **{k: getattr(plain, k) for k in FEDERATED_SETTINGS})
+            if cfg.batch_norm == "local":  # as it is anyway where there is one client
+                cfg = replace(cfg, batch_norm="average")
         settings = {
             key: value
             for key, value in asdict(cfg).items()
@@ -184,6 +241,7 @@ class Server:
             code_digest((*TRAINING_CODE, "metrics.py")), arm, student, precision, settings,
             state_digest(initial.state), cohort.fingerprint,
             {k: examples.indices.tolist() for k, examples in clients.items()}, test.tolist(),
+            torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         suffix = f"-client{client}" if arm == "standalone" else ""
         file = run_dir / "weights" / f"{arm}-{split}-{initial.name}-seed{cfg.seed}{suffix}.safetensors"
@@ -195,23 +253,24 @@ class Server:
             clients=clients,
             cfg=cfg,
             precision=precision,
-            model=models.build(student, device=cohort.device),
+            model=models.build(student, device=cohort.device, batch_norm=cfg.batch_norm),
             state=initial.state,
             file=file,
             fingerprint=key,
             seconds=initial.fitted.seconds,
             images_seen=initial.fitted.images_seen,
         )
-        if (stored := read_state(file, fingerprint=key, device=cohort.device)) is not None:
+        if (stored := _last_checkpoint(file, key, cohort.device)) is not None:
             tensors, record = stored
-            server.state = {k: v for k, v in tensors.items() if not k.startswith(OPTIMIZER_PREFIX)}
+            server.state = {k: v for k, v in tensors.items() if not k.startswith(KEPT)}
             for name, value in tensors.items():
-                if name.startswith(OPTIMIZER_PREFIX):
-                    number, rest = name.removeprefix(OPTIMIZER_PREFIX).split("/", 1)
-                    server.optimizers.setdefault(int(number), {})[rest] = value
-            for name in ("round_number", "seconds", "images_seen", "bytes_each_way", "history"):
+                if name.startswith(KEPT):
+                    whose, rest = name.removeprefix(KEPT).split("/", 1)
+                    server.kept.setdefault(whose, {})[rest] = value
+            for name in ("round_number", "seconds", "images_seen", "bytes_each_way", "history", "rounds"):
                 setattr(server, name, record[name])
         else:
+            server.rounds.append({"sha256": state_digest(server.state), "clients": []})
             server.score(cohort, test)
         return server
 
@@ -220,22 +279,48 @@ class Server:
         while self.round_number < self.cfg.num_rounds and not train.interrupted.is_set():
             yield self.round_number + 1
 
-    def finish_round(self, state: State, cohort: Cohort, test: Tensor) -> None:
-        """Take the round's new global state, score it where a score is due, and write the checkpoint."""
-        self.state = state
+    def participants(self) -> list[int]:
+        """The clients of the round to come, in their order: a fraction C of all, at least one.
+
+        They depend on (seed, round) alone, so all starts meet the same ones.
+        """
+        number = max(1, round(self.cfg.participation * len(self.clients)))
+        if number == len(self.clients):
+            return list(self.clients)
+        rng = train.generator(self.cfg.seed, SAMPLING, self.round_number + 1)
+        chosen = torch.randperm(len(self.clients), generator=rng)[:number].sort().values
+        return [list(self.clients)[place] for place in chosen.tolist()]
+
+    @property
+    def own_keys(self) -> set[str]:
+        """What of a state belongs to each client: BatchNorm's tensors under FedBN, else nothing."""
+        return models.norm_keys(self.model) if self.cfg.batch_norm == "local" else set()
+
+    def finish_round(self, average: State, cohort: Cohort, test: Tensor) -> None:
+        """Take the server's step to the round's average, score where a score is due, write the checkpoint.
+
+        Under FedBN the average of the clients' BatchNorm goes into the state too: the global model is scored
+        with it, and a client begins its first round with it. Later rounds begin with the client's own.
+        """
+        own, clients = self.own_keys, self.participants()
+        trained = [name for name, _ in self.model.named_parameters() if name not in own]
+        moments = self.kept.pop("server", {})
+        self.state, self.kept["server"] = server_step(self.state, average, trained, self.cfg, moments)
         self.round_number += 1
+        self.rounds.append({"sha256": state_digest(self.state), "clients": clients})
         if self.arm == "federated":
-            self.bytes_each_way += len(self.clients) * models.num_bytes(state)
+            sent = {name: value for name, value in average.items() if name not in own}
+            self.bytes_each_way += len(clients) * models.num_bytes(sent)
         last = self.round_number == self.cfg.num_rounds
         if last or self.round_number % self.cfg.score_every == 0:
             self.score(cohort, test)
-        optimizers = {} if last else self.optimizers
-        flat = {
-            f"{OPTIMIZER_PREFIX}{k}/{name}": v for k, held in optimizers.items() for name, v in held.items()
-        }
+        # The last file is a result: the model alone, and none before it.
+        kept = {} if last else self.kept
+        flat = {f"{KEPT}{whose}/{name}": v for whose, held in kept.items() for name, v in held.items()}
         write_state(
             self.file,
             self.state | flat,
+            keep_previous=not last,
             fingerprint=self.fingerprint,
             arm=self.arm,
             init=self.init,
@@ -247,6 +332,7 @@ class Server:
             images_seen=self.images_seen,
             bytes_each_way=self.bytes_each_way,
             history=self.history,
+            rounds=self.rounds,
         )
 
     def scores(self, cohort: Cohort, test: Tensor) -> pd.DataFrame:
@@ -290,6 +376,25 @@ class Server:
 #: Settings that the centralised arm does not depend on: one run serves all splits.
 PARTITION_SETTINGS = ("split", "age_strength", "quantity_ratio", "dirichlet_concentration", "num_clients")
 
+#: Settings that the federated arm alone depends on, besides FedBN.
+FEDERATED_SETTINGS = (
+    *("proximal", "participation", "client_weights", "server"),
+    *("server_learning_rate", "server_momentum", "server_beta2", "server_epsilon"),
+)
+
+
+def _last_checkpoint(file: Path, key: str, device: torch.device) -> tuple[State, dict] | None:
+    """The newest whole checkpoint of a run, or None; a damaged one gives way to the one before it."""
+    if (newest := read_state(file, fingerprint=key, device=device)) is not None:
+        return newest
+    before = read_state(previous(file), fingerprint=key, device=device)
+    if file.exists() and read_state(file) is None:
+        how = "continues from the checkpoint before it" if before else "begins anew"
+        warnings.warn(f"{file} is damaged: the run {how}", stacklevel=3)
+    if before:
+        os.replace(previous(file), file)  # else the next round would keep the damaged one
+    return before
+
 
 def train_client(server: Server, number: int) -> tuple[State, int]:
     """Eq. 2: one client's local training of this round, begun from the global state.
@@ -298,17 +403,19 @@ def train_client(server: Server, number: int) -> tuple[State, int]:
     batches whatever the initial state: the arms are paired.
 
     Returns:
-        The client's state and how many images it holds.
+        The client's state and its weight in the average: how many images it holds, or 1.
     """
     cfg, examples = server.cfg, server.clients[number]
-    server.model.load_state_dict(server.state)
+    adam, norm = f"adam-{number}", f"norm-{number}"
+    server.model.load_state_dict(server.state | server.kept.get(norm, {}))
     optimizer = train.adam(server.model, cfg.learning_rate)
-    if number in server.optimizers:
-        _load_moments(optimizer, server.optimizers[number])
+    if adam in server.kept:
+        _load_moments(optimizer, server.kept[adam])
+    loss = train.LOSSES[cfg.loss]
     fitted = train.fit(
         server.model,
         examples,
-        train.LOSSES[cfg.loss],
+        train.proximal(loss, server.model, cfg.proximal) if cfg.proximal else loss,
         epochs=cfg.local_epochs,
         batch_size=cfg.batch_size,
         optimizer=optimizer,
@@ -321,12 +428,15 @@ def train_client(server: Server, number: int) -> tuple[State, int]:
         # After a round that came to NaN or infinity the client begins with a new Adam: moments that are not
         # finite would spoil all its later rounds too.
         if _is_finite(moments):
-            server.optimizers[number] = moments
+            server.kept[adam] = moments
         else:
-            server.optimizers.pop(number, None)
+            server.kept.pop(adam, None)
+    state = models.copy_state(server.model)
+    if (own := server.own_keys) and _is_finite(state):
+        server.kept[norm] = {name: state[name] for name in own}
     server.seconds += fitted.seconds
     server.images_seen += fitted.images_seen
-    return models.copy_state(server.model), len(examples)
+    return state, len(examples) if cfg.client_weights == "images" else 1
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> State:

@@ -35,13 +35,18 @@ DEPENDS: dict[str, tuple[str, ...]] = {
                 "federate.seed"),
     "02_teacher": ("data", "teacher", "distill.student"),
     "03_distill": ("data", "teacher", "distill", "federate.batch_size", "federate.augmentation",
-                   "federate.seed", "federate.inits", "run.precision"),
-    "04_federate": ("data", "teacher", "distill", "federate", "run.precision"),
-    "05_analysis": ("data", "teacher", "distill", "federate", "analysis", "run.precision"),
+                   "federate.batch_norm", "federate.seed", "federate.inits", "run.precision",
+                   "run.deterministic"),
+    "04_federate": ("data", "teacher", "distill", "federate", "run.precision", "run.deterministic"),
+    "05_analysis": ("data", "teacher", "distill", "federate", "analysis", "run.precision",
+                    "run.deterministic"),
 }  # fmt: skip
 
+#: What every notebook is given and no number depends on.
+WHERE = ("run_name", "device", "cohort_device")
+
 #: Modules whose code no number depends on.
-NO_NUMBERS = ("cli.py", "grid.py", "teacher_training.py")
+NO_NUMBERS = ("cli.py", "grid.py", "teacher_training.py", "verify.py")
 
 NO_BARS = {"TQDM_DISABLE": "1"}
 """An environment without progress bars, see :func:`fmfl.study.show_bars`."""
@@ -76,7 +81,7 @@ class Cell:
         """What is injected: every setting that the notebook depends on, and where it runs."""
         flat = self.cfg.flat()
         names = {name for name, stage in config.stage_of().items() if self._depends_on(stage, name)}
-        return {name: flat[name] for name in flat if name in names or name in ("run_name", "device")}
+        return {name: flat[name] for name in flat if name in names or name in WHERE}
 
     def _depends_on(self, stage: str, name: str) -> bool:
         wanted = DEPENDS[self.notebook]
@@ -180,7 +185,7 @@ def _run(
     total = sum(cell.rounds for cell in cells)
     with _bar(cells, total, progress) as tick:
         for cell in cells:
-            settings = {k: v for k, v in cell.parameters.items() if k not in ("run_name", "device")}
+            settings = {k: v for k, v in cell.parameters.items() if k not in WHERE}
             before = [fingerprints[name] for name in cell.needs]
             found = [inputs[stage] for stage in DEPENDS[cell.notebook] if stage in inputs]
             key = states.fingerprint("cell-2", code, notebook_code(cell.notebook), settings, found, before)

@@ -1,5 +1,6 @@
 """Students: the small U-Nets that clients train and exchange, by name, and what they weigh."""
 
+import math
 import threading
 from collections.abc import Callable
 
@@ -50,13 +51,16 @@ STUDENTS: dict[str, Callable[[], nn.Module]] = {
 _building = threading.Lock()
 
 
-def build(name: str, *, seed: int = 0, device: str | torch.device = "cpu") -> nn.Module:
+def build(
+    name: str, *, seed: int = 0, device: str | torch.device = "cpu", batch_norm: str = "average"
+) -> nn.Module:
     """A student with random weights that depend on ``seed`` alone.
 
     Args:
         name: one of :data:`STUDENTS`.
         seed: of the initial weights; the global random state is left as it was.
         device: where the model is put, its convolutions in channels-last order.
+        batch_norm: ``group`` puts GroupNorm in BatchNorm's place; other choices are for the rounds.
 
     Returns:
         A module from (B, 1, H, W) float in 0..1 to (B, 1, H, W) logits; H and W divisible by 32
@@ -71,7 +75,39 @@ def build(name: str, *, seed: int = 0, device: str | torch.device = "cpu") -> nn
     with _building, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = STUDENTS[name]()
+    if batch_norm == "group":
+        _group_norms(model)
     return model.to(device, memory_format=torch.channels_last)
+
+
+NORMS = nn.modules.batchnorm._BatchNorm
+"""What every kind of BatchNorm is."""
+
+
+def _group_norms(model: nn.Module, channels_a_group: int = 8) -> None:
+    """Put GroupNorm (Wu & He 2018, arXiv 1803.08494) in place of each BatchNorm.
+
+    A fixed number of channels a group, not of groups: in a thin layer, 32 groups would leave a channel alone.
+    A layer that is more than BatchNorm, such as timm's with its activation, keeps the rest.
+    """
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if isinstance(norm, NORMS):
+                channels = norm.num_features
+                groups = channels // math.gcd(channels, channels_a_group)
+                group = nn.GroupNorm(groups, channels, eps=norm.eps)
+                rest = list(norm.children())
+                setattr(parent, name, nn.Sequential(group, *rest) if rest else group)
+
+
+def norm_keys(model: nn.Module) -> set[str]:
+    """The names of all that BatchNorm holds in a state: weights, biases, running statistics, counts."""
+    return {
+        f"{name}.{key}"
+        for name, norm in model.named_modules()
+        if isinstance(norm, NORMS)
+        for key in norm.state_dict()
+    }
 
 
 def copy_state(model: nn.Module) -> State:

@@ -57,11 +57,19 @@ def code_digest(files: tuple[str, ...] = TRAINING_CODE) -> str:
     return fingerprint(found)
 
 
-def write_state(file: Path, state: State, **record: object) -> None:
+def previous(file: Path) -> Path:
+    """Where :func:`write_state` leaves the state that was in a file before."""
+    return file.with_name(f"{file.name}.previous")
+
+
+def write_state(file: Path, state: State, *, keep_previous: bool = False, **record: object) -> None:
     """Write a state with a record of how it was made: the whole file or none of it.
 
     The file is read as safetensors by anyone; the record is JSON in its metadata under ``fmfl``, with the
     :func:`state_digest` of the tensors under ``sha256``.
+
+    Args:
+        keep_previous: the file that was there stays, as :func:`previous`; else neither stays.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
@@ -69,9 +77,12 @@ def write_state(file: Path, state: State, **record: object) -> None:
         {key: value.detach().cpu().contiguous() for key, value in state.items()},
         metadata={"fmfl": json.dumps(record | {"sha256": state_digest(state)})},
     )
-    unfinished.write_bytes(
-        content
-    )  # safetensors' own writing would hide the file from a shared folder's others
+    # Safetensors' own writing would hide the file from the others of a shared folder.
+    unfinished.write_bytes(content)
+    if keep_previous and file.exists():
+        os.replace(file, previous(file))
+    elif not keep_previous:
+        previous(file).unlink(missing_ok=True)
     os.replace(unfinished, file)
 
 

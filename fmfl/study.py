@@ -45,18 +45,27 @@ def show_bars() -> bool:
 
 
 def load_cohort(cfg: Settings) -> Cohort:
-    """The images of ``cfg.data`` on the run's device."""
-    wanted = cfg.data
-    return data.load(
+    """The images of ``cfg.data`` on the run's device, or beside it where it has no room for them."""
+    train.set_determinism(cfg.run)
+    wanted, device = cfg.data, train.device_of(cfg.run)
+    cohort = data.load(
         wanted.data,
         size=wanted.size,
-        device=train.device_of(cfg.run),
         num_phantoms=wanted.num_phantoms,
         phantom_seed=wanted.phantom_seed,
         mask_class=wanted.mask_class,
         strict=wanted.strict,
         progress=show_bars(),
     )
+    where = cfg.run.cohort_device
+    return cohort.to(device, resident=where == "device" or (where == "auto" and _fits(cohort, device)))
+
+
+def _fits(cohort: Cohort, device: torch.device) -> bool:
+    """Whether a cohort takes at most half of a GPU's free memory: training needs the other half."""
+    if device.type != "cuda":
+        return True
+    return cohort.images.nbytes + cohort.masks.nbytes <= torch.cuda.mem_get_info(device)[0] / 2
 
 
 def hold_out(cfg: Settings, cohort: Cohort) -> Holdout:
@@ -66,7 +75,7 @@ def hold_out(cfg: Settings, cohort: Cohort) -> Holdout:
         cfg.data.holdout_seed,
         proxy=cfg.data.proxy,
         test=cfg.data.test,
-        device=cohort.device,
+        device=cohort.images.device,
     )
 
 
@@ -125,7 +134,7 @@ def prompts(
 
 def _predicted_masks(cfg: Settings, cohort: Cohort, indices: Tensor) -> tuple[Tensor, float]:
     """See :func:`fmfl.train.out_of_fold_masks`; made once for the same images and settings."""
-    examples = Examples(cohort.images, cohort.masks, indices)
+    examples = Examples(cohort.images, cohort.masks, indices, device=cohort.device)
     patients = cohort.table.patient_id.iloc[indices.tolist()].tolist()
     how: dict[str, Any] = dict(
         batch_size=cfg.federate.batch_size,
@@ -137,7 +146,7 @@ def _predicted_masks(cfg: Settings, cohort: Cohort, indices: Tensor) -> tuple[Te
     seen = [states.tensor_digest(stored[indices]) for stored in (cohort.images, cohort.masks)]
     key = states.fingerprint(states.code_digest(), how, learning, seen, patients)
     file = paths.CACHE / f"predicted-{key}.safetensors"
-    if (stored := states.read_state(file, device=cohort.device)) is not None:
+    if (stored := states.read_state(file, device=cohort.images.device)) is not None:
         return stored[0]["masks"], stored[1]["seconds"]
     masks, seconds = train.out_of_fold_masks(examples, patients, cfg.distill, **how)
     states.write_state(file, {"masks": masks}, seconds=seconds)
@@ -164,7 +173,7 @@ def taught(cfg: Settings, cohort: Cohort, proxy: Tensor) -> Taught:
     who, rule = load_teacher(cfg), cfg.teacher
     if cfg.distill.teacher_views == "cached":
         logits, seconds = teacher_logits(cfg, who, cohort, proxy)
-        examples = Examples(cohort.images, cohort.masks, proxy, logits)
+        examples = Examples(cohort.images, cohort.masks, proxy, logits, device=cohort.device)
         return Taught(examples, states.tensor_digest(logits), seconds)
     if rule.box_rule == "predicted":
         raise UserError("teacher_views 'fresh' has no predicted box for an augmented image: choose cached")
@@ -182,7 +191,7 @@ def taught(cfg: Settings, cohort: Cohort, proxy: Tensor) -> Taught:
         return who.logits(images, boxes).clone()  # outside inference mode, so that gradients can pass by
 
     key = states.fingerprint("fresh", who.about(), asdict(rule), cfg.data.holdout_seed)
-    return Taught(Examples(cohort.images, cohort.masks, proxy, ask=ask), key, 0.0)
+    return Taught(Examples(cohort.images, cohort.masks, proxy, ask=ask, device=cohort.device), key, 0.0)
 
 
 def initial_states(
@@ -190,7 +199,7 @@ def initial_states(
 ) -> dict[str, InitialState]:
     """The named initial states, read from ``weights/`` where 03_distill has left them, else made now."""
     inits = list(inits)
-    lesson = Taught(Examples(cohort.images, cohort.masks, proxy), "", 0.0)
+    lesson = Taught(Examples(cohort.images, cohort.masks, proxy, device=cohort.device), "", 0.0)
     if "fm" in inits and cfg.distill.alpha > 0:
         lesson = taught(cfg, cohort, proxy)
 
@@ -203,6 +212,7 @@ def initial_states(
             seed=cfg.federate.seed,
             precision=train.precision_of(cfg.run),
             augmentation=cfg.federate.augmentation,
+            batch_norm=cfg.federate.batch_norm,
             file=cfg.run_dir / "weights" / f"init-{init}-seed{cfg.federate.seed}.safetensors",
             teacher_key=lesson.key,
             teacher_seconds=lesson.seconds,
@@ -299,7 +309,10 @@ def write_text(file: Path, text: str) -> None:
 # ---------------------------------------------------------------------------------------------------
 
 #: Settings in which the cells of one study may differ.
-FREE = ("run_name", "device", "split", "seed", "arms", "inits", "target_dice", "reference_split")
+FREE = (
+    *("run_name", "device", "cohort_device"),
+    *("split", "seed", "arms", "inits", "target_dice", "reference_split"),
+)
 
 
 def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
@@ -458,6 +471,12 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
         for file in sorted((cfg.run_dir / "weights").glob("*.safetensors"))
         if file.stem.split("-client")[0] in runs
     }
+    records = {Path(name).stem: states.read_record(cfg.run_dir / "weights" / name) for name in weights}
+    rounds = {
+        name: [done["sha256"] for done in record["rounds"]]
+        for name, record in records.items()
+        if "rounds" in record
+    }
     who = cells.get("02_teacher", {}).get("record", {})
     if who.get("name") == "builtin":
         who = who | {"note": STAND_IN}
@@ -472,6 +491,7 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
         "teacher": who,
         "student": next((c["record"] for n, c in cells.items() if n.startswith("03_distill")), {}),
         "weights": weights,
+        "rounds": rounds,
         "cells": {name: cell["run"] | {"record": cell["record"]} for name, cell in cells.items()},
     }
 
@@ -482,11 +502,12 @@ def read_record_digest(file: Path) -> str:
     return states.state_digest(found[0]) if found else "unreadable"
 
 
-def student_card(name: str, size: int) -> dict[str, Any]:
+def student_card(name: str, size: int, batch_norm: str = "average") -> dict[str, Any]:
     """What a student weighs: parameters, bytes on the wire, FLOPs of one image."""
-    model = models.build(name)
+    model = models.build(name, batch_norm=batch_norm)
     return {
         "student": name,
+        "norm": "group" if batch_norm == "group" else "batch",
         "parameters": models.num_parameters(model),
         "bytes": models.num_bytes(model.state_dict()),
         "flops": models.flops(model, torch.zeros(1, 1, size, size)),

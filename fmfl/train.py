@@ -1,15 +1,17 @@
 """The one training loop, and what it is used for: a client's round, pre-training, distillation.
 
 Everything is on the device before an epoch begins: the images, the shuffled indices and the drawn
-augmentations. A step is one gather, one warp, one pass through the student.
+augmentations. A step is one gather, one warp, one pass through the student. Images for which the device has
+no room stay in the host's memory: they are gathered there, and the batch is sent.
 """
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -52,6 +54,18 @@ def device_of(cfg: RunConfig) -> torch.device:
     if cfg.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(cfg.device)
+
+
+def set_determinism(cfg: RunConfig) -> None:
+    """Make a GPU give the same bytes twice, or let it be fast; to be called before it multiplies anything.
+
+    An operation that has no deterministic form then raises PyTorch's error, which names it. Training on a CPU
+    is deterministic as it is (:func:`side_by_side`).
+    """
+    if device_of(cfg).type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(cfg.deterministic)
+        torch.backends.cudnn.benchmark = False  # it would choose kernels by their speed of the day
 
 
 def precision_of(cfg: RunConfig) -> str:
@@ -119,6 +133,7 @@ class Examples:
         indices: (n,) int64, the ones trained on.
         teacher_logits: (n, 1, H, W) float, row i for ``indices[i]``, or None.
         ask: instead of them, augmented images (B, 1, H, W) uint8 and their masks to the teacher's logits.
+        device: where batches are wanted; None: where the images lie, as all other tensors do.
     """
 
     images: Tensor
@@ -126,9 +141,27 @@ class Examples:
     indices: Tensor
     teacher_logits: Tensor | None = None
     ask: Callable[[Tensor, Tensor], Tensor] | None = None
+    device: torch.device | None = None
+
+    def __post_init__(self) -> None:
+        self.device = self.device or self.images.device
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+def fetch(stored: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """Chosen rows on a device; from the host's memory they are sent while the device still computes.
+
+    Args:
+        stored: (N, ...), on the device or on the host.
+        rows: (n,) int64, where ``stored`` is.
+    """
+    if stored.device == device:
+        return stored[rows]
+    # Only from pinned memory can a copy run beside the device's work.
+    pinned = torch.empty((len(rows), *stored.shape[1:]), dtype=stored.dtype, pin_memory=device.type == "cuda")
+    return torch.index_select(stored, 0, rows, out=pinned).to(device, non_blocking=True)
 
 
 def batches(
@@ -142,15 +175,16 @@ def batches(
     Yields:
         images (B, 1, H, W) in 0..1, masks (B, 1, H, W) of 0 and 1, teacher logits or None; all float32.
     """
-    device = examples.images.device
-    order = torch.randperm(len(examples), generator=rng)
+    device, teacher_logits = examples.device, examples.teacher_logits
+    order = torch.randperm(len(examples), generator=rng).to(examples.images.device)
     draws = augment.draw(len(examples), rng).to(device)
     warp = augment.AUGMENTATIONS[augmentation]
     steps = -(-len(examples) // batch_size)
-    for rows, drawn in zip(order.to(device).tensor_split(steps), draws.tensor_split(steps), strict=True):
+    for rows, drawn in zip(order.tensor_split(steps), draws.tensor_split(steps), strict=True):
         chosen = examples.indices[rows]
-        extra = None if examples.teacher_logits is None else examples.teacher_logits[rows].float()
-        images, masks, extra = warp(examples.images[chosen], examples.masks[chosen], drawn, extra)
+        extra = None if teacher_logits is None else fetch(teacher_logits, rows, device).float()
+        stored = fetch(examples.images, chosen, device), fetch(examples.masks, chosen, device)
+        images, masks, extra = warp(*stored, drawn, extra)
         if examples.ask is not None:
             extra = examples.ask((images * 255).round().to(torch.uint8), masks)
         yield images.contiguous(memory_format=torch.channels_last), masks, extra
@@ -191,7 +225,7 @@ def fit(
     """Train a model in place; every arm of the study goes through here.
 
     Args:
-        model: trained in place, on the examples' device.
+        model: trained in place, on the device where the examples' batches are wanted.
         examples: what it is trained on.
         loss: see :data:`Loss`.
         epochs: passes of the examples.
@@ -202,7 +236,7 @@ def fit(
         augmentation: a name in ``augment.AUGMENTATIONS``.
         precision: see :func:`autocast`.
     """
-    device = examples.images.device
+    device = examples.device
     # A core's own time, where trainings share the machine: else one would be charged for the other's.
     clock = time.thread_time if device.type == "cpu" else time.perf_counter
     started = clock()
@@ -235,18 +269,19 @@ def predict(
 
     Args:
         images: (N, 1, H, W) uint8.
-        indices: (n,) int64.
+        indices: (n,) int64, where the images are.
 
     Returns:
-        (n, 1, H, W) float32 on the images' device.
+        (n, 1, H, W) float32 on the model's device.
     """
+    device = next(model.parameters()).device
     model.eval()
     found = []
     for chosen in indices.split(batch_size):
-        with autocast(images.device, precision):
-            x = augment.to_float(images[chosen]).contiguous(memory_format=torch.channels_last)
+        with autocast(device, precision):
+            x = augment.to_float(fetch(images, chosen, device)).contiguous(memory_format=torch.channels_last)
             found.append(model(x).float())
-    return torch.cat(found) if found else images.new_empty((0, 1, *images.shape[2:]), dtype=torch.float32)
+    return torch.cat(found) if found else torch.empty((0, 1, *images.shape[2:]), device=device)
 
 
 @dataclass
@@ -275,6 +310,7 @@ def initial_state(
     seed: int,
     precision: str = "float32",
     augmentation: str = "device",
+    batch_norm: str = "average",
     file: Path | None = None,
     teacher_key: str = "",
     teacher_seconds: float = 0.0,
@@ -291,6 +327,7 @@ def initial_state(
         cfg: student, alpha, temperature, epochs, learning rate.
         batch_size: images a step.
         seed: of weights, order and augmentation.
+        batch_norm: see :func:`fmfl.models.build`.
         file: where the state is kept; a file made with the same settings and images is read instead.
         teacher_key: what the teacher's answers depend on, for recognising that file.
         teacher_seconds: what they have cost; charged to ``fm``.
@@ -300,8 +337,11 @@ def initial_state(
     training = (alpha, cfg.temperature, epochs, cfg.proxy_learning_rate, batch_size, precision, augmentation)
     taught = (cfg.teacher_labels, teacher_key) if alpha else ()
     seen = [tensor_digest(stored[proxy.indices]) for stored in (proxy.images, proxy.masks)] if epochs else []
-    key = fingerprint(code_digest(), name, cfg.student, seed, training, seen, taught)
-    device = proxy.images.device
+    device = proxy.device
+    key = fingerprint(
+        code_digest(), name, cfg.student, batch_norm == "group", seed, training, seen,
+        taught, torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
     if file is not None and (stored := read_state(file, fingerprint=key, device=device)) is not None:
         state, record = stored
         return InitialState(name, state, Fitted(**record["fitted"]), reused=True)
@@ -313,10 +353,10 @@ def initial_state(
             teacher_logits = losses.hard(teacher_logits, cfg.temperature)
         return losses.distillation_loss(logits, teacher_logits, masks, alpha, cfg.temperature)
 
-    model = models.build(cfg.student, seed=seed, device=device)
+    model = models.build(cfg.student, seed=seed, device=device, batch_norm=batch_norm)
     fitted = fit(
         model,
-        proxy if alpha else Examples(proxy.images, proxy.masks, proxy.indices),
+        proxy if alpha else replace(proxy, teacher_logits=None, ask=None),
         loss,
         epochs=epochs,
         batch_size=batch_size,
@@ -349,7 +389,7 @@ def out_of_fold_masks(
     the images that it learned from would return their masks almost as they are, and the box with them.
 
     Args:
-        examples: n images and their masks.
+        examples: n images and their masks, without a teacher.
         patients: who each of the n is.
         cfg: student, epochs and learning rate, as for pre-training.
         batch_size: images a step.
@@ -371,10 +411,10 @@ def out_of_fold_masks(
 
     def answer(learned_from: Tensor) -> float:
         rest = ~learned_from
-        model = models.build(cfg.student, seed=seed, device=examples.images.device)
+        model = models.build(cfg.student, seed=seed, device=examples.device)
         fitted = fit(
             model,
-            Examples(examples.images, examples.masks, examples.indices[learned_from]),
+            replace(examples, indices=examples.indices[learned_from]),
             LOSSES["dice"],
             epochs=cfg.proxy_epochs,
             batch_size=batch_size,
@@ -384,11 +424,27 @@ def out_of_fold_masks(
             precision=precision,
         )
         logits = predict(model, examples.images, examples.indices[rest], precision=precision)
-        found[rest] = (logits > 0).to(torch.uint8)
+        found[rest] = (logits > 0).to(found.device, torch.uint8)
         return fitted.seconds
 
-    seconds = side_by_side(answer, (inside, ~inside), examples.images.device)
+    seconds = side_by_side(answer, (inside, ~inside), examples.device)
     return found, sum(seconds)
+
+
+def proximal(loss: Loss, model: nn.Module, mu: float) -> Loss:
+    """FedProx (Li et al. 2020, arXiv 1812.06127): a loss that also holds the weights near where they are now.
+
+        loss + mu / 2 * ||w - w_now||^2
+
+    The norm runs over the trained parameters; buffers follow the data.
+    """
+    now = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def held(logits: Tensor, masks: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        away = [(w - w_now).square().sum() for w, w_now in zip(model.parameters(), now, strict=True)]
+        return loss(logits, masks, teacher_logits) + mu / 2 * torch.stack(away).sum()
+
+    return held
 
 
 PROXY_KEY = 2**32 - 1

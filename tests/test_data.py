@@ -70,7 +70,9 @@ def test_a_cohort_holds_images_masks_and_a_table_of_the_promised_types(tmp_path)
     assert tuple(cohort.table.columns) == data.COLUMNS
     assert cohort.table.index.tolist() == [0, 1, 2]
     assert (len(cohort), cohort.size, cohort.device) == (3, SIZE, torch.device("cpu"))
-    assert cohort.to("meta").device.type == "meta"
+    moved, beside = cohort.to("meta"), cohort.to("meta", resident=False)
+    assert (moved.device.type, moved.images.device.type, moved.masks.device.type) == ("meta",) * 3
+    assert (beside.device.type, beside.images.device.type, beside.masks.device.type) == ("meta", "cpu", "cpu")
     expected = np.asarray(Image.fromarray(picture(1)).resize((SIZE, SIZE), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(cohort.images[1, 0], expected)
     assert cohort.masks[0].float().mean().item() == pytest.approx(lungs(LEFT, RIGHT).mean(), abs=0.01)

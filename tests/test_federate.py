@@ -48,8 +48,11 @@ def a_cohort(num: int = 12) -> Cohort:
     return Cohort(images, masks, table, pd.DataFrame(), fingerprint="cohort")
 
 
-def an_initial(student: str = "micro", seed: int = 0, name: str = "random") -> InitialState:
-    return InitialState(name, models.build(student, seed=seed).state_dict(), Fitted([], 6, 1.5))
+def an_initial(
+    student: str = "micro", seed: int = 0, name: str = "random", batch_norm: str = "average"
+) -> InitialState:
+    model = models.build(student, seed=seed, batch_norm=batch_norm)
+    return InitialState(name, model.state_dict(), Fitted([], 6, 1.5))
 
 
 def settings(**changes) -> FederateConfig:
@@ -57,11 +60,11 @@ def settings(**changes) -> FederateConfig:
 
 
 def serve(run_dir, *, parts=PARTS, student: str = "micro", cohort: Cohort | None = None, **more) -> Server:
-    cohort = cohort or a_cohort()
+    cohort, cfg = cohort or a_cohort(), more.pop("cfg", settings())
     given = {
-        "initial": an_initial(student),
+        "initial": an_initial(student, batch_norm=cfg.batch_norm),
         "clients": federate.clients_of(cohort, parts),
-        "cfg": settings(),
+        "cfg": cfg,
         "student": student,
         "cohort": cohort,
         "test": TEST,
@@ -73,7 +76,7 @@ def run(server: Server, rounds: int | None = None) -> Server:
     """The notebook's round loop, to the end or stopped after some rounds."""
     cohort = a_cohort()
     for number in server.remaining_rounds():
-        state = aggregate(federate.train_client(server, k) for k in server.clients)
+        state = aggregate(federate.train_client(server, k) for k in server.participants())
         server.finish_round(state, cohort, TEST)
         if number == rounds:
             break
@@ -308,7 +311,7 @@ def test_the_arms_without_a_server_keep_their_optimizer(tmp_path):
     )
     assert list(everything) == [POOLED]
     assert (server.split, server.client, server.cfg.optimizer_state) == ("pooled", -1, "keep")
-    assert server.optimizers[POOLED]
+    assert server.kept[f"adam-{POOLED}"]
 
 
 def test_a_client_that_diverged_comes_back_in_the_next_round(tmp_path, monkeypatch):
@@ -328,6 +331,236 @@ def test_a_client_that_diverged_comes_back_in_the_next_round(tmp_path, monkeypat
         server = run(serve(tmp_path, cfg=settings(optimizer_state="keep")))
     assert sum("not finite" in str(warning.message) for warning in caught) == 1, "in round 2 alone"
     assert all(value.isfinite().all() for value in server.state.values())
+
+
+# ------------------------------------------------------------------------------------------ named choices
+
+
+CHOICES = {
+    "plain": {},
+    "keep": {"optimizer_state": "keep"},
+    "local": {"batch_norm": "local"},
+    "local and keep": {"batch_norm": "local", "optimizer_state": "keep"},
+    "group": {"batch_norm": "group"},
+    "momentum": {"server": "momentum"},
+    "adam": {"server": "adam"},
+    "proximal": {"proximal": 1.0},
+    "participation": {"participation": 0.5, "optimizer_state": "keep"},
+    "uniform": {"client_weights": "uniform"},
+    "all": {
+        **{"batch_norm": "local", "optimizer_state": "keep", "server": "adam", "proximal": 0.1},
+        **{"participation": 0.5, "client_weights": "uniform"},
+    },
+}
+
+
+def steps(run_dir, **changes) -> tuple[list[states.State], list[states.State], Server]:
+    """The averages and the global states of a run's rounds, from the same start as all."""
+    averages, found = [], []
+    server = serve(run_dir, cfg=settings(**changes))
+    found.append(server.state)
+    for _ in server.remaining_rounds():
+        averages.append(aggregate(federate.train_client(server, k) for k in server.participants()))
+        server.finish_round(averages[-1], a_cohort(), TEST)
+        found.append(server.state)
+    return averages, found, server
+
+
+@pytest.mark.parametrize("choice", [name for name in CHOICES if name != "plain"])
+def test_every_choice_changes_the_federation(tmp_path, choice):
+    plain = run(serve(tmp_path / "a")).state
+    chosen = run(serve(tmp_path / "b", cfg=settings(**CHOICES[choice]))).state
+    assert not equal(plain, chosen)
+
+
+@pytest.mark.parametrize("choice", [name for name in CHOICES if name not in ("plain", "keep", "group")])
+def test_the_arms_without_a_server_do_not_depend_on_its_choices(tmp_path, choice):
+    clients = federate.clients_of(a_cohort(), PARTS)
+    alone = {"clients": {1: clients[1]}, "arm": "standalone"}
+    run(serve(tmp_path, **alone), rounds=1)
+    assert serve(tmp_path, **alone, cfg=settings(**CHOICES[choice])).round_number == 1
+
+
+def test_a_servers_momentum_is_the_formula_of_fedavgm(tmp_path):
+    """v <- beta v + (theta - average), theta <- theta - lr v (Hsu et al. 2019); buffers are the average."""
+    averages, found, _ = steps(tmp_path, server="momentum", server_momentum=0.7, server_learning_rate=0.5)
+    weights = {name for name, _ in models.build("micro").named_parameters()}
+    velocity = dict.fromkeys(weights, 0.0)
+    for average, before, after in zip(averages, found, found[1:], strict=False):
+        for name, value in after.items():
+            if name in weights:
+                velocity[name] = 0.7 * velocity[name] + (before[name] - average[name]).double()
+                expected = before[name].double() - 0.5 * velocity[name]
+                torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-7)
+            else:
+                assert torch.equal(value, average[name]), name
+
+
+def test_a_servers_adam_is_the_formula_of_adam(tmp_path):
+    """Kingma & Ba 2015, algorithm 1, with theta - average for the gradient; buffers are the average."""
+    averages, found, _ = steps(tmp_path, server="adam", server_epsilon=1e-2)
+    weights = {name for name, _ in models.build("micro").named_parameters()}
+    m, v = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, 0.0)
+    for t, average in enumerate(averages, start=1):
+        for name, value in found[t].items():
+            if name not in weights:
+                assert torch.equal(value, average[name]), name
+                continue
+            before = found[t - 1][name].double()
+            gradient = before - average[name].double()
+            m[name] = 0.9 * m[name] + 0.1 * gradient
+            v[name] = 0.99 * v[name] + 0.01 * gradient**2
+            step = m[name] / (1 - 0.9**t) / ((v[name] / (1 - 0.99**t)).sqrt() + 1e-2)
+            torch.testing.assert_close(value.double(), before - 0.01 * step, rtol=1e-5, atol=1e-6)
+
+
+def test_a_servers_step_of_one_without_momentum_is_the_average(tmp_path):
+    averages, found, _ = steps(tmp_path, server="momentum", server_momentum=0.0)
+    for average, state in zip(averages, found[1:], strict=True):
+        torch.testing.assert_close(state, average, rtol=1e-6, atol=1e-7)
+
+
+def test_under_fedbn_a_client_has_its_own_batchnorm_and_the_server_their_average(tmp_path):
+    """A client's second round begins with the others' weights and with its own BatchNorm."""
+    server = serve(tmp_path, cfg=settings(batch_norm="local"))
+    own = {name for name in server.state if name.startswith("1.")}  # the second layer, BatchNorm
+    assert server.own_keys == own and len(own) == 5
+    trained = {}
+
+    def client(k):
+        trained[k] = federate.train_client(server, k)
+        return trained[k]
+
+    server.finish_round(aggregate(client(k) for k in server.participants()), a_cohort(), TEST)
+    (one, n_one), (two, n_two) = trained[0], trained[1]
+    assert (n_one, n_two) == (3, 7)
+    for name in own - {"1.num_batches_tracked"}:
+        assert not torch.equal(one[name], two[name])
+        torch.testing.assert_close(server.state[name], (3 * one[name] + 7 * two[name]) / 10)
+
+    begun = []
+
+    def begin(model, *_, **__):
+        begun.append(models.copy_state(model))
+        return Fitted()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "fit", begin)
+        for k in (0, 1):
+            federate.train_client(server, k)
+    for k in (0, 1):
+        for name, value in begun[k].items():
+            assert torch.equal(value, trained[k][0][name] if name in own else server.state[name]), name
+
+
+def test_under_fedbn_the_servers_step_leaves_batchnorm_alone(tmp_path):
+    averages, found, server = steps(tmp_path, batch_norm="local", server="momentum")
+    for average, state in zip(averages[1:], found[2:], strict=True):  # without momentum a step is the average
+        assert {name for name in state if torch.equal(state[name], average[name])} == server.own_keys
+
+
+def test_under_fedbn_batchnorm_is_not_sent(tmp_path):
+    """A micro student has 40 + 8 + 37 weights and 8 statistics of 4 bytes, and a count of 8 bytes."""
+    server = run(serve(tmp_path, cfg=settings(batch_norm="local")), rounds=1)
+    assert server.history[-1]["bytes_up"] == 2 * (40 + 37) * 4
+    plain = run(serve(tmp_path), rounds=1)
+    assert plain.history[-1]["bytes_up"] == 2 * ((40 + 8 + 37 + 8) * 4 + 8)
+
+
+def test_under_fedbn_a_client_that_diverged_keeps_the_batchnorm_it_had(tmp_path, monkeypatch):
+    server = run(serve(tmp_path, cfg=settings(batch_norm="local")), rounds=1)
+    before = server.kept["norm-0"]
+
+    def diverge(model, *_, **__):
+        for parameter in model.parameters():
+            parameter.data.fill_(torch.nan)
+        return Fitted()
+
+    monkeypatch.setattr(train, "fit", diverge)
+    federate.train_client(server, 0)
+    assert equal(server.kept["norm-0"], before)
+
+
+def test_with_group_norm_no_batchnorm_is_left_to_average(tmp_path):
+    server = run(serve(tmp_path, cfg=settings(batch_norm="group")))
+    assert not [name for name in server.state if "running" in name]
+    for arm, clients in (("centralised", federate.pooled(a_cohort(), torch.arange(8))), ("standalone", None)):
+        clients = clients or {1: federate.clients_of(a_cohort(), PARTS)[1]}
+        alone = serve(tmp_path, arm=arm, clients=clients, cfg=settings(batch_norm="group"))
+        assert alone.cfg.batch_norm == "group" and not models.norm_keys(alone.model)
+
+
+def test_without_a_proximal_term_nothing_is_computed_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "proximal", None)
+    run(serve(tmp_path, cfg=settings(proximal=0.0)))
+
+
+def test_a_strong_proximal_term_holds_the_clients_together(tmp_path):
+    """Li et al. 2020, section 3.2: the larger mu, the nearer the clients stay to the global weights."""
+
+    def moved(mu: float) -> float:
+        server = serve(tmp_path, cfg=settings(proximal=mu, local_epochs=5, learning_rate=1e-3))
+        state, _ = federate.train_client(server, 1)
+        names = [name for name, _ in server.model.named_parameters()]
+        return sum((state[n] - server.state[n]).square().sum() for n in names).item()
+
+    assert moved(0.0) > moved(1.0) > moved(100.0)
+
+
+def test_who_takes_part_depends_on_seed_and_round_alone(tmp_path):
+    parts = [torch.tensor([k]) for k in range(10)]
+
+    def drawn(seed: int, **more) -> list[list[int]]:
+        server = serve(tmp_path, parts=parts, cfg=settings(participation=0.3, seed=seed), **more)
+        found = []
+        for server.round_number in range(50):
+            found.append(server.participants())
+        return found
+
+    rounds = drawn(0)
+    assert rounds == drawn(0, initial=an_initial(seed=3, name="fm")) != drawn(1)
+    assert all(len(who) == 3 and who == sorted(set(who)) for who in rounds)
+    times = collections.Counter(k for who in rounds for k in who)
+    assert set(times) == set(range(10))
+    # Each is drawn 50 times with p = 0.3: mean 15, standard deviation 3.2.
+    assert all(abs(count - 15) < 4 * 3.2 for count in times.values())
+
+
+@pytest.mark.parametrize(
+    ("fraction", "number"), [(0.0, 1), (0.01, 1), (0.25, 1), (0.5, 2), (0.6, 2), (1.0, 4)]
+)
+def test_a_fraction_of_the_clients_takes_part_and_at_least_one(tmp_path, fraction, number):
+    parts = [torch.tensor([2 * k, 2 * k + 1]) for k in range(4)]
+    server = serve(tmp_path, parts=parts, cfg=settings(participation=fraction))
+    assert len(server.participants()) == number
+    run(server)
+    assert [len(done["clients"]) for done in server.rounds] == [0, *[number] * 3]
+    assert server.images_seen == 6 + 3 * number * 2
+    assert server.history[-1]["bytes_up"] == 3 * number * models.num_bytes(server.state)
+
+
+def test_the_record_says_who_took_part(tmp_path):
+    server = run(serve(tmp_path, cfg=settings(participation=0.5)))
+    recorded = states.read_record(server.file)["rounds"]
+    for number, done in enumerate(recorded[1:]):
+        server.round_number = number
+        assert done["clients"] == server.participants()
+    assert len({tuple(done["clients"]) for done in recorded[1:]}) == 2, "both take part at some time"
+
+
+def test_uniform_weights_make_every_client_count_alike(tmp_path):
+    server = serve(tmp_path, cfg=settings(client_weights="uniform"))
+    found = [federate.train_client(server, k) for k in (0, 1)]
+    assert [weight for _, weight in found] == [1, 1]
+    for name, value in aggregate(found).items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (found[0][0][name] + found[1][0][name]) / 2)
+
+
+def test_every_round_leaves_the_digest_of_its_state(tmp_path):
+    _, found, server = steps(tmp_path)
+    assert [done["sha256"] for done in server.rounds] == [states.state_digest(state) for state in found]
+    assert states.read_record(server.file)["rounds"] == server.rounds
 
 
 # ------------------------------------------------------------------------------------------ history
@@ -383,10 +616,10 @@ def test_results_of_a_run_that_has_not_ended_are_refused(tmp_path):
 # ------------------------------------------------------------------------------------------ resuming
 
 
-@pytest.mark.parametrize("optimizer_state", ["reset", "keep"])
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("stop", [1, 2])
-def test_a_stopped_run_ends_in_the_same_bytes(tmp_path, optimizer_state, stop):
-    cfg = settings(optimizer_state=optimizer_state)
+def test_a_stopped_run_ends_in_the_same_bytes(tmp_path, choice, stop):
+    cfg = settings(**CHOICES[choice])
     undisturbed = run(serve(tmp_path / "a", cfg=cfg))
     run(serve(tmp_path / "b", cfg=cfg), rounds=stop)
     resumed = serve(tmp_path / "b", cfg=cfg)
@@ -395,6 +628,7 @@ def test_a_stopped_run_ends_in_the_same_bytes(tmp_path, optimizer_state, stop):
     run(resumed)
     assert equal(resumed.state, undisturbed.state)
     assert equal(states.read_state(resumed.file)[0], undisturbed.state)
+    assert resumed.rounds == undisturbed.rounds
     pd.testing.assert_frame_equal(without_seconds(resumed), without_seconds(undisturbed), check_exact=True)
     seconds = [row["seconds"] for row in resumed.history]
     assert seconds == sorted(seconds)
@@ -405,11 +639,12 @@ def test_kept_moments_go_back_to_their_own_weights(tmp_path):
     cfg = settings(optimizer_state="keep")
     running = run(serve(tmp_path, cfg=cfg), rounds=1)
     resumed = serve(tmp_path, cfg=cfg)
-    assert resumed.optimizers.keys() == running.optimizers.keys() == {0, 1}
-    for number, held in running.optimizers.items():
-        assert equal(resumed.optimizers[number], held)
+    assert {whose for whose, held in running.kept.items() if held} == {"adam-0", "adam-1"}
+    assert resumed.kept.keys() == {"adam-0", "adam-1"}
+    for whose, held in resumed.kept.items():
+        assert equal(running.kept[whose], held)
     optimizer = train.adam(resumed.model, 1e-2)
-    federate._load_moments(optimizer, resumed.optimizers[0])
+    federate._load_moments(optimizer, resumed.kept["adam-0"])
     for parameter in resumed.model.parameters():
         for name in ("exp_avg", "exp_avg_sq"):
             assert optimizer.state[parameter][name].stride() == parameter.stride()
@@ -426,24 +661,59 @@ def test_a_finished_run_is_read_and_not_done_again(tmp_path, monkeypatch):
     assert tensors.keys() == done.state.keys(), "the last file holds the model alone"
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "one bit", "text", "removed"])
-def test_a_damaged_checkpoint_means_a_new_start(tmp_path, damage):
-    undisturbed = run(serve(tmp_path / "a"))
-    stopped = run(serve(tmp_path), rounds=2)
-    whole = stopped.file.read_bytes()
-    contents = {
+def damaged(whole: bytes, damage: str) -> bytes:
+    return {
         "cut": whole[: len(whole) // 2],
         "empty": b"",
         "one bit": whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:],
         "text": b"<!DOCTYPE html><html></html>",
-    }
-    if damage == "removed":
-        stopped.file.unlink()
-    else:
-        stopped.file.write_bytes(contents[damage])
-    again = serve(tmp_path)
+    }[damage]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "one bit", "text"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, damage):
+    undisturbed = run(serve(tmp_path / "a"))
+    stopped = run(serve(tmp_path), rounds=2)
+    stopped.file.write_bytes(damaged(stopped.file.read_bytes(), damage))
+    with pytest.warns(
+        UserWarning, match="seed0.safetensors is damaged: the run continues from the checkpoint"
+    ):
+        again = serve(tmp_path)
+    assert again.round_number == 1
+    assert states.read_record(again.file)["round_number"] == 1, "the damaged file is no longer there"
+    assert equal(run(again).state, undisturbed.state)
+    assert again.rounds == undisturbed.rounds
+    pd.testing.assert_frame_equal(without_seconds(again), without_seconds(undisturbed), check_exact=True)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "one bit", "text"])
+def test_without_a_whole_checkpoint_a_run_begins_anew(tmp_path, damage):
+    undisturbed = run(serve(tmp_path / "a"))
+    stopped = run(serve(tmp_path), rounds=2)
+    for file in (stopped.file, states.previous(stopped.file)):
+        file.write_bytes(damaged(file.read_bytes(), damage))
+    with pytest.warns(UserWarning, match="seed0.safetensors is damaged: the run begins anew"):
+        again = serve(tmp_path)
     assert again.round_number == 0
     assert equal(run(again).state, undisturbed.state)
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path):
+    """The newest has become the one before it, and its successor is not yet in its place."""
+    stopped = run(serve(tmp_path), rounds=2)
+    stopped.file.replace(states.previous(stopped.file))
+    assert serve(tmp_path).round_number == 2
+
+
+def test_two_checkpoints_are_kept_and_at_the_end_the_final_weights_alone(tmp_path):
+    server = serve(tmp_path)
+    kept = []
+    for _ in server.remaining_rounds():
+        server.finish_round(server.state, a_cohort(), TEST)
+        files = sorted(server.file.parent.iterdir())
+        kept.append([states.read_record(file)["round_number"] for file in files])
+    assert kept == [[1], [2, 1], [3]]
+    assert files == [server.file]
 
 
 CHANGES = {
@@ -454,6 +724,8 @@ CHANGES = {
     "other owners": lambda: {"parts": [PARTS[0], PARTS[1][:-1]]},
     "other test images": lambda: {"test": torch.tensor([10])},
     "precision": lambda: {"precision": "bfloat16"},
+    "another server": lambda: {"cfg": settings(server="momentum")},
+    "own BatchNorm": lambda: {"cfg": settings(batch_norm="local")},
     "nothing": lambda: {},
 }
 

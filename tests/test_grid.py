@@ -78,13 +78,13 @@ def test_rounds_are_counted(tmp_path):
 def test_a_cell_gets_the_settings_it_depends_on_and_no_others(tmp_path):
     cells = {c.notebook: c.parameters for c in grid.plan(settings(tmp_path), [0], ["age"])}
     stages = {name: {n for n, s in config.stage_of().items() if s == name} for name in config.STAGES}
-    where = {"run_name", "device"}
+    where = {"run_name", "device", "cohort_device"}
     client = {"num_clients", "age_strength", "quantity_ratio"}
     assert set(cells["01_data"]) == where | stages["data"] | client | {"seed"}
     assert set(cells["02_teacher"]) == where | stages["data"] | stages["teacher"] | {"student"}
     assert set(cells["03_distill"]) == (
         where | stages["data"] | stages["teacher"] | stages["distill"]
-        | {"precision", "inits", "batch_size", "augmentation", "seed"}
+        | {"precision", "deterministic", "inits", "batch_size", "augmentation", "batch_norm", "seed"}
     )  # fmt: skip
     everything = set().union(*stages.values())
     assert set(cells["04_federate"]) == everything - stages["analysis"]
@@ -226,6 +226,10 @@ def test_what_is_done_is_not_done_again(tmp_path, notebooks):
     ("changed", "again"),
     [
         ({"device": "cpu"}, []),
+        ({"cohort_device": "host"}, []),
+        ({"deterministic": True}, ["03_distill-seed0", *FEDERATE, "05_analysis"]),
+        ({"batch_norm": "group"}, ["03_distill-seed0", *FEDERATE, "05_analysis"]),
+        ({"server": "adam"}, [*FEDERATE, "05_analysis"]),
         ({"target_dice": 0.8}, ["05_analysis"]),
         ({"num_rounds": 3}, [*FEDERATE, "05_analysis"]),
         ({"learning_rate": 0.1}, [*FEDERATE, "05_analysis"]),
@@ -305,7 +309,7 @@ def test_the_code_that_no_number_depends_on_is_left_out(tmp_path, notebooks, mon
     monkeypatch.setattr(states, "code_digest", lambda files: seen.append(files) or "code")
     run(settings(tmp_path / "run"))
     every = {file.name for file in paths.PACKAGE.glob("*.py")}
-    assert every - set(seen[0]) == {"cli.py", "grid.py", "teacher_training.py"}
+    assert every - set(seen[0]) == {"cli.py", "grid.py", "teacher_training.py", "verify.py"}
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,46 @@ def test_convolutions_are_channels_last():
     assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 
 
+def test_group_norm_takes_batchnorms_place_and_its_activation_stays():
+    """As many weights; each group of 8 channels of an image has mean 0 and variance 1, whatever the batch."""
+    one, other = models.build("tiny_unet"), models.build("tiny_unet", batch_norm="group").eval()
+    assert len(models.norm_keys(one)) == 5 * sum(isinstance(m, models.NORMS) for m in one.modules()) > 0
+    assert not models.norm_keys(other)
+    assert models.num_parameters(one) == models.num_parameters(other)
+    groups = [module for module in other.modules() if isinstance(module, nn.GroupNorm)]
+    assert len(groups) == sum(isinstance(module, models.NORMS) for module in one.modules())
+    assert {norm.num_channels // norm.num_groups for norm in groups} == {8}
+
+    def activations(model: nn.Module) -> int:
+        return sum(isinstance(module, nn.Hardswish | nn.ReLU) for module in model.modules())
+
+    assert activations(one) == activations(other) > 0
+    x = torch.randn(2, groups[0].num_channels, 4, 4)
+    found = groups[0](x).view(2, groups[0].num_groups, -1)
+    torch.testing.assert_close(found.mean(-1), torch.zeros(found.shape[:2]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.var(-1, correction=0), torch.ones(found.shape[:2]), atol=1e-3, rtol=0)
+    images = torch.rand(2, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(other(images)[:1], other(images[:1]), atol=1e-5, rtol=1e-4)
+
+
+def test_weights_that_are_no_norms_do_not_depend_on_the_norm():
+    one, other = (
+        models.build("tiny_unet", seed=2, batch_norm=norm).state_dict() for norm in ("local", "group")
+    )
+    same = [name for name, value in one.items() if value.ndim == 4]
+    assert same and all(torch.equal(one[name], other[name]) for name in same)
+
+
+def test_batchnorms_part_of_a_state_is_named():
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Sequential(nn.BatchNorm2d(2, affine=False))
+    )
+    counts = {"running_mean", "running_var", "num_batches_tracked"}
+    expected = {f"1.{key}" for key in counts | {"weight", "bias"}} | {f"2.0.{key}" for key in counts}
+    assert models.norm_keys(model) == expected
+
+
 def test_an_unknown_student_is_named_with_the_known_ones():
     with pytest.raises(UserError, match=r"'mobile-unet' is unknown: choose one of tiny_unet, mobile_unet"):
         models.build("mobile-unet")

@@ -57,6 +57,17 @@ def test_writing_goes_over_what_was_there(tmp_path):
     assert same(state, a_state(1))
 
 
+def test_the_state_before_is_kept_where_that_is_wanted_and_only_there(tmp_path):
+    file = tmp_path / "a.safetensors"
+    for seed in (0, 1, 2):
+        states.write_state(file, a_state(seed), keep_previous=True, seed=seed)
+    assert [states.read_record(f)["seed"] for f in (file, states.previous(file))] == [2, 1]
+    assert same(states.read_state(states.previous(file))[0], a_state(1))
+    assert list(tmp_path.glob("*.safetensors")) == [file], "the one before is no result"
+    states.write_state(file, a_state(3), seed=3)
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     file = tmp_path / "a.safetensors"
     states.write_state(file, a_state(), step=1)

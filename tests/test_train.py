@@ -1,6 +1,8 @@
 """The training loop against plain PyTorch, paired batches, and the three initial states by their theorems."""
 
 import collections
+import dataclasses
+import os
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from fmfl.errors import UserError
 from fmfl.train import Examples
 
 NUM, SIZE = 12, 32
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +62,84 @@ def equal(one: states.State, other: states.State) -> bool:
 
 
 # ------------------------------------------------------------------------------------------ batches
+
+
+OTHER_NAME = torch.device("cpu", 0)
+"""The CPU under a name that no tensor there has: stored on "the host", wanted on another "device"."""
+
+
+def test_chosen_rows_come_to_the_device_that_asks():
+    """Of the meta device one sees the shapes alone, which tell the rest."""
+    stored, rows = torch.arange(12, dtype=torch.uint8).view(4, 3), torch.tensor([2, 0])
+    assert train.fetch(stored, rows, stored.device).tolist() == [[6, 7, 8], [0, 1, 2]]
+    assert train.fetch(stored, rows, OTHER_NAME).tolist() == [[6, 7, 8], [0, 1, 2]]
+    sent = train.fetch(stored, rows, torch.device("meta"))
+    assert (sent.device.type, sent.shape, sent.dtype) == ("meta", (2, 3), torch.uint8)
+
+
+DEVICES = [OTHER_NAME, pytest.param(torch.device("cuda", 0), marks=needs_gpu)]
+
+
+def resident(of: Examples, device: torch.device) -> Examples:
+    return Examples(*(t.to(device) for t in (of.images, of.masks, of.indices, of.teacher_logits)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_images_on_the_host_give_the_batches_of_resident_ones(device, monkeypatch):
+    """The same bit by bit, in the same layout; a batch is sent when it is due, and never more."""
+    at_home = examples(range(3, 10), logits=True)
+    expected = epoch(resident(at_home, device), 5, augmentation="device")
+    fetch, sent = train.fetch, []
+
+    def watched(stored, rows, to):
+        sent.append((stored.device == to, len(rows)))
+        return fetch(stored, rows, to)
+
+    monkeypatch.setattr(train, "fetch", watched)
+    found = epoch(dataclasses.replace(at_home, device=device), 5, augmentation="device")
+    assert len(found) == len(expected) == 2
+    for one, other in zip(found, expected, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a, b) and (a.device, a.stride()) == (b.device, b.stride())
+    assert sent == [(False, 4)] * 3 + [(False, 3)] * 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_start_made_from_the_host_is_the_resident_one(device):
+    of = examples(range(6), logits=True)
+    hosted = begin("fm", of=dataclasses.replace(of, device=device))
+    assert equal(hosted.state, begin("fm", of=resident(of, device)).state)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_predicting_from_the_host_is_predicting(device):
+    of, model = examples(), models.build("micro", device=device)
+    there = train.predict(model, of.images.to(device), of.indices.to(device), batch_size=3)
+    assert torch.equal(train.predict(model, of.images, of.indices, batch_size=3), there)
+    assert train.predict(model, of.images, of.indices[:0]).shape == (0, 1, SIZE, SIZE)
+
+
+@needs_gpu
+def test_a_gpu_gives_the_same_bytes_twice_where_that_is_asked_for():
+    train.set_determinism(RunConfig(deterministic=True))
+    try:
+        there = resident(examples(range(6), logits=True), torch.device("cuda", 0))
+        assert equal(*(begin("fm", of=there).state for _ in range(2)))
+    finally:
+        train.set_determinism(RunConfig())
+
+
+def test_determinism_is_set_on_a_gpu_and_only_there(monkeypatch):
+    """Set and unset, as the run says; a CPU's training needs no help."""
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    train.set_determinism(RunConfig(device="cpu", deterministic=True))
+    assert asked == [] and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    for wanted in (True, False):
+        train.set_determinism(RunConfig(device="cuda", deterministic=wanted))
+    assert asked == [True, False]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 @pytest.mark.parametrize(("num", "batch_size"), [(10, 4), (9, 8), (8, 4), (3, 8), (7, 1)])
@@ -152,6 +234,28 @@ def test_the_loop_is_plain_pytorch_bit_by_bit():
     assert fitted.losses == pytest.approx(means, rel=1e-6)
     assert fitted.images_seen == 16
     assert fitted.seconds > 0
+
+
+@pytest.mark.parametrize("mu", [0.3, 2.0])
+def test_the_gradient_of_the_proximal_term_is_mu_times_the_way_gone(mu):
+    """d/dw mu/2 ||w - w_0||^2 = mu (w - w_0), on top of the loss's own gradient."""
+    images, masks, _ = epoch(examples())[0]
+    found = []
+    for strength in (0.0, mu):
+        model = models.build("micro")
+        held = train.proximal(train.LOSSES["dice"], model, strength)
+        begun = [parameter.detach().clone() for parameter in model.parameters()]
+        with torch.no_grad():
+            for number, parameter in enumerate(model.parameters()):
+                parameter += 0.01 * (number + 1)
+        value = held(model(images), masks, None)
+        value.backward()
+        found.append((value.item(), [parameter.grad for parameter in model.parameters()]))
+    way = [0.01 * (number + 1) * torch.ones_like(weight) for number, weight in enumerate(begun)]
+    for plain, held, gone in zip(found[0][1], found[1][1], way, strict=True):
+        torch.testing.assert_close(held, plain + mu * gone, rtol=1e-4, atol=1e-6)
+    energy = mu / 2 * sum(gone.square().sum().item() for gone in way)
+    assert found[1][0] - found[0][0] == pytest.approx(energy, rel=1e-3)
 
 
 def test_the_mean_loss_weights_batches_by_their_images():
@@ -290,7 +394,7 @@ def test_only_the_start_that_asks_the_teacher_pays_for_it(tmp_path):
     assert all(first == again for first, again in costs.values())
 
 
-@pytest.mark.parametrize("change", ["teacher", "alpha", "epochs", "seed", "images", "damage"])
+@pytest.mark.parametrize("change", ["teacher", "alpha", "epochs", "seed", "images", "damage", "norm"])
 def test_an_initial_state_is_made_anew_when_anything_it_depends_on_changes(tmp_path, trained, change):
     file = tmp_path / "fm.safetensors"
     begin("fm", file=file, teacher_key="t")
@@ -305,11 +409,22 @@ def test_an_initial_state_is_made_anew_when_anything_it_depends_on_changes(tmp_p
         seed = 1
     elif change == "images":
         of.images[3, 0, 9, 9] ^= 1
-    else:
+    elif change == "damage":
         file.write_bytes(file.read_bytes()[:-1])
-    start = begin("fm", cfg, of, seed, file=file, teacher_key=teacher_key)
+    norm = "group" if change == "norm" else "local"  # which is no other student than with "average"
+    start = begin("fm", cfg, of, seed, file=file, teacher_key=teacher_key, batch_norm=norm)
     assert trained["fit"] == 2
     assert not start.reused
+
+
+def test_a_start_serves_both_ways_of_averaging_batchnorm_and_group_norm_has_its_own(tmp_path, trained):
+    file = tmp_path / "pretraining.safetensors"
+    begin("pretraining", file=file, batch_norm="average")
+    assert begin("pretraining", file=file, batch_norm="local").reused
+    start = begin("pretraining", file=file, batch_norm="group")
+    assert trained["fit"] == 2
+    assert start.state.keys() == models.build("micro", batch_norm="group").state_dict().keys()
+    assert not any("running" in name for name in start.state)
 
 
 def test_pretraining_does_not_depend_on_the_teacher(tmp_path, trained):
