@@ -257,6 +257,46 @@ def dice_by_rule(scores: pd.DataFrame) -> Figure:
     return figure
 
 
+def dice_by_jitter(scores: pd.DataFrame) -> Figure:
+    """The teacher's Dice by how far its boxes are off: the mean and its 95 % interval over images.
+
+    Args:
+        scores: one row an image and distance, columns pixels and dice (0..1).
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.0), layout="constrained")
+    sns.lineplot(
+        scores,
+        x="pixels",
+        y="dice",
+        ax=axis,
+        color=PALETTE["pretraining"],
+        marker="o",
+        err_style="bars",
+        seed=0,
+    )
+    axis.set(xlabel="each side of the box moved by up to ... pixels", ylabel="Dice of the teacher's mask")
+    axis.grid(axis="y")
+    return figure
+
+
+def reliability(table: pd.DataFrame, error: float) -> Figure:
+    """Of the pixels called 70 % lung, how many are? On the diagonal, as many as said.
+
+    Args:
+        table: from :func:`fmfl.metrics.reliability`.
+        error: the expected calibration error, 0..1, for the title.
+    """
+    filled = table.dropna()
+    figure, axis = plt.subplots(figsize=(4.2, 4.0), layout="constrained")
+    axis.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--")
+    axis.plot(filled.probability, filled.frequency, marker="o", color=PALETTE["pretraining"])
+    axis.set(
+        xlabel="probability of lung, as said", ylabel="share of lung, as found", xlim=(0, 1), ylim=(0, 1),
+        title=f"expected calibration error {error:.4f}", aspect="equal",
+    )  # fmt: skip
+    return figure
+
+
 def loss_curves(history: pd.DataFrame) -> Figure:
     """Loss by epoch, a line a start.
 

@@ -41,6 +41,7 @@ CAPTIONS = {  # by how a figure's file name begins, the longest that fits
     "augmented": "Images as the network sees them, augmented with their masks.",
     "boxes": "Box prompts and the teacher's mask.",
     "clients": "The partition over clients: sizes and ages.",
+    "dice_by_jitter": "The teacher's Dice when its boxes' sides are moved, with 95 % intervals over images.",
     "dice_by_round": "Dice by round.",
     "dice_by_rule": "The teacher's Dice by how its box prompts are made.",
     "fig2": "Final federated Dice by partition and start. Large markers: means over seeds, with 95 % "
@@ -50,6 +51,7 @@ CAPTIONS = {  # by how a figure's file name begins, the longest that fits
     "images": "Images of the cohort with their masks.",
     "loss_curves": "Loss while the initial states are made.",
     "per_image": "Final Dice of each test image by start; points are images below 0.8.",
+    "reliability": "The teacher's calibration: of the pixels called so likely lung, how many are.",
     "teacher_gallery": "The teacher's best, median and worst masks.",
     "worst_cases": "The test images with the lowest Dice.",
 }

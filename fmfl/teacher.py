@@ -351,7 +351,8 @@ def load(
         raise UserError(f"teacher {name!r} is unknown: choose {', '.join(NAMES[:-1])} or {NAMES[-1]}")
     path = Path(checkpoint) if checkpoint else default_file(name)
     if name == "builtin":
-        network, convention, fit = _load_builtin(path), BUILTIN, Fit()
+        network, convention = _load_builtin(path), BUILTIN
+        fit = Fit(matched=list(network.state_dict()))
     else:
         network, fit = _load_published(name, path, adapter, size, allow)
         convention = sam.FAMILIES[name].convention

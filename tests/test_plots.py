@@ -224,3 +224,18 @@ def test_dice_by_rule_writes_each_rules_mean():
     scores = pd.DataFrame({"rule": ["box", "box", "whole"], "dice": [0.9, 0.8, 0.5]})
     axis = plots.dice_by_rule(scores).axes[0]
     assert [text.get_text() for text in axis.get_yticklabels()] == ["box\nmean 0.850", "whole\nmean 0.500"]
+
+
+def test_dice_by_jitter_draws_the_means():
+    scores = pd.DataFrame({"pixels": [0, 0, 5, 5], "dice": [0.9, 1.0, 0.6, 0.8]})
+    axis = plots.dice_by_jitter(scores).axes[0]
+    np.testing.assert_allclose(axis.lines[0].get_xydata(), [[0, 0.95], [5, 0.7]])
+
+
+def test_reliability_leaves_out_empty_bins():
+    table = pd.DataFrame({"probability": [0.1, np.nan, 0.8], "frequency": [0.2, np.nan, 0.7]})
+    axis = plots.reliability(table, 0.0123).axes[0]
+    diagonal, curve = axis.lines
+    np.testing.assert_allclose(diagonal.get_xydata(), [[0, 0], [1, 1]])
+    np.testing.assert_allclose(curve.get_xydata(), [[0.1, 0.2], [0.8, 0.7]])
+    assert "0.0123" in axis.get_title()
