@@ -73,7 +73,7 @@ def aggregate(updates: Iterable[tuple[State, int]]) -> State:
         number += 1
         if num_examples <= 0:
             raise ValueError(f"update {number} comes from {num_examples} images: a client needs at least one")
-        if not _is_finite(state):
+        if not is_finite(state):
             warnings.warn(f"update {number} is not finite and is left out of this round", stacklevel=2)
             del state
             continue
@@ -98,7 +98,7 @@ def aggregate(updates: Iterable[tuple[State, int]]) -> State:
     return kept | {key: (running / total).to(kept[key].dtype) for key, running in sums.items()}
 
 
-def _is_finite(state: State) -> bool:
+def is_finite(state: State) -> bool:
     """Whether no floating tensor holds a NaN or an infinity; the device is waited for once."""
     finite = [value.isfinite().all() for value in state.values() if value.is_floating_point()]
     return not finite or bool(torch.stack(finite).all())
@@ -158,6 +158,23 @@ def _examples(cohort: Cohort, indices: Tensor) -> Examples:
     return Examples(cohort.images, cohort.masks, indices, device=cohort.device)
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """What went between the server and its clients in one round, measured by an engine that sends messages.
+
+    Attributes:
+        clients: those whose updates go into the average.
+        bytes_up: from the clients, those left out included.
+        bytes_down: to the clients.
+        faults: client to what was wrong with it, for those that were asked or expected in vain.
+    """
+
+    clients: list[int]
+    bytes_up: int
+    bytes_down: int
+    faults: dict[int, str]
+
+
 @dataclass
 class Server:
     """One run over its rounds: the global state, what was measured, and the file it continues from.
@@ -172,10 +189,13 @@ class Server:
         state: the global state after the last finished round.
         round_number: the last finished round; 0 before any.
         history: one row a scored round.
-        rounds: of each round, from 0: SHA-256 of the global state, and the clients that took part.
+        bytes_up, bytes_down: from and to all clients so far.
+        rounds: of each round, from 0: SHA-256 of the global state, the clients that took part, and the faults
+            of others where there were any.
         kept: what is kept between rounds besides the state: ``adam-{client}``, a client's moments;
             ``norm-{client}``, its own BatchNorm; ``server``, the moments of the server's optimizer.
         file: the checkpoint, and at the end the final weights.
+        exchange: of the round to be finished, where an engine has measured it; else it is reckoned.
     """
 
     arm: str
@@ -192,10 +212,12 @@ class Server:
     round_number: int = 0
     seconds: float = 0.0
     images_seen: int = 0
-    bytes_each_way: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
     history: list[dict] = field(default_factory=list)
     rounds: list[dict] = field(default_factory=list)
     kept: dict[str, State] = field(default_factory=dict)
+    exchange: Exchange | None = None
 
     @classmethod
     def start_or_resume(
@@ -210,6 +232,7 @@ class Server:
         test: Tensor,
         arm: str = "federated",
         precision: str = "float32",
+        engine: object = "local",
     ) -> "Server":
         """A server at the round where the same run stopped, or before the first one.
 
@@ -221,6 +244,7 @@ class Server:
             initial: where it begins, and what that has cost.
             clients: see :func:`clients_of` and :func:`pooled`.
             test: (n,) int64, the images it is scored on.
+            engine: what brings the clients' updates, and all of its settings that a result depends on.
         """
         split = "pooled" if arm == "centralised" else cfg.split
         client = next(iter(clients)) if arm == "standalone" else -1
@@ -241,7 +265,7 @@ class Server:
             code_digest((*TRAINING_CODE, "metrics.py")), arm, student, precision, settings,
             state_digest(initial.state), cohort.fingerprint,
             {k: examples.indices.tolist() for k, examples in clients.items()}, test.tolist(),
-            torch.are_deterministic_algorithms_enabled(),
+            torch.are_deterministic_algorithms_enabled(), engine if arm == "federated" else "local",
         )  # fmt: skip
         suffix = f"-client{client}" if arm == "standalone" else ""
         file = run_dir / "weights" / f"{arm}-{split}-{initial.name}-seed{cfg.seed}{suffix}.safetensors"
@@ -267,7 +291,7 @@ class Server:
                 if name.startswith(KEPT):
                     whose, rest = name.removeprefix(KEPT).split("/", 1)
                     server.kept.setdefault(whose, {})[rest] = value
-            for name in ("round_number", "seconds", "images_seen", "bytes_each_way", "history", "rounds"):
+            for name in STORED:
                 setattr(server, name, record[name])
         else:
             server.rounds.append({"sha256": state_digest(server.state), "clients": []})
@@ -302,15 +326,16 @@ class Server:
         Under FedBN the average of the clients' BatchNorm goes into the state too: the global model is scored
         with it, and a client begins its first round with it. Later rounds begin with the client's own.
         """
-        own, clients = self.own_keys, self.participants()
+        own, exchange = self.own_keys, self.exchange or self._reckoned(average)
+        self.exchange = None
         trained = [name for name, _ in self.model.named_parameters() if name not in own]
         moments = self.kept.pop("server", {})
         self.state, self.kept["server"] = server_step(self.state, average, trained, self.cfg, moments)
         self.round_number += 1
-        self.rounds.append({"sha256": state_digest(self.state), "clients": clients})
-        if self.arm == "federated":
-            sent = {name: value for name, value in average.items() if name not in own}
-            self.bytes_each_way += len(clients) * models.num_bytes(sent)
+        done = {"sha256": state_digest(self.state), "clients": exchange.clients}
+        self.rounds.append(done | ({"faults": exchange.faults} if exchange.faults else {}))
+        self.bytes_up += exchange.bytes_up
+        self.bytes_down += exchange.bytes_down
         last = self.round_number == self.cfg.num_rounds
         if last or self.round_number % self.cfg.score_every == 0:
             self.score(cohort, test)
@@ -327,13 +352,15 @@ class Server:
             split=self.split,
             client=self.client,
             seed=self.cfg.seed,
-            round_number=self.round_number,
-            seconds=self.seconds,
-            images_seen=self.images_seen,
-            bytes_each_way=self.bytes_each_way,
-            history=self.history,
-            rounds=self.rounds,
+            **{name: getattr(self, name) for name in STORED},
         )
+
+    def _reckoned(self, average: State) -> Exchange:
+        """The exchange where all is one process: each client gets and gives all but its own part."""
+        clients, own = self.participants(), self.own_keys
+        sent = {name: value for name, value in average.items() if name not in own}
+        each_way = len(clients) * models.num_bytes(sent) if self.arm == "federated" else 0
+        return Exchange(clients, each_way, each_way, {})
 
     def scores(self, cohort: Cohort, test: Tensor) -> pd.DataFrame:
         """The global state's scores, one row a test image; see :func:`fmfl.metrics.score`."""
@@ -353,8 +380,8 @@ class Server:
                 "round": self.round_number,
                 **{name: float(value) for name, value in means.items()},
                 "seconds": self.seconds,
-                "bytes_up": self.bytes_each_way,
-                "bytes_down": self.bytes_each_way,
+                "bytes_up": self.bytes_up,
+                "bytes_down": self.bytes_down,
                 "images_seen": self.images_seen,
             }
         )
@@ -372,6 +399,9 @@ class Server:
         }
         return pd.concat([about.assign(**key)[[*key, *about]], self.scores(cohort, test)], axis=1)
 
+
+#: What a checkpoint's record holds of a run, besides what names it.
+STORED = ("round_number", "seconds", "images_seen", "bytes_up", "bytes_down", "history", "rounds")
 
 #: Settings that the centralised arm does not depend on: one run serves all splits.
 PARTITION_SETTINGS = ("split", "age_strength", "quantity_ratio", "dirichlet_concentration", "num_clients")
@@ -427,12 +457,12 @@ def train_client(server: Server, number: int) -> tuple[State, int]:
         moments = _moments(optimizer)
         # After a round that came to NaN or infinity the client begins with a new Adam: moments that are not
         # finite would spoil all its later rounds too.
-        if _is_finite(moments):
+        if is_finite(moments):
             server.kept[adam] = moments
         else:
             server.kept.pop(adam, None)
     state = models.copy_state(server.model)
-    if (own := server.own_keys) and _is_finite(state):
+    if (own := server.own_keys) and is_finite(state):
         server.kept[norm] = {name: state[name] for name in own}
     server.seconds += fitted.seconds
     server.images_seen += fitted.images_seen
