@@ -1,10 +1,11 @@
 """A deployment in three commands over Flower's own: keys for all, a server, a client at each hospital.
 
-The server is Flower's SuperLink with TLS, which lets in the SuperNodes whose public keys it has, and one run of
-the app beside this file. A client is Flower's SuperNode with a private key and a folder of images.
+The server is Flower's SuperLink with TLS, which lets in the SuperNodes whose public keys it has, and one run
+of the app beside this file. A client is Flower's SuperNode with a private key and a folder of images.
 See docs/hospitals.md.
 """
 
+import contextlib
 import datetime
 import ipaddress
 import json
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -337,26 +339,43 @@ REFUSED = "[code: 2004]"
 
 def _run_node(command: list[str], env: dict[str, str]) -> tuple[int, bool]:
     """Run a SuperNode; its exit code, and whether it was turned away."""
-    refused = False
-    with subprocess.Popen(
+    refused = threading.Event()
+    # A group of its own: a SuperNode that is turned away leaves its helper behind.
+    node = subprocess.Popen(
         command,
         env=env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    ) as node:
+        start_new_session=True,
+    )
 
-        def end(*_: object) -> None:
-            node.terminate()
+    def show() -> None:
+        for line in node.stdout:
+            if REFUSED in line:
+                refused.set()
+            print(line, end="", flush=True)
 
-        before = signal.signal(signal.SIGTERM, end)
-        try:
-            for line in node.stdout:
-                refused |= REFUSED in line
-                print(line, end="", flush=True)
-        except KeyboardInterrupt:  # the node has had it too
-            node.wait()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-    return node.returncode, refused
+    reader = threading.Thread(target=show, daemon=True)
+    reader.start()
+    before = signal.signal(signal.SIGTERM, lambda *_: node.terminate())
+    try:
+        node.wait()
+    except KeyboardInterrupt:
+        node.terminate()
+        node.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        end_group(node)
+    reader.join(5)
+    return node.returncode, refused.is_set()
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """Kill a process and what it has started, where the system has groups of processes."""
+    if os.name != "posix":
+        process.kill()
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
