@@ -181,6 +181,8 @@ def serve(keys: Path, out: Path, given: dict[str, Any], *, host: str = "0.0.0.0"
     if unknown:
         raise UserError(f"parameter {unknown[0]!r} is not one of a run on Flower: see fmfl/engines/app")
     settings(given | {"run_name": out})
+    # Ended from outside, it still ends what it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with superlink(keys, out / "flower", host=host, port=port) as home:
         listed = out / "flower" / "run.toml"
         values = given | {"run_name": str(out)}

@@ -68,10 +68,11 @@ HELD_OUT = "held_out"
 def pack(state: State) -> ArrayRecord:
     """A state as one flat array a dtype: a few large pieces cross instead of hundreds of small ones.
 
-    Each array that crosses costs about a kilobyte of names and headers, and a student has hundreds.
+    Each array that crosses costs about a kilobyte of names and headers, and a student has hundreds. They
+    stand in the order of their names: a state from a file has another than its model's.
     """
     flat: dict[str, list[Tensor]] = {}
-    for value in state.values():
+    for _, value in sorted(state.items()):
         flat.setdefault(str(value.dtype).removeprefix("torch."), []).append(value.detach().cpu().reshape(-1))
     return ArrayRecord({dtype: Array(torch.cat(parts).numpy()) for dtype, parts in flat.items()})
 
@@ -81,7 +82,7 @@ def unpack(record: ArrayRecord, like: State) -> State:
 
     Args:
         record: flat arrays by dtype.
-        like: names, shapes and dtypes, in their order; the tensors come to its device.
+        like: names, shapes and dtypes; the tensors come to its device.
 
     Raises:
         ValueError: the arrays are not those of such a state.
@@ -96,7 +97,7 @@ def unpack(record: ArrayRecord, like: State) -> State:
             raise ValueError(f"the {dtype} numbers of the weights cannot be read: {error}") from None
     found: State = {}
     taken = dict.fromkeys(flat, 0)
-    for name, value in like.items():
+    for name, value in sorted(like.items()):
         dtype = str(value.dtype).removeprefix("torch.")
         part = flat[dtype][taken[dtype] : taken[dtype] + value.numel()]
         taken[dtype] += value.numel()
@@ -105,12 +106,12 @@ def unpack(record: ArrayRecord, like: State) -> State:
         found[name] = part.view(value.shape).to(value.device)
     if len(record) > len(flat) or any(len(flat[dtype]) != number for dtype, number in taken.items()):
         raise ValueError("the weights are more numbers than this student has")
-    return found
+    return {name: found[name] for name in like}
 
 
 def layout(state: State) -> str:
     """A fingerprint of names, shapes and dtypes: equal ones can be averaged."""
-    return states.fingerprint([(name, list(value.shape), str(value.dtype)) for name, value in state.items()])
+    return states.fingerprint([(name, list(v.shape), str(v.dtype)) for name, v in sorted(state.items())])
 
 
 def crossing(state: State, cfg: FlowerConfig) -> State:
