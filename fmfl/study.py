@@ -10,7 +10,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -307,9 +308,48 @@ def servers(
     return found
 
 
+def images_a_second(cfg: Settings, cohort: Cohort, steps: int = 4) -> float:
+    """How fast this device trains the run's student, in images a second over all its cores.
+
+    Args:
+        steps: batches that are timed, after one that warms up.
+    """
+    batch = min(cfg.federate.batch_size, len(cohort))
+
+    def some(number: int, steps: int) -> None:
+        rows = torch.arange(steps * batch, device=cohort.images.device) % len(cohort)
+        model = models.build(cfg.distill.student, device=cohort.device, batch_norm=cfg.federate.batch_norm)
+        train.fit(
+            model,
+            Examples(cohort.images, cohort.masks, rows, device=cohort.device),
+            train.LOSSES[cfg.federate.loss],
+            epochs=1,
+            batch_size=batch,
+            optimizer=train.adam(model, cfg.federate.learning_rate),
+            key=(number,),
+            augmentation=cfg.federate.augmentation,
+            precision=train.precision_of(cfg.run),
+        )
+
+    trainings = range(torch.get_num_threads() if cohort.device.type == "cpu" else 1)
+    train.side_by_side(lambda number: some(number, 1), trainings, cohort.device)
+    started = time.perf_counter()
+    train.side_by_side(lambda number: some(number, steps), trainings, cohort.device)
+    return len(trainings) * steps * batch / (time.perf_counter() - started)
+
+
 # ---------------------------------------------------------------------------------------------------
 # What a cell leaves behind
 # ---------------------------------------------------------------------------------------------------
+
+
+VARY = "vary"
+"""The folder of a study's variants."""
+
+
+def variant_dir(cfg: Settings, variant: str) -> Path:
+    """Where the study with one setting changed, "name=value", has its own cells and weights."""
+    return cfg.run_dir / VARY / variant.replace("/", "_")
 
 
 def cell_name(cfg: Settings, notebook: str) -> str:
@@ -335,8 +375,14 @@ def save(cfg: Settings, notebook: str, record: dict[str, Any], **tables: pd.Data
     for name, table in tables.items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
     about = {"notebook": notebook, "settings": cfg.flat(), "run": where(cfg), "record": record}
+    about["figures"] = sorted(_drawn)
+    _drawn.clear()
     write_text(folder / "cell.json", json.dumps(about, indent=1, default=str))
     return folder
+
+
+_drawn: set[str] = set()
+"""Figures drawn since the last cell was saved: the cell's own."""
 
 
 def save_figure(cfg: Settings, name: str, figure: Figure) -> Figure:
@@ -346,6 +392,7 @@ def save_figure(cfg: Settings, name: str, figure: Figure) -> Figure:
     unfinished = folder / f".{name}.png.{os.getpid()}"  # not *.png: a report takes those
     figure.savefig(unfinished, format="png", dpi=120, bbox_inches="tight")
     os.replace(unfinished, folder / f"{name}.png")
+    _drawn.add(f"{name}.png")
     return figure
 
 
@@ -379,15 +426,10 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         UserError: no cell has results with these settings, or two cells were made from different images or
             by different code.
     """
-    wanted = {name: value for name, value in cfg.flat().items() if name not in FREE}
     results, per_image, others = [], [], []
     inputs: dict[tuple[str, str], str] = {}
-    for folder in sorted((cfg.run_dir / "cells").glob("04_federate-*")):
-        about = read_json(folder / "cell.json")
-        # A parameter that came later was at its default then.
-        used = config.defaults() | about["settings"]
-        made_with = {name: value for name, value in used.items() if name not in FREE}
-        if made_with != wanted:
+    for folder, about, changed in _federations(cfg.run_dir, cfg):
+        if changed:
             others.append(folder.name)
             continue
         inputs.setdefault((about["record"].get("images"), about["record"].get("code")), folder.name)
@@ -414,6 +456,86 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         images.drop_duplicates(["arm", "init", "split", "seed", "client", "image_id"], ignore_index=True),
         others,
     )
+
+
+def _federations(run_dir: Path, cfg: Settings) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
+    """Each 04_federate cell in a folder: where it is, its record, and the settings in which it differs."""
+    wanted = {name: value for name, value in cfg.flat().items() if name not in FREE}
+    for folder in sorted((run_dir / "cells").glob("04_federate-*")):
+        about = read_json(folder / "cell.json")
+        # A parameter that came later was at its default then.
+        used = config.defaults() | about["settings"]
+        yield folder, about, {name: used[name] for name in wanted if used[name] != wanted[name]}
+
+
+def collect_drift(cfg: Settings) -> pd.DataFrame:
+    """How the clients' updates went in all cells of these settings: see :func:`fmfl.federate.drift`."""
+    tables = [
+        pd.read_csv(folder / "drift.csv")
+        for folder, _, changed in _federations(cfg.run_dir, cfg)
+        if not changed and (folder / "drift.csv").exists()
+    ]
+    empty = pd.DataFrame(columns=["init", "split", "seed", "round", *federate.DRIFT])
+    return pd.concat(tables, ignore_index=True) if tables else empty
+
+
+def collect_variants(cfg: Settings) -> pd.DataFrame:
+    """Scores by image of the study's variants: those that differ from these settings in one alone.
+
+    Returns:
+        The columns of per_image.csv, and axis (the setting's name), value (its value there) and own (here),
+        both as text.
+    """
+    tables = []
+    for variant in sorted((cfg.run_dir / VARY).glob("*=*")):
+        for folder, _, changed in _federations(variant, cfg):
+            if len(changed) == 1:
+                ((axis, value),) = changed.items()
+                about = {
+                    "axis": axis,
+                    "value": _on_axis(axis, value),
+                    "own": _on_axis(axis, cfg.flat()[axis]),
+                }
+                tables.append(pd.read_csv(folder / "per_image.csv").assign(**about))
+    empty = pd.DataFrame(columns=["arm", "init", "split", "seed", "axis", "value", "own"])
+    return pd.concat(tables, ignore_index=True) if tables else empty
+
+
+def _on_axis(axis: str, value: object) -> str:
+    return "all" if (axis, value) in {("labelled", 1.0), ("federated", 0.0)} else as_text(value)
+
+
+def as_text(value: object) -> str:
+    """A setting's value as it stands in the name of a variant."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def mixtures(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> pd.DataFrame:
+    """What the clients held: :func:`fmfl.split.mixture` of each split and seed that was run."""
+    federated = hold_out(cfg, cohort).federated
+    runs = results.loc[results.split != "pooled", ["split", "seed"]].drop_duplicates()
+    tables = []
+    for scheme, seed in runs.itertuples(index=False):
+        held = partition(cohort, federated, replace(cfg.federate, seed=int(seed)), scheme)
+        tables.append(split.mixture(cohort.table, held).assign(split=scheme, seed=seed))
+    return pd.concat(tables, ignore_index=True)
+
+
+def first_servers(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> list[Server]:
+    """The federated runs of the reference split and the first seed, as 04_federate has left them."""
+    runs = results[results.arm == "federated"]
+    if runs.empty:
+        return []
+    shown = cfg.analysis.reference_split
+    shown = shown if shown in set(runs.split) else runs.split.iloc[0]
+    runs = runs[(runs.split == shown) & (runs.seed == runs[runs.split == shown].seed.min())]
+    own = {"split": shown, "seed": int(runs.seed.iloc[0]), "arms": "federated"}
+    own["inits"] = ",".join(analysis.ordered_inits(runs))
+    cfg = replace(cfg, federate=replace(cfg.federate, **own))
+    parts = hold_out(cfg, cohort)
+    clients = partition(cohort, parts.federated, cfg.federate)
+    starts = initial_states(cfg, cohort, parts.proxy, several(own["inits"]))
+    return servers(cfg, cohort, parts, clients, starts)
 
 
 def read_json(file: Path) -> dict[str, Any]:
