@@ -44,17 +44,48 @@ def _once(values: list, what: str) -> list:
     return values
 
 
-def _parameters(pairs: list[str] | None, options: dict[str, str]) -> dict[str, object]:
-    """``-p NAME=VALUE`` as values by name; ``options`` are those that have an option of their own."""
-    given: dict[str, object] = {}
-    for pair in pairs or []:
+def _pairs(option: str, texts: list[str] | None, options: dict[str, str] = OPTIONS) -> list[tuple[str, str]]:
+    """NAME=VALUE texts of an option, split; a name that has an option of its own is refused."""
+    found = []
+    for pair in texts or []:
         name, separator, text = pair.partition("=")
         if not separator:
-            raise UserError(f"-p {pair} has no value: write -p NAME=VALUE")
+            raise UserError(f"{option} {pair} has no value: write {option} NAME=VALUE")
         if name in options:
-            raise UserError(f"-p {name} has an option of its own: use {options[name]}")
-        given[name] = config.parse(name, text)
-    return given
+            raise UserError(f"{option} {name} has an option of its own: use {options[name]}")
+        found.append((name, text))
+    return found
+
+
+def _variants(texts: list[str] | None, cfg: config.Settings) -> dict[str, list]:
+    """What --vary asks for; the study's own value of a parameter is there anyway."""
+    vary: dict[str, list] = {}
+    for name, text in _pairs("--vary", texts):
+        if name in ("arms", "inits"):
+            raise UserError(f"--vary {name} is no axis of the map: use -p {name}")
+        values = [config.parse(name, part) for part in _list(text, f"--vary {name}")]
+        vary.setdefault(name, []).extend(value for value in values if value != cfg.flat()[name])
+        _once(vary[name], f"--vary {name}")
+    return vary
+
+
+def _say_cost(cells: list, costs: dict) -> None:
+    for cell in cells:
+        if cell.key not in costs:
+            typer.echo(f"{cell.key}: done")
+            continue
+        cost, rounds = costs[cell.key], f"{cell.rounds} rounds, " if cell.rounds else ""
+        training = f": {rounds}{cost.images:,} images, {_hours(cost.hours)}" if cost.images else ""
+        typer.echo(f"{cell.key}{training}")
+    images, hours = sum(cost.images for cost in costs.values()), sum(cost.hours for cost in costs.values())
+    typer.echo(
+        f"{len(costs)} of {len(cells)} cells to run: about {images:,} images to train on, {_hours(hours)} at "
+        "the speed that this device has just shown; the teacher, scoring and starting kernels come on top"
+    )
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
 
 
 def _absolute(path: str | Path) -> str:
@@ -81,14 +112,21 @@ def study(
     p: Annotated[
         list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="any other parameter; repeat it")
     ] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=V1,V2,...", help="also with other values of one parameter, for the map; repeat it"
+        ),
+    ] = None,
     plain: Annotated[
         bool, typer.Option(help="run the notebooks' code in this process, without Jupyter")
     ] = False,
-    dry_run: Annotated[bool, typer.Option(help="say what would run, and stop")] = False,
+    dry_run: Annotated[bool, typer.Option(help="say what would run and what it costs, and stop")] = False,
     progress: Annotated[bool, typer.Option(help="show a bar with the time left")] = True,
 ) -> None:
     """Run the five notebooks over all splits, starts and seeds; run again, it finishes what is missing."""
-    given = _parameters(p, OPTIONS) | {"engine": engine}
+    given: dict[str, object] = {name: config.parse(name, text) for name, text in _pairs("-p", p)}
+    given["engine"] = engine
     # Notebooks run in their own folder, so every path is made absolute.
     folders = [part if part == "phantom" else _absolute(part) for part in _list(data, "--data")]
     given |= {"data": ",".join(_once(folders, "--data")), "teacher": teacher, "device": device}
@@ -96,6 +134,7 @@ def study(
     seed_list = _once([config.parse("seed", text) for text in _list(seeds, "--seeds")], "--seeds")
     split_list = _once([config.checked("split", name) for name in _list(splits, "--splits")], "--splits")
     cfg = config.settings(given, profile=profile)
+    variants = _variants(vary, cfg)
     for part in folders:
         if part != "phantom" and not Path(part).is_dir():
             raise UserError(f"--data {part}: there is no such folder")
@@ -104,10 +143,9 @@ def study(
 
     from fmfl import grid  # imports torch, which a typing mistake need not wait for
 
-    cells = grid.plan(cfg, seed_list, split_list)
+    cells = grid.plan(cfg, seed_list, split_list, variants)
     if dry_run:
-        for cell in cells:
-            typer.echo(f"{cell.name}: {cell.rounds} rounds" if cell.rounds else cell.name)
+        _say_cost(cells, grid.estimate(cells))
         return
     ran, done = grid.run(cells, plain=plain, progress=progress and sys.stderr.isatty())
     typer.echo(f"{ran} notebooks run, {done} were done already")
@@ -247,7 +285,8 @@ def flower_server(
 ) -> None:
     """Serve the rounds to the clients; run again, it goes on where it stopped."""
     deploy = _deploy()
-    given = _parameters(p, {"run_name": "--out", "start": "--start", "test_data": "--test-data"})
+    options = {"run_name": "--out", "start": "--start", "test_data": "--test-data"}
+    given = {name: config.parse(name, text) for name, text in _pairs("-p", p, options)}
     folders = [_absolute(part) for part in config.several(test_data)]
     given |= {"start": start and _absolute(start), "test_data": ",".join(folders)}
     deploy.serve(keys, Path(_absolute(out)), given, host=host, port=port)

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fmfl.analysis import bootstrap_mean, final, ordered_inits, reference_split, seed_interval
+from fmfl.analysis import FAILURE, bootstrap_mean, final, ordered_inits, reference_split, seed_interval
 
 PALETTE = {
     "random": "#E69F00",
@@ -46,7 +46,6 @@ SPLITS = {
     "dirichlet": "Dirichlet over ages",
 }
 WIDTH = 8.0  # inches, the width of a notebook's text
-FAILURE = 0.8  # Dice below which a mask counts as failed
 
 
 def use_style() -> None:
@@ -446,6 +445,92 @@ def per_image(per_image: pd.DataFrame, split: str | None = None) -> Figure:
     axis.set_yticks(range(len(inits)), labels)
     axis.set(xlabel=f"Dice of a test image ({SPLITS.get(split, split)})", ylabel="")
     axis.grid(axis="x")
+    return figure
+
+
+def when_it_pays(gains: pd.DataFrame) -> Figure:
+    """The map: points of final Dice that the teacher's student gains where one setting is changed.
+
+    A column an axis, a row a pair of starts; bars are 95 % intervals over patients, hollow markers are gains
+    inside the noise, and the study's own value is among the others.
+
+    Args:
+        gains: from `analysis.gains`.
+    """
+    axes_, pairs = (
+        list(dict.fromkeys(gains.axis)),
+        list(dict.fromkeys(zip(gains.higher, gains.lower, strict=True))),
+    )
+    size = (max(WIDTH / 2, 2.4 * len(axes_) + 0.6), 2.3 * len(pairs) + 0.4)
+    figure, grid = plt.subplots(len(pairs), len(axes_), figsize=size, squeeze=False, layout="constrained")
+    for row, (higher, lower) in enumerate(pairs):
+        color = colours([lower])[lower]
+        for column, name in enumerate(axes_):
+            axis = grid[row, column]
+            points = gains[(gains.axis == name) & (gains.higher == higher) & (gains.lower == lower)]
+            places = np.arange(len(points))
+            errors = [points.gain - points.low, points.high - points.gain]
+            axis.errorbar(places, points.gain, errors, fmt="none", ecolor=color, capsize=3)
+            for place, point in zip(places, points.itertuples(), strict=True):
+                fill = "white" if point.inside_noise else color
+                axis.plot(place, point.gain, MARKERS[higher], color=color, markerfacecolor=fill)
+            axis.axhline(0, color="black", linewidth=1)
+            axis.set_xticks(places, points["value"])
+            axis.margins(x=0.15)
+            axis.set_xlabel(name if row == len(pairs) - 1 else "")
+            if column == 0:
+                axis.set_ylabel(
+                    f"{NAMES.get(higher, higher)}\nabove {NAMES.get(lower, lower)}\n(points of Dice)"
+                )
+    return figure
+
+
+DRIFT = {
+    "update_norm": "length of an update",
+    "update_cosine": "cosine of two clients' updates",
+    "update_diversity": "diversity of the updates",
+    "distance_from_start": "distance from the start",
+}
+
+
+def why(drift: pd.DataFrame, starts: pd.DataFrame, split: str) -> Figure:
+    """What the rounds from each start are like: the clients' updates by round, and the ground at the start.
+
+    Args:
+        drift: from `federate.drift`; lines are means over seeds.
+        starts: from `diagnostics.of_starts`: init, sharpness, barrier.
+        split: the partition that is shown.
+    """
+    runs = drift[drift.split == split]
+    inits = ordered_inits(starts if len(starts) else runs)
+    palette = colours(inits)
+    figure, grid = plt.subplots(2, 3, figsize=(WIDTH * 1.25, 5.6), layout="constrained")
+    panels = iter(grid.flat)
+    for name, label in DRIFT.items():
+        axis = next(panels)
+        for init, color in palette.items():
+            mean = runs[runs.init == init].groupby("round")[name].mean()
+            axis.plot(
+                mean.index,
+                mean,
+                color=color,
+                marker=MARKERS.get(init, "X"),
+                markersize=4,
+                label=NAMES.get(init, init),
+            )
+        axis.set(xlabel="round", ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for name, label in (
+        ("barrier", "barrier between two clients\n(Dice loss)"),
+        ("sharpness", "sharpness of the start\n(top eigenvalue)"),
+    ):
+        axis = next(panels)
+        axis.bar(range(len(starts)), starts[name], color=[palette[init] for init in starts.init])
+        axis.set_xticks(
+            range(len(starts)), [NAMES.get(init, init).replace(" ", "\n") for init in starts.init], fontsize=9
+        )
+        axis.set_ylabel(label)
+    _legend_above(figure, grid.flat[0])
     return figure
 
 

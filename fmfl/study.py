@@ -10,8 +10,9 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
-from dataclasses import asdict
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import fmfl
-from fmfl import analysis, data, federate, models, paths, split, states, teacher, train
+from fmfl import analysis, config, data, federate, models, paths, split, states, teacher, train
 from fmfl.config import FederateConfig, Settings, several
 from fmfl.data import Cohort
 from fmfl.errors import UserError
@@ -75,6 +76,7 @@ def hold_out(cfg: Settings, cohort: Cohort) -> Holdout:
         cfg.data.holdout_seed,
         proxy=cfg.data.proxy,
         test=cfg.data.test,
+        federated=cfg.data.federated,
         device=cohort.images.device,
     )
 
@@ -100,6 +102,7 @@ def load_teacher(cfg: Settings, **other: Any) -> Teacher:
         size=wanted.teacher_size or None,
         allow=several(wanted.passed_over),
         precision=train.precision_of(cfg.run),
+        noise=wanted.teacher_noise,
     )
     return teacher.load(
         wanted.teacher, wanted.checkpoint or None, train.device_of(cfg.run), **options | other
@@ -113,15 +116,40 @@ class Prompts(NamedTuple):
     seconds: float
 
 
+def labelled(cfg: Settings, proxy: Tensor) -> Tensor:
+    """Which proxy images have a mask to learn from, (n,) bool: ``cfg.distill.labelled`` of them, by the seed.
+
+    A smaller budget's images are among a larger one's.
+
+    Raises:
+        UserError: there are fewer proxy images than that.
+    """
+    wanted, n = cfg.distill.labelled, len(proxy)
+    number = round(wanted * n) if wanted <= 1 else int(wanted)
+    if number > n:
+        raise UserError(f"labelled is {number}, but the proxy set has {n} images: name at most as many")
+    order = torch.randperm(n, generator=train.generator(cfg.federate.seed, train.LABELS))
+    return (order.argsort() < number).to(proxy.device)
+
+
 def prompts(
-    cfg: Settings, cohort: Cohort, indices: Tensor, rule: str | None = None, per_image: str | None = None
+    cfg: Settings,
+    cohort: Cohort,
+    indices: Tensor,
+    rule: str | None = None,
+    per_image: str | None = None,
+    known: Tensor | None = None,
 ) -> Prompts:
-    """The prompts of chosen images under the run's box rule, or under the rule named."""
+    """The prompts of chosen images under the run's box rule, or under the rule named.
+
+    Args:
+        known: (n,) bool, whose masks there are; None for all. A predicted box of the others comes from these.
+    """
     wanted = cfg.teacher
     rule = rule or wanted.box_rule
     masks, seconds = cohort.masks[indices], 0.0
     if rule == "predicted":
-        masks, seconds = _predicted_masks(cfg, cohort, indices)
+        masks, seconds = _predicted_masks(cfg, cohort, indices, known)
     boxes = teacher.prompt(
         masks,
         rule,
@@ -132,8 +160,10 @@ def prompts(
     return Prompts(boxes, seconds)
 
 
-def _predicted_masks(cfg: Settings, cohort: Cohort, indices: Tensor) -> tuple[Tensor, float]:
-    """See :func:`fmfl.train.out_of_fold_masks`; made once for the same images and settings."""
+def _predicted_masks(
+    cfg: Settings, cohort: Cohort, indices: Tensor, known: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """See :func:`fmfl.train.predicted_masks`; made once for the same images and settings."""
     examples = Examples(cohort.images, cohort.masks, indices, device=cohort.device)
     patients = cohort.table.patient_id.iloc[indices.tolist()].tolist()
     how: dict[str, Any] = dict(
@@ -144,24 +174,29 @@ def _predicted_masks(cfg: Settings, cohort: Cohort, indices: Tensor) -> tuple[Te
     )
     learning = (cfg.distill.student, cfg.distill.proxy_epochs, cfg.distill.proxy_learning_rate)
     seen = [states.tensor_digest(stored[indices]) for stored in (cohort.images, cohort.masks)]
-    key = states.fingerprint(states.code_digest(), how, learning, seen, patients)
+    if known is not None and known.all():
+        known = None
+    whose = None if known is None else known.tolist()
+    key = states.fingerprint(states.code_digest(), how, learning, seen, patients, whose)
     file = paths.CACHE / f"predicted-{key}.safetensors"
     if (stored := states.read_state(file, device=cohort.images.device)) is not None:
         return stored[0]["masks"], stored[1]["seconds"]
-    masks, seconds = train.out_of_fold_masks(examples, patients, cfg.distill, **how)
+    masks, seconds = train.predicted_masks(examples, patients, cfg.distill, known=known, **how)
     states.write_state(file, {"masks": masks}, seconds=seconds)
     return masks, seconds
 
 
-def teacher_logits(cfg: Settings, who: Teacher, cohort: Cohort, indices: Tensor) -> CachedLogits:
+def teacher_logits(
+    cfg: Settings, who: Teacher, cohort: Cohort, indices: Tensor, known: Tensor | None = None
+) -> CachedLogits:
     """The teacher's (n, 1, H, W) logits of chosen images under the run's box rule, cached."""
-    boxes, seconds = prompts(cfg, cohort, indices)
+    boxes, seconds = prompts(cfg, cohort, indices, known=known)
     found = teacher.cached_logits(who, cohort.images[indices], boxes, progress=show_bars())
     return CachedLogits(found.logits, found.seconds + seconds)
 
 
 class Taught(NamedTuple):
-    """The proxy set with a teacher beside it."""
+    """The proxy set with a teacher beside it, whose masks stand in where there are none."""
 
     examples: Examples
     key: str  # what the teacher's answers depend on
@@ -170,11 +205,19 @@ class Taught(NamedTuple):
 
 def taught(cfg: Settings, cohort: Cohort, proxy: Tensor) -> Taught:
     """The proxy set with the teacher's cached logits or, for fresh views, with a way to ask it."""
-    who, rule = load_teacher(cfg), cfg.teacher
+    who, rule, known = load_teacher(cfg), cfg.teacher, labelled(cfg, proxy)
     if cfg.distill.teacher_views == "cached":
-        logits, seconds = teacher_logits(cfg, who, cohort, proxy)
-        examples = Examples(cohort.images, cohort.masks, proxy, logits, device=cohort.device)
+        logits, seconds = teacher_logits(cfg, who, cohort, proxy, known)
+        masks = cohort.masks
+        if not known.all():
+            masks = masks.clone()
+            masks[proxy[~known]] = (logits[~known] > 0).to(masks.dtype)
+        examples = Examples(cohort.images, masks, proxy, logits, device=cohort.device)
         return Taught(examples, states.tensor_digest(logits), seconds)
+    if not known.all():
+        raise UserError(
+            "teacher_views 'fresh' needs a mask of every proxy image: choose cached, or labelled 1"
+        )
     if rule.box_rule == "predicted":
         raise UserError("teacher_views 'fresh' has no predicted box for an augmented image: choose cached")
 
@@ -197,17 +240,28 @@ def taught(cfg: Settings, cohort: Cohort, proxy: Tensor) -> Taught:
 def initial_states(
     cfg: Settings, cohort: Cohort, proxy: Tensor, inits: Iterable[str]
 ) -> dict[str, InitialState]:
-    """The named initial states, read from ``weights/`` where 03_distill has left them, else made now."""
+    """The named initial states, read from ``weights/`` where 03_distill has left them, else made now.
+
+    Pre-training learns from the proxy images that have masks, and passes over them the more often the fewer
+    they are: it takes as many steps as the other start.
+
+    Raises:
+        UserError: pre-training has no mask to learn from.
+    """
     inits = list(inits)
-    lesson = Taught(Examples(cohort.images, cohort.masks, proxy, device=cohort.device), "", 0.0)
-    if "fm" in inits and cfg.distill.alpha > 0:
-        lesson = taught(cfg, cohort, proxy)
+    known = labelled(cfg, proxy)
+    if not known.any() and ("pretraining" in inits or ("fm" in inits and cfg.distill.alpha == 0)):
+        raise UserError("labelled is 0: leave pretraining out of inits, and alpha above 0, or raise it")
+    alone = Taught(Examples(cohort.images, cohort.masks, proxy[known], device=cohort.device), "", 0.0)
+    lesson = taught(cfg, cohort, proxy) if "fm" in inits and cfg.distill.alpha > 0 else alone
 
     def make(init: str) -> InitialState:
+        examples = lesson.examples if init == "fm" else alone.examples
+        epochs = train.passes(cfg.distill.proxy_epochs, len(proxy), len(examples))
         return train.initial_state(
             init,
-            lesson.examples,
-            cfg.distill,
+            examples,
+            replace(cfg.distill, proxy_epochs=epochs),
             batch_size=cfg.federate.batch_size,
             seed=cfg.federate.seed,
             precision=train.precision_of(cfg.run),
@@ -283,9 +337,48 @@ def servers(
     return found
 
 
+def images_a_second(cfg: Settings, cohort: Cohort, steps: int = 4) -> float:
+    """How fast this device trains the run's student, in images a second over all its cores.
+
+    Args:
+        steps: batches that are timed, after one that warms up.
+    """
+    batch = min(cfg.federate.batch_size, len(cohort))
+
+    def some(number: int, steps: int) -> None:
+        rows = torch.arange(steps * batch, device=cohort.images.device) % len(cohort)
+        model = models.build(cfg.distill.student, device=cohort.device, batch_norm=cfg.federate.batch_norm)
+        train.fit(
+            model,
+            Examples(cohort.images, cohort.masks, rows, device=cohort.device),
+            train.LOSSES[cfg.federate.loss],
+            epochs=1,
+            batch_size=batch,
+            optimizer=train.adam(model, cfg.federate.learning_rate),
+            key=(number,),
+            augmentation=cfg.federate.augmentation,
+            precision=train.precision_of(cfg.run),
+        )
+
+    trainings = range(torch.get_num_threads() if cohort.device.type == "cpu" else 1)
+    train.side_by_side(lambda number: some(number, 1), trainings, cohort.device)
+    started = time.perf_counter()
+    train.side_by_side(lambda number: some(number, steps), trainings, cohort.device)
+    return len(trainings) * steps * batch / (time.perf_counter() - started)
+
+
 # ---------------------------------------------------------------------------------------------------
 # What a cell leaves behind
 # ---------------------------------------------------------------------------------------------------
+
+
+VARY = "vary"
+"""The folder of a study's variants."""
+
+
+def variant_dir(cfg: Settings, variant: str) -> Path:
+    """Where the study with one setting changed, "name=value", has its own cells and weights."""
+    return cfg.run_dir / VARY / variant.replace("/", "_")
 
 
 def cell_name(cfg: Settings, notebook: str) -> str:
@@ -311,8 +404,14 @@ def save(cfg: Settings, notebook: str, record: dict[str, Any], **tables: pd.Data
     for name, table in tables.items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
     about = {"notebook": notebook, "settings": cfg.flat(), "run": where(cfg), "record": record}
+    about["figures"] = sorted(_drawn)
+    _drawn.clear()
     write_text(folder / "cell.json", json.dumps(about, indent=1, default=str))
     return folder
+
+
+_drawn: set[str] = set()
+"""Figures drawn since the last cell was saved: the cell's own."""
 
 
 def save_figure(cfg: Settings, name: str, figure: Figure) -> Figure:
@@ -322,6 +421,7 @@ def save_figure(cfg: Settings, name: str, figure: Figure) -> Figure:
     unfinished = folder / f".{name}.png.{os.getpid()}"  # not *.png: a report takes those
     figure.savefig(unfinished, format="png", dpi=120, bbox_inches="tight")
     os.replace(unfinished, folder / f"{name}.png")
+    _drawn.add(f"{name}.png")
     return figure
 
 
@@ -355,13 +455,10 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         UserError: no cell has results with these settings, or two cells were made from different images or
             by different code.
     """
-    wanted = {name: value for name, value in cfg.flat().items() if name not in FREE}
     results, per_image, others = [], [], []
     inputs: dict[tuple[str, str], str] = {}
-    for folder in sorted((cfg.run_dir / "cells").glob("04_federate-*")):
-        about = read_json(folder / "cell.json")
-        made_with = {name: value for name, value in about["settings"].items() if name not in FREE}
-        if made_with != wanted:
+    for folder, about, changed in _federations(cfg.run_dir, cfg):
+        if changed:
             others.append(folder.name)
             continue
         inputs.setdefault((about["record"].get("images"), about["record"].get("code")), folder.name)
@@ -388,6 +485,86 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         images.drop_duplicates(["arm", "init", "split", "seed", "client", "image_id"], ignore_index=True),
         others,
     )
+
+
+def _federations(run_dir: Path, cfg: Settings) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
+    """Each 04_federate cell in a folder: where it is, its record, and the settings in which it differs."""
+    wanted = {name: value for name, value in cfg.flat().items() if name not in FREE}
+    for folder in sorted((run_dir / "cells").glob("04_federate-*")):
+        about = read_json(folder / "cell.json")
+        # A parameter that came later was at its default then.
+        used = config.defaults() | about["settings"]
+        yield folder, about, {name: used[name] for name in wanted if used[name] != wanted[name]}
+
+
+def collect_drift(cfg: Settings) -> pd.DataFrame:
+    """How the clients' updates went in all cells of these settings: see :func:`fmfl.federate.drift`."""
+    tables = [
+        pd.read_csv(folder / "drift.csv")
+        for folder, _, changed in _federations(cfg.run_dir, cfg)
+        if not changed and (folder / "drift.csv").exists()
+    ]
+    empty = pd.DataFrame(columns=["init", "split", "seed", "round", *federate.DRIFT])
+    return pd.concat(tables, ignore_index=True) if tables else empty
+
+
+def collect_variants(cfg: Settings) -> pd.DataFrame:
+    """Scores by image of the study's variants: those that differ from these settings in one alone.
+
+    Returns:
+        The columns of per_image.csv, and axis (the setting's name), value (its value there) and own (here),
+        both as text.
+    """
+    tables = []
+    for variant in sorted((cfg.run_dir / VARY).glob("*=*")):
+        for folder, _, changed in _federations(variant, cfg):
+            if len(changed) == 1:
+                ((axis, value),) = changed.items()
+                about = {
+                    "axis": axis,
+                    "value": _on_axis(axis, value),
+                    "own": _on_axis(axis, cfg.flat()[axis]),
+                }
+                tables.append(pd.read_csv(folder / "per_image.csv").assign(**about))
+    empty = pd.DataFrame(columns=["arm", "init", "split", "seed", "axis", "value", "own"])
+    return pd.concat(tables, ignore_index=True) if tables else empty
+
+
+def _on_axis(axis: str, value: object) -> str:
+    return "all" if (axis, value) in {("labelled", 1.0), ("federated", 0.0)} else as_text(value)
+
+
+def as_text(value: object) -> str:
+    """A setting's value as it stands in the name of a variant."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def mixtures(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> pd.DataFrame:
+    """What the clients held: :func:`fmfl.split.mixture` of each split and seed that was run."""
+    federated = hold_out(cfg, cohort).federated
+    runs = results.loc[results.split != "pooled", ["split", "seed"]].drop_duplicates()
+    tables = []
+    for scheme, seed in runs.itertuples(index=False):
+        held = partition(cohort, federated, replace(cfg.federate, seed=int(seed)), scheme)
+        tables.append(split.mixture(cohort.table, held).assign(split=scheme, seed=seed))
+    return pd.concat(tables, ignore_index=True)
+
+
+def first_servers(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> list[Server]:
+    """The federated runs of the reference split and the first seed, as 04_federate has left them."""
+    runs = results[results.arm == "federated"]
+    if runs.empty:
+        return []
+    shown = cfg.analysis.reference_split
+    shown = shown if shown in set(runs.split) else runs.split.iloc[0]
+    runs = runs[(runs.split == shown) & (runs.seed == runs[runs.split == shown].seed.min())]
+    own = {"split": shown, "seed": int(runs.seed.iloc[0]), "arms": "federated"}
+    own["inits"] = ",".join(analysis.ordered_inits(runs))
+    cfg = replace(cfg, federate=replace(cfg.federate, **own))
+    parts = hold_out(cfg, cohort)
+    clients = partition(cohort, parts.federated, cfg.federate)
+    starts = initial_states(cfg, cohort, parts.proxy, several(own["inits"]))
+    return servers(cfg, cohort, parts, clients, starts)
 
 
 def read_json(file: Path) -> dict[str, Any]:

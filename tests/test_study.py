@@ -14,17 +14,19 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
+import torch
 from matplotlib import pyplot
 from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file
 
 import fmfl
-from fmfl import config, data, grid, models, paths, states, study, teacher
+from fmfl import config, data, grid, models, paths, split, states, study, teacher
 from fmfl.errors import UserError
 
 TINY = {
@@ -289,6 +291,67 @@ def test_a_study_killed_at_any_time_goes_on_and_ends_in_the_same_files(done, tmp
     assert list(folder.rglob(".*")) == []
 
 
+# ------------------------------------------------------------------------------------------ few masks
+
+
+def few(**given) -> tuple[config.Settings, data.Cohort, split.Holdout]:
+    tiny = {"size": 32, "num_phantoms": 60, "student": "tiny_unet", "proxy_epochs": 1}
+    cfg = config.settings(tiny | given)
+    cohort = study.load_cohort(cfg)
+    return cfg, cohort, study.hold_out(cfg, cohort)
+
+
+def test_a_smaller_budget_of_labels_lies_within_a_larger_one():
+    parts = few()[2]
+    chosen = []
+    for budget in (0, 3, 0.5, 1.0):
+        own = config.settings({"labelled": float(budget)})
+        chosen.append(set(study.labelled(own, parts.proxy).nonzero()[:, 0].tolist()))
+    n = len(parts.proxy)
+    assert [len(some) for some in chosen] == [0, 3, round(0.5 * n), n]
+    assert chosen[0] < chosen[1] < chosen[2] < chosen[3]
+    other = config.settings({"labelled": 3.0, "seed": 1})
+    assert set(study.labelled(other, parts.proxy).nonzero()[:, 0].tolist()) != chosen[1]
+    with pytest.raises(UserError, match=f"labelled is 1000, but the proxy set has {n} images"):
+        study.labelled(config.settings({"labelled": 1000.0}), parts.proxy)
+
+
+@pytest.mark.parametrize("box_rule", ["whole_image", "predicted"])
+def test_masks_outside_the_budget_are_never_looked_at(tmp_path, monkeypatch, box_rule):
+    """With boxes that need none: the starts are the same bytes whatever those masks hold."""
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    cfg, cohort, parts = few(labelled=4.0, box_rule=box_rule, run_name=str(tmp_path / "a"))
+    hidden = parts.proxy[~study.labelled(cfg, parts.proxy)]
+    inits = ("random", "pretraining", "fm")
+    one = study.initial_states(cfg, cohort, parts.proxy, inits)
+    cohort.masks[hidden] = 1 - cohort.masks[hidden]
+    cfg = replace(cfg, run=replace(cfg.run, run_name=str(tmp_path / "b")))
+    other = study.initial_states(cfg, cohort, parts.proxy, inits)
+    for init in inits:
+        assert not one[init].reused and not other[init].reused
+        assert states.state_digest(one[init].state) == states.state_digest(other[init].state)
+    seen = [one[init].fitted.images_seen for init in inits]
+    n = len(parts.proxy)
+    assert seen[0] == 0 and seen[2] == n and abs(seen[1] - n) < 4, "as many images as the other start"
+
+
+def test_where_there_is_no_mask_the_teachers_stands_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    cfg, cohort, parts = few(labelled=0.0, box_rule="whole_image", run_name=str(tmp_path / "a"))
+    taught = study.taught(cfg, cohort, parts.proxy).examples
+    stands = taught.masks[parts.proxy]
+    assert torch.equal(stands, (taught.teacher_logits > 0).to(stands.dtype))
+    assert torch.equal(taught.masks[parts.test], cohort.masks[parts.test])
+    with pytest.raises(UserError, match="labelled is 0: leave pretraining out of inits"):
+        study.initial_states(cfg, cohort, parts.proxy, ["pretraining"])
+    predicted = replace(cfg, teacher=replace(cfg.teacher, box_rule="predicted"))
+    with pytest.raises(UserError, match="needs proxy images with masks"):
+        study.initial_states(predicted, cohort, parts.proxy, ["fm"])
+    fresh = replace(cfg, distill=replace(cfg.distill, teacher_views="fresh"))
+    with pytest.raises(UserError, match="teacher_views 'fresh' needs a mask of every proxy image"):
+        study.initial_states(fresh, cohort, parts.proxy, ["fm"])
+
+
 # ------------------------------------------------------------------------------------------ cells, untrained
 
 
@@ -369,6 +432,33 @@ def test_cells_of_other_settings_are_left_out_and_named(tmp_path):
     (tmp_path / "cells" / "04_federate-age-seed0" / "cell.json").unlink()
     with pytest.raises(UserError, match=r"cell\.json is missing"):
         study.collect(cfg)
+
+
+def test_variants_come_together_with_their_axis_and_the_studys_own_value(tmp_path):
+    """One that differs in two settings is no point of the map."""
+    cfg = cell(tmp_path)
+    for variant, given in (
+        ("labelled=10", {"labelled": 10.0}),
+        ("labelled=30", {"labelled": 30.0}),
+        ("server=adam", {"server": "adam"}),
+        ("num_clients=4", {"num_clients": 4, "server": "adam"}),
+    ):
+        cell(study.variant_dir(cfg, variant), **given)
+    found = study.collect_variants(cfg)
+    rows = set(found[["axis", "value", "own"]].itertuples(index=False, name=None))
+    assert rows == {("labelled", "10", "all"), ("labelled", "30", "all"), ("server", "adam", "average")}
+    assert study.collect_variants(cell(tmp_path / "alone")).empty
+
+
+def test_a_cell_made_before_a_parameter_came_had_it_at_its_default(tmp_path):
+    cfg = cell(tmp_path)
+    file = tmp_path / "cells" / "04_federate-age-seed0" / "cell.json"
+    about = json.loads(file.read_text())
+    del about["settings"]["labelled"]
+    file.write_text(json.dumps(about))
+    assert len(study.collect(cfg)[0]) == 2
+    with pytest.raises(UserError, match="no results of these settings"):
+        study.collect(config.settings({"run_name": tmp_path, "num_rounds": 1, "labelled": 5.0}))
 
 
 def test_no_results_of_these_settings_is_one_sentence(tmp_path):

@@ -510,7 +510,7 @@ def test_predicted_masks_come_from_a_student_that_has_not_seen_the_patient(monke
     monkeypatch.setattr(train, "fit", watched_fit)
     monkeypatch.setattr(train, "predict", watched_predict)
     cfg = DistillConfig(student="micro", proxy_epochs=1)
-    masks, seconds = train.out_of_fold_masks(plain, patients, cfg, batch_size=4, seed=0)
+    masks, seconds = train.predicted_masks(plain, patients, cfg, batch_size=4, seed=0)
     assert masks.shape == (len(plain), 1, *plain.images.shape[2:]) and masks.dtype == torch.uint8
     assert seconds > 0
     for model, taught in learned:
@@ -518,4 +518,28 @@ def test_predicted_masks_come_from_a_student_that_has_not_seen_the_patient(monke
         assert not {patients[i] for i in taught} & {patients[i] for i in asked}
     assert sorted(i for _, indices in answered for i in indices) == plain.indices.tolist()
     with pytest.raises(UserError, match="two patients"):
-        train.out_of_fold_masks(plain, ["one"] * len(plain), cfg, batch_size=4, seed=0)
+        train.predicted_masks(plain, ["one"] * len(plain), cfg, batch_size=4, seed=0)
+
+
+# ------------------------------------------------------------------------------------------ few masks
+
+
+def test_passes_show_as_many_images_however_few_there_are():
+    assert [train.passes(15, 40, number) for number in (40, 20, 10, 7)] == [15, 30, 60, 86]
+    assert abs(train.passes(15, 40, 7) * 7 - 15 * 40) < 7
+
+
+def test_predicted_masks_from_some_masks_look_at_no_others(monkeypatch):
+    """The unknown masks may hold anything; the known ones come back as they are."""
+    plain, cfg = examples(), DistillConfig(student="micro", proxy_epochs=2)
+    patients = [f"p{k}" for k in range(len(plain))]
+    known = torch.arange(len(plain)) < 4
+    given = dict(batch_size=4, seed=0, known=known)
+    masks, seconds = train.predicted_masks(plain, patients, cfg, **given)
+    spoiled = dataclasses.replace(plain, masks=plain.masks.clone())
+    spoiled.masks[spoiled.indices[~known]] = 7
+    again, _ = train.predicted_masks(spoiled, patients, cfg, **given)
+    assert torch.equal(masks, again) and seconds > 0
+    assert torch.equal(masks[known], plain.masks[plain.indices[known]])
+    with pytest.raises(UserError, match="needs proxy images with masks"):
+        train.predicted_masks(plain, patients, cfg, **given | {"known": torch.zeros_like(known)})

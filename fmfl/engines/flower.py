@@ -356,7 +356,11 @@ class Nodes:
                 "see to these clients and start the run again, it goes on at this round"
             )
         if flower.privacy == "dp":
-            return [(self._noised(state, len(updates)), weight) for state, weight in updates.values()]
+            updates = {
+                k: (self._noised(state, len(updates)), weight) for k, (state, weight) in updates.items()
+            }
+        for state, weight in updates.values():
+            server.drift.add(server.state, state, server.trained_keys, weight)
         return list(updates.values())
 
     def _message(self, content: RecordDict, node: int, kind: str, group: str = "") -> Message:
