@@ -320,6 +320,46 @@ def loss_curves(history: pd.DataFrame) -> Figure:
     return figure
 
 
+def dice_by_alpha(table: pd.DataFrame, teacher: float | None = None) -> Figure:
+    """Dice of distilled students by the teacher's share alpha: a line a temperature, others as points.
+
+    At alpha = 0 the teacher has no say, so that student begins every line.
+
+    Args:
+        table: one row a student, with alpha, temperature, labels (soft, hard), views (cached, fresh) and
+            dice (0..1).
+        teacher: his own Dice, 0..1, drawn as a level.
+    """
+    usual = (table.labels == "soft") & (table["views"] == "cached")
+    alone = table[table.alpha == 0]
+    lines = table[usual & (table.alpha > 0)]
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")
+    palette = sns.color_palette("colorblind")
+    for color, (temperature, rows) in zip(palette, lines.groupby("temperature"), strict=False):
+        rows = pd.concat([alone, rows]).sort_values("alpha")
+        label = f"T = {temperature:g}"
+        axis.plot(rows.alpha, 100 * rows.dice, marker="o", color=color, label=label)
+    if lines.empty:
+        axis.plot(alone.alpha, 100 * alone.dice, "o", color=palette[0], label="masks alone")
+    others = table[~usual & (table.alpha > 0)]
+    for marker, row in zip("^sDvP", others.itertuples(), strict=False):
+        label = ", ".join(
+            [f"{row.labels} labels"] * (row.labels != "soft")
+            + [f"{row.views} views"] * (row.views != "cached")
+        )
+        axis.plot(row.alpha, 100 * row.dice, marker, color="black", fillstyle="none", label=label)
+    if teacher is not None:
+        label = f"the teacher, told the box: {100 * teacher:.1f}"
+        axis.axhline(100 * teacher, color="black", linestyle="--", linewidth=1.2, label=label)
+    axis.set(
+        xlabel="alpha: the teacher's share in the loss (0: Dice loss alone, 1: KL divergence alone)",
+        ylabel="Dice on the test images (%)",
+        xlim=(-0.04, 1.04),
+    )
+    _legend_above(figure, axis)
+    return figure
+
+
 def dice_by_round(history: pd.DataFrame) -> Figure:
     """Dice on the test images by round, a line a start.
 

@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fmfl
 from fmfl import analysis, data, federate, models, paths, split, states, teacher, train
-from fmfl.config import FederateConfig, Settings, several
+from fmfl.config import VARIANTS, DistillConfig, FederateConfig, Settings, numbers, several
 from fmfl.data import Cohort
 from fmfl.errors import UserError
 from fmfl.federate import Server
@@ -204,21 +204,69 @@ def initial_states(
         lesson = taught(cfg, cohort, proxy)
 
     def make(init: str) -> InitialState:
-        return train.initial_state(
-            init,
-            lesson.examples,
-            cfg.distill,
-            batch_size=cfg.federate.batch_size,
-            seed=cfg.federate.seed,
-            precision=train.precision_of(cfg.run),
-            augmentation=cfg.federate.augmentation,
-            batch_norm=cfg.federate.batch_norm,
-            file=cfg.run_dir / "weights" / f"init-{init}-seed{cfg.federate.seed}.safetensors",
-            teacher_key=lesson.key,
-            teacher_seconds=lesson.seconds,
-        )
+        return _begin(cfg, init, lesson, f"init-{init}")
 
     return dict(zip(inits, train.side_by_side(make, inits, cohort.device), strict=True))
+
+
+def _begin(cfg: Settings, init: str, lesson: Taught, kept_as: str) -> InitialState:
+    """See :func:`fmfl.train.initial_state`."""
+    return train.initial_state(
+        init,
+        lesson.examples,
+        cfg.distill,
+        batch_size=cfg.federate.batch_size,
+        seed=cfg.federate.seed,
+        precision=train.precision_of(cfg.run),
+        augmentation=cfg.federate.augmentation,
+        batch_norm=cfg.federate.batch_norm,
+        file=cfg.run_dir / "weights" / f"{kept_as}-seed{cfg.federate.seed}.safetensors",
+        teacher_key=lesson.key,
+        teacher_seconds=lesson.seconds,
+    )
+
+
+def variants(cfg: Settings) -> list[DistillConfig]:
+    """The run's own distillation, and those that ``cfg.sweep`` compares with it, each once.
+
+    Every alpha of the sweep with every temperature, where one of the two lists is empty the run's own value;
+    then the named variants. With alpha = 0 the teacher has no say, so all that would only change him is one.
+    """
+    own, sweep = cfg.distill, cfg.sweep
+    found = [own]
+    if sweep.alpha_sweep or sweep.temperature_sweep:
+        for temperature in numbers(sweep.temperature_sweep) or [own.temperature]:
+            for alpha in numbers(sweep.alpha_sweep) or [own.alpha]:
+                found.append(replace(own, alpha=alpha, temperature=temperature))
+    found += [replace(own, **VARIANTS[name]) for name in several(sweep.variants)]
+    return list(dict.fromkeys(one if one.alpha else replace(own, alpha=0.0) for one in found))
+
+
+def distilled(cfg: Settings, cohort: Cohort, proxy: Tensor) -> list[tuple[DistillConfig, InitialState]]:
+    """A student of each of :func:`variants`, read from ``weights/`` where it has been made before.
+
+    The teacher's logits are cached, so all students together ask him no more than one does; but for fresh
+    views, which is what these cost.
+    """
+    wanted = [replace(cfg, distill=one) for one in variants(cfg)]
+    alone = Taught(Examples(cohort.images, cohort.masks, proxy, device=cohort.device), "", 0.0)
+    lessons = {
+        views: taught(one, cohort, proxy)
+        for views, one in {one.distill.teacher_views: one for one in wanted if one.distill.alpha}.items()
+    }
+
+    def make(one: Settings) -> InitialState:
+        how = one.distill
+        if how.alpha == 0:
+            return _begin(one, "pretraining", alone, "init-pretraining")
+        lesson = lessons[how.teacher_views]
+        if how == cfg.distill:
+            return _begin(one, "fm", lesson, "init-fm")
+        name = f"alpha{how.alpha:g}-temperature{how.temperature:g}-{how.teacher_labels}-{how.teacher_views}"
+        return _begin(one, "fm", lesson, f"variant-{name}")
+
+    made = train.side_by_side(make, wanted, cohort.device)
+    return [(one.distill, start) for one, start in zip(wanted, made, strict=True)]
 
 
 def servers(
@@ -312,6 +360,7 @@ def write_text(file: Path, text: str) -> None:
 FREE = (
     *("run_name", "device", "cohort_device"),
     *("split", "seed", "arms", "inits", "target_dice", "reference_split"),
+    *("alpha_sweep", "temperature_sweep", "variants"),
 )
 
 
