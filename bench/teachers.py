@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from bench import measure
-from fmfl import sam, teacher
+from fmfl import sam, study, teacher
 from fmfl.teacher import Teacher
 
 
@@ -24,7 +24,7 @@ def made(name: str, device: torch.device) -> Teacher:
 def one(name: str, size: int, images: int, repeats: int, device: str) -> dict[str, Any]:
     """A row of the table, measured in the process that it is called in."""
     where = measure.the_device(device)
-    before = measure.peak_memory()
+    before = study.peak_memory()
     who = made(name, where)
     batch = min(who.batch_size, images)
     cohort = measure.a_cohort(images, size, where)
@@ -35,13 +35,14 @@ def one(name: str, size: int, images: int, repeats: int, device: str) -> dict[st
 
     taken = measure.interleaved({name: ask}, repeats, where)[name]
     on_gpu = where.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else measure.peak_memory() - before
+    peak = torch.cuda.max_memory_allocated() if on_gpu else study.peak_memory() - before
     return {
         "teacher": name,
         "input": who.size,
         "parameters": who.num_parameters,
         "batch": batch,
         "images_per_second": images / measure.median_seconds(taken),
+        "cpu_seconds_per_image": measure.median_seconds(taken, "cpu") / images,
         "peak_mib": peak / measure.MIB,
     }
 

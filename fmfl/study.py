@@ -5,12 +5,14 @@ A run's folder holds ``weights/`` (initial and final states), ``cells/`` (what e
 ``claims.csv``, ``manifest.json`` and ``report.html``.
 """
 
+import ctypes
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -463,6 +465,50 @@ def memory_gib() -> float | None:
     if not hasattr(os, "sysconf"):
         return None
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+
+
+def peak_memory() -> int | None:
+    """The most bytes of memory that this process has held so far; None where the system is silent (Windows).
+
+    Not ``ru_maxrss`` on Linux: a new process takes over what the one that started it had held.
+    """
+    if (held := _of_this_process("VmHWM")) is not None:
+        return held
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _of_this_process(what: str) -> int | None:
+    """Bytes by their name in Linux' account of this process; None elsewhere."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return 1024 * int(text.split(f"{what}:")[1].split()[0])
+
+
+def working_memory(task: Callable[[], object], device: torch.device) -> int | None:
+    """The most bytes that a task takes beyond what is held when it begins, such as weights.
+
+    Of a GPU's memory, or of this process's on Linux; None where it is not told.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        task()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        # What earlier work has freed goes back first: else the task would find its memory already there.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except (OSError, AttributeError, TypeError):
+        return None
+    before = _of_this_process("VmRSS")
+    task()
+    return _of_this_process("VmHWM") - before
 
 
 def commit() -> str:
