@@ -528,6 +528,14 @@ def test_fresh_views_are_asked_in_every_epoch_and_the_others_not(tmp_path, asked
     assert states.state_digest(own.state) != states.state_digest(fresh.state)
 
 
+def test_without_masks_there_is_no_student_of_masks_alone(tmp_path):
+    given = {"run_name": tmp_path / "run", "alpha_sweep": "0,1", "labelled": 0.0, "proxy_epochs": 1}
+    cfg = config.settings(TINY | given)
+    cohort = study.load_cohort(cfg)
+    found = study.distilled(cfg, cohort, study.hold_out(cfg, cohort).proxy)
+    assert [how.alpha for how, _ in found] == [0.6, 1]
+
+
 # ------------------------------------------------------------------------------------------ memory
 
 
