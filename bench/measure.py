@@ -119,6 +119,19 @@ def median_seconds(taken: list[Taken], clock: str = "wall") -> float:
 # ------------------------------------------------------------------------------------------ memory
 
 
+def peak_memory() -> int:
+    """The most bytes of memory that this process has held so far.
+
+    Not ``ru_maxrss`` on Linux: a new process takes over what the one that started it had held.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def in_own_process(module: str, function: str, **arguments: object) -> dict[str, Any]:
     """The result of a function of this package, called in a new Python process."""
     code = (

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from bench import measure
-from fmfl import sam, study, teacher
+from fmfl import sam, teacher
 from fmfl.teacher import Teacher
 
 
@@ -24,7 +24,7 @@ def made(name: str, device: torch.device) -> Teacher:
 def one(name: str, size: int, images: int, repeats: int, device: str) -> dict[str, Any]:
     """A row of the table, measured in the process that it is called in."""
     where = measure.the_device(device)
-    before = study.peak_memory()
+    before = measure.peak_memory()
     who = made(name, where)
     batch = min(who.batch_size, images)
     cohort = measure.a_cohort(images, size, where)
@@ -35,7 +35,7 @@ def one(name: str, size: int, images: int, repeats: int, device: str) -> dict[st
 
     taken = measure.interleaved({name: ask}, repeats, where)[name]
     on_gpu = where.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else study.peak_memory() - before
+    peak = torch.cuda.max_memory_allocated() if on_gpu else measure.peak_memory() - before
     return {
         "teacher": name,
         "input": who.size,

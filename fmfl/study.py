@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -520,29 +519,6 @@ def memory_gib() -> float | None:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
-def peak_memory() -> int | None:
-    """The most bytes of memory that this process has held so far; None where the system is silent (Windows).
-
-    Not ``ru_maxrss`` on Linux: a new process takes over what the one that started it had held.
-    """
-    if (held := _of_this_process("VmHWM")) is not None:
-        return held
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _of_this_process(what: str) -> int | None:
-    """Bytes by their name in Linux' account of this process; None elsewhere."""
-    try:
-        text = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return 1024 * int(text.split(f"{what}:")[1].split()[0])
-
-
 def working_memory(task: Callable[[], object], device: torch.device) -> int | None:
     """The most bytes that a task takes beyond what is held when it begins, such as weights.
 
@@ -557,11 +533,17 @@ def working_memory(task: Callable[[], object], device: torch.device) -> int | No
         # What earlier work has freed goes back first: else the task would find its memory already there.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    except (OSError, AttributeError, TypeError):
+        before = _of_this_process("VmRSS")
+    except (OSError, AttributeError, TypeError):  # another system than Linux, or one that does not allow it
         return None
-    before = _of_this_process("VmRSS")
     task()
     return _of_this_process("VmHWM") - before
+
+
+def _of_this_process(what: str) -> int:
+    """Bytes by their name in Linux' account of this process."""
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(text.split(f"{what}:")[1].split()[0])
 
 
 def commit() -> str:
