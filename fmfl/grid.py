@@ -41,11 +41,11 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     "01_data": ("data", "federate.num_clients", "federate.age_strength", "federate.quantity_ratio",
                 "federate.seed"),
     "02_teacher": ("data", "teacher", "distill.student"),
-    "03_distill": ("data", "teacher", "distill", "federate.batch_size", "federate.augmentation",
+    "03_distill": ("data", "teacher", "distill", "sweep", "federate.batch_size", "federate.augmentation",
                    "federate.batch_norm", "federate.seed", "federate.inits", "run.precision",
                    "run.deterministic"),
     "04_federate": ("data", "teacher", "distill", "federate", "run.precision", "run.deterministic"),
-    "05_analysis": ("data", "teacher", "distill", "federate", "analysis", "run.precision",
+    "05_analysis": ("data", "teacher", "distill", "sweep", "federate", "analysis", "run.precision",
                     "run.deterministic"),
 }  # fmt: skip
 
