@@ -193,6 +193,16 @@ def test_a_client_that_is_not_finite_is_left_out_with_a_warning(bad):
         assert averaged["n"].item() == 1
 
 
+def test_large_numbers_are_no_infinities():
+    """Their sum is one in float32; and an infinity beside its opposite is not taken for nothing."""
+    large = torch.full((8,), 3e38)
+    averaged = aggregate([({"w": large}, 1), ({"w": large / 3}, 1)])
+    torch.testing.assert_close(averaged["w"], torch.full((8,), 2e38))
+    opposite = torch.tensor([torch.inf, -torch.inf])
+    with pytest.warns(match="update 1 is not finite"):
+        aggregate([({"w": torch.ones(2)}, 1), ({"w": opposite}, 1)])
+
+
 def test_a_round_without_a_valid_client_stops_the_run():
     with (
         pytest.warns(match="not finite"),
