@@ -59,6 +59,7 @@ class DataConfig:
     strict: bool = False  # a bad file stops the run instead of being left out and counted
     proxy: float = _in(1504 / 6504, 0)  # fraction (< 1) or number of images; paper: 1,504 of 6,504
     test: float = _in(500 / 6504, 0)  # paper: 500 of 6,504
+    federated: float = _in(0.0, 0)  # fraction or number of the rest that the clients hold; 0: all of it
     holdout_seed: int = _in(0, 0)  # one test set for all seeds, so that they can be compared image by image
 
 
@@ -76,6 +77,7 @@ class TeacherConfig:
     )
     boxes_per_image: str = _one_of("per_lung", "per_lung", "one")  # left open by the paper
     jitter_pixels: float = _in(5.0, 0, 100)
+    teacher_noise: float = _in(0.0, 0, 10)  # on each weight, in its tensor's deviations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,8 @@ class DistillConfig:
     """How the informed initial states are made from the proxy set (Eq. 4 and 5)."""
 
     student: str = "mobile_unet"
+    # Fraction (<= 1) or number of proxy images with a mask; the teacher's own stands in for the others.
+    labelled: float = _in(1.0, 0)
     alpha: float = _in(0.6, 0, 1)  # weight of the teacher in Eq. 5; 0 is supervised pre-training
     temperature: float = _in(1.0, 0.01, 100)  # T of Hinton et al. 2015; the paper names none
     teacher_labels: str = _one_of("soft", "soft", "hard")  # hard: the teacher's mask instead of its logits

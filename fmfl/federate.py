@@ -148,6 +148,53 @@ def server_step(
     return average | {name: weight.detach() for name, weight in weights.items()}, _moments(optimizer)
 
 
+class Drift:
+    """How far a round's clients went from the global state, and how much they agree.
+
+    Sums alone are kept, so memory does not grow with the clients. With client k's update d_k (of the trained
+    weights), its unit vector u_k and its weight w_k in the average, over K clients:
+
+        update_norm       mean of ||d_k||
+        update_cosine     mean over pairs of cos(d_j, d_k) = (||sum u_k||^2 - K) / (K (K - 1))
+        update_diversity  mean of ||d_k||^2 over ||mean of d_k||^2, weighted by w_k: 1 where all agree, K
+                          where all are orthogonal, of one length and weight (gradient diversity: Yin et al.
+                          2018, arXiv 1706.05699)
+
+    An update that is not finite does not count.
+    """
+
+    def __init__(self) -> None:
+        self.clients = self.weight = self.norms = self.squares = 0.0
+        self.mean: Tensor | float = 0.0
+        self.units: Tensor | float = 0.0
+
+    def add(self, before: State, after: State, names: Iterable[str], weight: float) -> None:
+        """A client's update of the weights in ``names``; the device is not waited for."""
+        update = torch.cat([(after[name].float() - before[name].float()).flatten() for name in names])
+        norm = torch.linalg.vector_norm(update)
+        counts = norm.isfinite().to(norm.dtype)
+        update, norm = update.nan_to_num(0, 0, 0) * counts, norm.nan_to_num(0, 0, 0)
+        self.clients += counts
+        self.weight += weight * counts
+        self.norms += norm
+        self.squares += weight * norm**2
+        self.mean = self.mean + weight * update
+        self.units = self.units + update / norm.clamp_min(1e-30)
+
+    def measures(self) -> dict[str, float | None]:
+        """The three by name; None where there are not two clients, or where nobody has moved."""
+        k = float(self.clients)
+        if k < 2 or float(self.norms) == 0:
+            return dict.fromkeys(("update_norm", "update_cosine", "update_diversity"))
+        mean = (torch.linalg.vector_norm(self.mean) / self.weight) ** 2
+        cosine = (torch.linalg.vector_norm(self.units) ** 2 - k) / (k * (k - 1))
+        return {
+            "update_norm": float(self.norms / k),
+            "update_cosine": float(cosine),
+            "update_diversity": float(self.squares / self.weight / mean) if mean > 0 else None,
+        }
+
+
 def clients_of(cohort: Cohort, parts: Iterable[Tensor]) -> dict[int, Examples]:
     """Client numbers and their images, from :func:`fmfl.split.partition`."""
     return {k: _examples(cohort, indices) for k, indices in enumerate(parts)}
@@ -176,7 +223,10 @@ class Server:
         state: the global state after the last finished round.
         round_number: the last finished round; 0 before any.
         history: one row a scored round.
-        rounds: of each round, from 0: SHA-256 of the global state, and the clients that took part.
+        rounds: of each round, from 0: SHA-256 of the global state, the clients that took part, and in the
+            federated arm :class:`Drift`'s measures and the global state's distance from the initial one.
+        initial: the state before any round.
+        drift: of the clients that have trained in the round to come.
         kept: what is kept between rounds besides the state: ``adam-{client}``, a client's moments;
             ``norm-{client}``, its own BatchNorm; ``server``, the moments of the server's optimizer.
         file: the checkpoint, and at the end the final weights.
@@ -199,6 +249,8 @@ class Server:
     bytes_each_way: int = 0
     history: list[dict] = field(default_factory=list)
     rounds: list[dict] = field(default_factory=list)
+    initial: State = field(default_factory=dict)
+    drift: Drift = field(default_factory=Drift)
     kept: dict[str, State] = field(default_factory=dict)
 
     @classmethod
@@ -259,6 +311,7 @@ class Server:
             precision=precision,
             model=models.build(student, device=cohort.device, batch_norm=cfg.batch_norm),
             state=initial.state,
+            initial=initial.state,
             file=file,
             fingerprint=key,
             seconds=initial.fitted.seconds,
@@ -306,12 +359,11 @@ class Server:
         Under FedBN the average of the clients' BatchNorm goes into the state too: the global model is scored
         with it, and a client begins its first round with it. Later rounds begin with the client's own.
         """
-        own, clients = self.own_keys, self.participants()
-        trained = [name for name, _ in self.model.named_parameters() if name not in own]
+        own, clients, trained = self.own_keys, self.participants(), self.trained_keys
         moments = self.kept.pop("server", {})
         self.state, self.kept["server"] = server_step(self.state, average, trained, self.cfg, moments)
         self.round_number += 1
-        self.rounds.append({"sha256": state_digest(self.state), "clients": clients})
+        self.rounds.append({"sha256": state_digest(self.state), "clients": clients} | self._moved())
         if self.arm == "federated":
             sent = {name: value for name, value in average.items() if name not in own}
             self.bytes_each_way += len(clients) * models.num_bytes(sent)
@@ -338,6 +390,21 @@ class Server:
             history=self.history,
             rounds=self.rounds,
         )
+
+    @property
+    def trained_keys(self) -> list[str]:
+        """The names of the weights that clients train and share."""
+        own = self.own_keys
+        return [name for name, _ in self.model.named_parameters() if name not in own]
+
+    def _moved(self) -> dict[str, float | None]:
+        """What :attr:`rounds` says of a federated round's way; nothing in the other arms."""
+        found, self.drift = self.drift.measures(), Drift()
+        if self.arm != "federated":
+            return {}
+        away = Drift()
+        away.add(self.initial, self.state, self.trained_keys, 1)
+        return found | {"distance_from_start": float(away.norms)}
 
     def scores(self, cohort: Cohort, test: Tensor) -> pd.DataFrame:
         """The global state's scores, one row a test image; see :func:`fmfl.metrics.score`."""
@@ -440,7 +507,10 @@ def train_client(server: Server, number: int) -> tuple[State, int]:
         server.kept[norm] = {name: state[name] for name in own}
     server.seconds += fitted.seconds
     server.images_seen += fitted.images_seen
-    return state, len(examples) if cfg.client_weights == "images" else 1
+    weight = len(examples) if cfg.client_weights == "images" else 1
+    if server.arm == "federated":
+        server.drift.add(server.state, state, server.trained_keys, weight)
+    return state, weight
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> State:
@@ -460,6 +530,24 @@ def _load_moments(optimizer: torch.optim.Optimizer, moments: State) -> None:
         like = parameter.detach() if value.shape == parameter.shape else value
         state.setdefault(int(index), {})[name] = torch.empty_like(like, dtype=value.dtype).copy_(value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+DRIFT = ("update_norm", "update_cosine", "update_diversity", "distance_from_start")
+"""What :func:`drift` tells of a round."""
+
+
+def drift(servers: Iterable[Server]) -> pd.DataFrame:
+    """How the clients' updates went, one row a federated round from 1 on: see :class:`Drift`."""
+    rows = [
+        {"init": server.init, "split": server.split, "seed": server.cfg.seed, "round": number}
+        | {name: done.get(name) for name in DRIFT}
+        for server in servers
+        if server.arm == "federated"
+        for number, done in enumerate(server.rounds[1:], 1)
+    ]
+    return pd.DataFrame(rows, columns=["init", "split", "seed", "round", *DRIFT]).astype(
+        dict.fromkeys(DRIFT, float)
+    )
 
 
 def results(servers: Iterable[Server]) -> pd.DataFrame:

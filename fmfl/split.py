@@ -63,7 +63,7 @@ _SMALL_STRATUM = 10  # patients
 
 
 class Holdout(NamedTuple):
-    """Sorted int64 indices of images; the three are disjoint by patient and together the whole table."""
+    """Sorted int64 indices of images, disjoint by patient; together the table, unless limited."""
 
     proxy: Tensor
     test: Tensor
@@ -92,6 +92,7 @@ def holdout(
     *,
     proxy: float = 1504 / 6504,
     test: float = 500 / 6504,
+    federated: float = 0,
     device: torch.device | str = "cpu",
 ) -> Holdout:
     """Deal whole patients to the proxy set, the test set and the clients, stratified by site and age band.
@@ -101,13 +102,16 @@ def holdout(
     represented in a part in proportion to its images, up to about one patient; a stratum whose share of a
     part is less than one patient may be missing there. A part is as large as asked for when every patient
     has one image; otherwise it can fall short, by fewer images than the smallest patient left over has.
-    The test part depends on the seed and its own size only, so studies of the proxy set's size share it.
+    The test part depends on the seed and its own size only, so studies of the proxy set's size share it; and
+    clients that hold less leave the proxy and test parts as they are.
 
     Args:
         table: N rows with patient_id, site and age (years, NaN where unknown).
         seed: >= 0.
         proxy: the proxy set's size; below 1 a fraction of the images, otherwise their number.
         test: the test set's size, likewise.
+        federated: how many of the images left over the clients hold: below 1 a fraction of them, else their
+            number; 0 for all.
         device: where the indices go.
 
     Raises:
@@ -124,11 +128,15 @@ def holdout(
     part = np.full(len(patients), "federated", dtype=object)
     for name, size in wanted.items():
         part[_fill(patients.images.to_numpy(), part == "federated", size)] = name
+    if federated:
+        rest, images = part == "federated", patients.images.to_numpy()
+        size = _size("federated", federated, images[rest].sum())
+        part[rest & ~_fill(images, rest, size)] = "left out"
     for name in Holdout._fields:
         if name not in part:
             raise UserError(
                 f"the {name} part is empty, because patients are not divided and no patient's images fit in: "
-                "change the sizes proxy and test, or add patients"
+                "change the sizes proxy, test and federated, or add patients"
             )
     by_row = pd.Series(part, index=patients.index).loc[table.patient_id].to_numpy()
     return Holdout(*(torch.from_numpy(rows[by_row == name]).to(device) for name in Holdout._fields))

@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import fmfl
-from fmfl import analysis, data, federate, models, paths, split, states, teacher, train
+from fmfl import analysis, config, data, federate, models, paths, split, states, teacher, train
 from fmfl.config import FederateConfig, Settings, several
 from fmfl.data import Cohort
 from fmfl.errors import UserError
@@ -75,6 +75,7 @@ def hold_out(cfg: Settings, cohort: Cohort) -> Holdout:
         cfg.data.holdout_seed,
         proxy=cfg.data.proxy,
         test=cfg.data.test,
+        federated=cfg.data.federated,
         device=cohort.images.device,
     )
 
@@ -100,6 +101,7 @@ def load_teacher(cfg: Settings, **other: Any) -> Teacher:
         size=wanted.teacher_size or None,
         allow=several(wanted.passed_over),
         precision=train.precision_of(cfg.run),
+        noise=wanted.teacher_noise,
     )
     return teacher.load(
         wanted.teacher, wanted.checkpoint or None, train.device_of(cfg.run), **options | other
@@ -113,15 +115,40 @@ class Prompts(NamedTuple):
     seconds: float
 
 
+def labelled(cfg: Settings, proxy: Tensor) -> Tensor:
+    """Which proxy images have a mask to learn from, (n,) bool: ``cfg.distill.labelled`` of them, by the seed.
+
+    A smaller budget's images are among a larger one's.
+
+    Raises:
+        UserError: there are fewer proxy images than that.
+    """
+    wanted, n = cfg.distill.labelled, len(proxy)
+    number = round(wanted * n) if wanted <= 1 else int(wanted)
+    if number > n:
+        raise UserError(f"labelled is {number}, but the proxy set has {n} images: name at most as many")
+    order = torch.randperm(n, generator=train.generator(cfg.federate.seed, train.LABELS))
+    return (order.argsort() < number).to(proxy.device)
+
+
 def prompts(
-    cfg: Settings, cohort: Cohort, indices: Tensor, rule: str | None = None, per_image: str | None = None
+    cfg: Settings,
+    cohort: Cohort,
+    indices: Tensor,
+    rule: str | None = None,
+    per_image: str | None = None,
+    known: Tensor | None = None,
 ) -> Prompts:
-    """The prompts of chosen images under the run's box rule, or under the rule named."""
+    """The prompts of chosen images under the run's box rule, or under the rule named.
+
+    Args:
+        known: (n,) bool, whose masks there are; None for all. A predicted box of the others comes from these.
+    """
     wanted = cfg.teacher
     rule = rule or wanted.box_rule
     masks, seconds = cohort.masks[indices], 0.0
     if rule == "predicted":
-        masks, seconds = _predicted_masks(cfg, cohort, indices)
+        masks, seconds = _predicted_masks(cfg, cohort, indices, known)
     boxes = teacher.prompt(
         masks,
         rule,
@@ -132,8 +159,10 @@ def prompts(
     return Prompts(boxes, seconds)
 
 
-def _predicted_masks(cfg: Settings, cohort: Cohort, indices: Tensor) -> tuple[Tensor, float]:
-    """See :func:`fmfl.train.out_of_fold_masks`; made once for the same images and settings."""
+def _predicted_masks(
+    cfg: Settings, cohort: Cohort, indices: Tensor, known: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """See :func:`fmfl.train.predicted_masks`; made once for the same images and settings."""
     examples = Examples(cohort.images, cohort.masks, indices, device=cohort.device)
     patients = cohort.table.patient_id.iloc[indices.tolist()].tolist()
     how: dict[str, Any] = dict(
@@ -144,24 +173,29 @@ def _predicted_masks(cfg: Settings, cohort: Cohort, indices: Tensor) -> tuple[Te
     )
     learning = (cfg.distill.student, cfg.distill.proxy_epochs, cfg.distill.proxy_learning_rate)
     seen = [states.tensor_digest(stored[indices]) for stored in (cohort.images, cohort.masks)]
-    key = states.fingerprint(states.code_digest(), how, learning, seen, patients)
+    if known is not None and known.all():
+        known = None
+    whose = None if known is None else known.tolist()
+    key = states.fingerprint(states.code_digest(), how, learning, seen, patients, whose)
     file = paths.CACHE / f"predicted-{key}.safetensors"
     if (stored := states.read_state(file, device=cohort.images.device)) is not None:
         return stored[0]["masks"], stored[1]["seconds"]
-    masks, seconds = train.out_of_fold_masks(examples, patients, cfg.distill, **how)
+    masks, seconds = train.predicted_masks(examples, patients, cfg.distill, known=known, **how)
     states.write_state(file, {"masks": masks}, seconds=seconds)
     return masks, seconds
 
 
-def teacher_logits(cfg: Settings, who: Teacher, cohort: Cohort, indices: Tensor) -> CachedLogits:
+def teacher_logits(
+    cfg: Settings, who: Teacher, cohort: Cohort, indices: Tensor, known: Tensor | None = None
+) -> CachedLogits:
     """The teacher's (n, 1, H, W) logits of chosen images under the run's box rule, cached."""
-    boxes, seconds = prompts(cfg, cohort, indices)
+    boxes, seconds = prompts(cfg, cohort, indices, known=known)
     found = teacher.cached_logits(who, cohort.images[indices], boxes, progress=show_bars())
     return CachedLogits(found.logits, found.seconds + seconds)
 
 
 class Taught(NamedTuple):
-    """The proxy set with a teacher beside it."""
+    """The proxy set with a teacher beside it, whose masks stand in where there are none."""
 
     examples: Examples
     key: str  # what the teacher's answers depend on
@@ -170,11 +204,19 @@ class Taught(NamedTuple):
 
 def taught(cfg: Settings, cohort: Cohort, proxy: Tensor) -> Taught:
     """The proxy set with the teacher's cached logits or, for fresh views, with a way to ask it."""
-    who, rule = load_teacher(cfg), cfg.teacher
+    who, rule, known = load_teacher(cfg), cfg.teacher, labelled(cfg, proxy)
     if cfg.distill.teacher_views == "cached":
-        logits, seconds = teacher_logits(cfg, who, cohort, proxy)
-        examples = Examples(cohort.images, cohort.masks, proxy, logits, device=cohort.device)
+        logits, seconds = teacher_logits(cfg, who, cohort, proxy, known)
+        masks = cohort.masks
+        if not known.all():
+            masks = masks.clone()
+            masks[proxy[~known]] = (logits[~known] > 0).to(masks.dtype)
+        examples = Examples(cohort.images, masks, proxy, logits, device=cohort.device)
         return Taught(examples, states.tensor_digest(logits), seconds)
+    if not known.all():
+        raise UserError(
+            "teacher_views 'fresh' needs a mask of every proxy image: choose cached, or labelled 1"
+        )
     if rule.box_rule == "predicted":
         raise UserError("teacher_views 'fresh' has no predicted box for an augmented image: choose cached")
 
@@ -197,17 +239,28 @@ def taught(cfg: Settings, cohort: Cohort, proxy: Tensor) -> Taught:
 def initial_states(
     cfg: Settings, cohort: Cohort, proxy: Tensor, inits: Iterable[str]
 ) -> dict[str, InitialState]:
-    """The named initial states, read from ``weights/`` where 03_distill has left them, else made now."""
+    """The named initial states, read from ``weights/`` where 03_distill has left them, else made now.
+
+    Pre-training learns from the proxy images that have masks, and passes over them the more often the fewer
+    they are: it takes as many steps as the other start.
+
+    Raises:
+        UserError: pre-training has no mask to learn from.
+    """
     inits = list(inits)
-    lesson = Taught(Examples(cohort.images, cohort.masks, proxy, device=cohort.device), "", 0.0)
-    if "fm" in inits and cfg.distill.alpha > 0:
-        lesson = taught(cfg, cohort, proxy)
+    known = labelled(cfg, proxy)
+    if not known.any() and ("pretraining" in inits or ("fm" in inits and cfg.distill.alpha == 0)):
+        raise UserError("labelled is 0: leave pretraining out of inits, and alpha above 0, or raise it")
+    alone = Taught(Examples(cohort.images, cohort.masks, proxy[known], device=cohort.device), "", 0.0)
+    lesson = taught(cfg, cohort, proxy) if "fm" in inits and cfg.distill.alpha > 0 else alone
 
     def make(init: str) -> InitialState:
+        examples = lesson.examples if init == "fm" else alone.examples
+        epochs = train.passes(cfg.distill.proxy_epochs, len(proxy), len(examples))
         return train.initial_state(
             init,
-            lesson.examples,
-            cfg.distill,
+            examples,
+            replace(cfg.distill, proxy_epochs=epochs),
             batch_size=cfg.federate.batch_size,
             seed=cfg.federate.seed,
             precision=train.precision_of(cfg.run),
@@ -328,7 +381,9 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     inputs: dict[tuple[str, str], str] = {}
     for folder in sorted((cfg.run_dir / "cells").glob("04_federate-*")):
         about = read_json(folder / "cell.json")
-        made_with = {name: value for name, value in about["settings"].items() if name not in FREE}
+        # A parameter that came later was at its default then.
+        used = config.defaults() | about["settings"]
+        made_with = {name: value for name, value in used.items() if name not in FREE}
         if made_with != wanted:
             others.append(folder.name)
             continue

@@ -177,6 +177,7 @@ class Teacher:
         precision: of the image encoder, float32 or bfloat16; the decoder, a hundredth of the work, is always
             float32.
         fit: how the file's keys compared with the network's.
+        noise: what was added to each weight, in its tensor's standard deviations; 0 for the teacher as it is.
         calls: how many images the image encoder has seen; a cached distillation leaves it at 0.
     """
 
@@ -187,6 +188,7 @@ class Teacher:
     sha256: str
     precision: str = "float32"
     fit: Fit = field(default_factory=Fit)
+    noise: float = 0.0
     calls: int = 0
 
     @property
@@ -233,7 +235,7 @@ class Teacher:
             "precision": self.precision,
             "keys_matched": len(self.fit.matched),
             "keys_passed_over": self.fit.problems,
-        }
+        } | ({"noise": self.noise} if self.noise else {})
 
     def logits(self, images: Tensor, boxes: Tensor, *, batch_size: int | None = None) -> Tensor:
         """The teacher's raw scores for the union of what the boxes hold.
@@ -329,6 +331,7 @@ def load(
     size: int | None = None,
     allow: Iterable[str] = (),
     precision: str = "float32",
+    noise: float = 0.0,
 ) -> Teacher:
     """A frozen teacher by name, from its authors' checkpoint.
 
@@ -343,6 +346,8 @@ def load(
         allow: keys of the network or of the checkpoint that need not agree, ``*`` for anything; what is
             missing keeps random values, the same in each run.
         precision: of the image encoder, float32 or bfloat16.
+        noise: makes the teacher worse on purpose: normal noise on each weight, in standard deviations of its
+            tensor, the same in each run.
 
     Raises:
         UserError: the name or the file is not usable, or a key is missing, unexpected or of another shape.
@@ -356,6 +361,8 @@ def load(
     else:
         network, fit = _load_published(name, path, adapter, size, allow)
         convention = sam.FAMILIES[name].convention
+    if noise:
+        _disturb(network, noise)
     return Teacher(
         name=name,
         sam=network.to(device).eval().requires_grad_(False),
@@ -364,7 +371,18 @@ def load(
         sha256=checkpoints.sha256_of(path),
         precision=precision,
         fit=fit,
+        noise=noise,
     )
+
+
+@torch.no_grad()
+def _disturb(network: nn.Module, noise: float) -> None:
+    """Add normal noise to each weight, in standard deviations of its tensor; see :func:`load`."""
+    rng = torch.Generator().manual_seed(0)
+    for weight in network.parameters():
+        if weight.numel() > 1:
+            drawn = torch.randn(weight.shape, generator=rng)
+            weight += noise * weight.std() * drawn.to(weight)
 
 
 def default_file(name: str) -> Path:
@@ -640,7 +658,7 @@ def cached_logits(
         (B, 1, H, W) float16 on the images' device, and the seconds that it took to ask.
     """
     made_by = states.code_digest(("teacher.py", "sam.py", "checkpoints.py"))
-    asked = (teacher.name, teacher.sha256, teacher.size, teacher.adapters, teacher.precision)
+    asked = (teacher.name, teacher.sha256, teacher.size, teacher.adapters, teacher.precision, teacher.noise)
     key = hashlib.sha256(f"{made_by} {asked} {tuple(images.shape)} {tuple(boxes.shape)}".encode())
     for tensor in (images, boxes):
         key.update(tensor.cpu().contiguous().numpy().tobytes())

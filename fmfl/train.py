@@ -373,34 +373,46 @@ def initial_state(
     return InitialState(name, state, fitted)
 
 
-def out_of_fold_masks(
+def passes(epochs: int, num_images: int, num_learned: int) -> int:
+    """Epochs over some of the images that show a student about as many as ``epochs`` over all of them."""
+    return round(epochs * num_images / max(1, num_learned))
+
+
+def predicted_masks(
     examples: Examples,
     patients: Sequence[str],
     cfg: DistillConfig,
     *,
+    known: Tensor | None = None,
     batch_size: int,
     seed: int,
     precision: str = "float32",
     augmentation: str = "device",
 ) -> tuple[Tensor, float]:
-    """Masks of images by a student that has learned from other patients: where a predicted box comes from.
+    """Masks of images by a student that has learned from others: where a predicted box comes from.
 
-    Two students learn from half of the patients each and answer for the other half. One that answered for
-    the images that it learned from would return their masks almost as they are, and the box with them.
+    Where all masks are known, two students learn from half of the patients each and answer for the other
+    half. One that answered for the images that it learned from would return their masks almost as they are,
+    and the box with them. Where only some are known, one student learns from these and answers for the rest.
 
     Args:
         examples: n images and their masks, without a teacher.
         patients: who each of the n is.
-        cfg: student, epochs and learning rate, as for pre-training.
+        cfg: student, epochs (over all images) and learning rate, as for pre-training.
+        known: (n,) bool, whose masks may be looked at; they are returned as they are. None for all.
         batch_size: images a step.
         seed: of the halves, weights, order and augmentation.
 
     Returns:
-        (n, 1, H, W) uint8 masks on the images' device, and the seconds that both students took.
+        (n, 1, H, W) uint8 masks on the images' device, and the seconds that the students took.
 
     Raises:
-        UserError: there are not two patients.
+        UserError: there are not two patients, or no mask is known.
     """
+    if known is not None and not known.any():
+        raise UserError(
+            "box_rule predicted needs proxy images with masks: raise labelled or choose another rule"
+        )
     names = sorted(set(patients))
     if len(names) < 2:
         raise UserError("box_rule predicted needs two patients in the proxy set: give it more images")
@@ -408,6 +420,9 @@ def out_of_fold_masks(
     first = {names[k] for k in order[: len(names) // 2]}
     inside = torch.tensor([patient in first for patient in patients], device=examples.indices.device)
     found = torch.zeros_like(examples.images[examples.indices])
+    epochs = cfg.proxy_epochs
+    if known is not None:
+        epochs = passes(epochs, len(known), int(known.sum()))
 
     def answer(learned_from: Tensor) -> float:
         rest = ~learned_from
@@ -416,7 +431,7 @@ def out_of_fold_masks(
             model,
             replace(examples, indices=examples.indices[learned_from]),
             LOSSES["dice"],
-            epochs=cfg.proxy_epochs,
+            epochs=epochs,
             batch_size=batch_size,
             optimizer=adam(model, cfg.proxy_learning_rate),
             key=(seed, PROXY_KEY),
@@ -427,7 +442,11 @@ def out_of_fold_masks(
         found[rest] = (logits > 0).to(found.device, torch.uint8)
         return fitted.seconds
 
-    seconds = side_by_side(answer, (inside, ~inside), examples.device)
+    if known is not None:
+        known = known.to(found.device)
+        found[known] = examples.masks[examples.indices[known]]
+    halves = (inside, ~inside) if known is None else (known,)
+    seconds = side_by_side(answer, halves, examples.device)
     return found, sum(seconds)
 
 
@@ -449,3 +468,6 @@ def proximal(loss: Loss, model: nn.Module, mu: float) -> Loss:
 
 PROXY_KEY = 2**32 - 1
 """Stands for the proxy set where a client's number stands in a random key; no client is called that."""
+
+LABELS = 2**32 - 4
+"""Stands for the choice of the proxy images that have masks, likewise."""

@@ -510,7 +510,7 @@ def test_predicted_masks_come_from_a_student_that_has_not_seen_the_patient(monke
     monkeypatch.setattr(train, "fit", watched_fit)
     monkeypatch.setattr(train, "predict", watched_predict)
     cfg = DistillConfig(student="micro", proxy_epochs=1)
-    masks, seconds = train.out_of_fold_masks(plain, patients, cfg, batch_size=4, seed=0)
+    masks, seconds = train.predicted_masks(plain, patients, cfg, batch_size=4, seed=0)
     assert masks.shape == (len(plain), 1, *plain.images.shape[2:]) and masks.dtype == torch.uint8
     assert seconds > 0
     for model, taught in learned:
@@ -518,4 +518,4 @@ def test_predicted_masks_come_from_a_student_that_has_not_seen_the_patient(monke
         assert not {patients[i] for i in taught} & {patients[i] for i in asked}
     assert sorted(i for _, indices in answered for i in indices) == plain.indices.tolist()
     with pytest.raises(UserError, match="two patients"):
-        train.out_of_fold_masks(plain, ["one"] * len(plain), cfg, batch_size=4, seed=0)
+        train.predicted_masks(plain, ["one"] * len(plain), cfg, batch_size=4, seed=0)
