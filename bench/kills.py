@@ -1,4 +1,4 @@
-"""``kill -9`` at random instants of a small study: after the last restart it ends as one that was left alone."""
+"""``kill -9`` at random instants of a small study: it ends as one that was left alone."""
 
 import os
 import random

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import threading
 import weakref
 
 import numpy as np
@@ -774,3 +775,59 @@ def test_every_run_has_a_file_of_its_own(tmp_path):
     ]
     assert max(collections.Counter(files).values()) == 1
     assert not any(file.exists() for file in files), "nothing is written before a round is finished"
+
+
+# ------------------------------------------------------------------------------------------ side by side
+
+CPU = torch.device("cpu")
+FIVE = [torch.arange(0, 1), torch.arange(1, 3), torch.arange(3, 4), torch.arange(4, 9), torch.arange(9, 10)]
+
+
+@pytest.mark.parametrize("choices", [{}, {"optimizer_state": "keep", "batch_norm": "local", "proximal": 0.1}])
+@pytest.mark.parametrize(
+    "devices",
+    [[CPU, CPU], [CPU, torch.device("cpu:0"), CPU]],
+    ids=["two cores", "images moved to another device"],
+)
+def test_clients_side_by_side_give_the_bytes_of_one_after_another(tmp_path, choices, devices):
+    """Clients of unequal size over two rounds, with all that is kept between."""
+
+    def two_rounds(name: str, devices) -> Server:
+        server = serve(tmp_path / name, parts=FIVE, cfg=settings(**choices))
+        for _ in range(2):
+            updates = federate.train_clients(server, server.participants(), devices)
+            server.finish_round(aggregate(updates), a_cohort(), TEST)
+        return server
+
+    one, many = two_rounds("one", [CPU]), two_rounds("many", devices)
+    assert one.rounds == many.rounds and len(one.rounds) == 3
+    assert one.images_seen == many.images_seen
+    assert one.kept.keys() == many.kept.keys()
+    assert all(equal(state, many.kept[name]) for name, state in one.kept.items())
+
+
+def test_clients_side_by_side_come_in_their_order_from_as_many_threads(tmp_path, monkeypatch):
+    threads, most, fit = set(), [], train.fit
+
+    def watched(*arguments, **more):
+        threads.add(threading.get_ident())
+        return fit(*arguments, **more)
+
+    monkeypatch.setattr(train, "fit", watched)
+    server = serve(tmp_path, parts=FIVE, cfg=settings(client_weights="images"))
+    for _, images in federate.train_clients(server, [3, 0, 4, 1], [CPU, CPU]):
+        most.append(images)
+    assert most == [5, 1, 1, 2]
+    assert len(threads) == 2 and threading.get_ident() not in threads
+    assert torch.get_num_threads() >= 1 and len(server.replicas) == 1
+
+
+def test_a_client_that_fails_beside_others_stops_the_round(tmp_path, monkeypatch):
+    def fail(model, examples, *arguments, **more):
+        raise RuntimeError(f"no room for {len(examples)} images")
+
+    monkeypatch.setattr(train, "fit", fail)
+    threads = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="no room for 1 images"):
+        list(federate.train_clients(serve(tmp_path, parts=FIVE), range(5), [CPU, CPU]))
+    assert torch.get_num_threads() == threads
