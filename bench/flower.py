@@ -89,7 +89,9 @@ def fmfl_side(how: dict[str, Any], out: str) -> dict[str, float]:
     clock = Clock()
     cohort, parts = cohort_and_parts(how)
     with tempfile.TemporaryDirectory() as folder:
-        server = measure.a_server(Path(folder), cohort, parts, settings(how), how["student"], how["precision"])
+        server = measure.a_server(
+            Path(folder), cohort, parts, settings(how), how["student"], how["precision"]
+        )
         for _ in range(how["rounds"]):
             state = federate.aggregate(federate.train_clients(server, server.clients))
             server.finish_round(state, cohort, parts[0][:1])
@@ -275,7 +277,9 @@ def run(
                 for side in list(SIDES)[:: -1 if turn % 2 else 1]:
                     function, more = SIDES[side]
                     taken[side].append(
-                        measure.in_own_process("bench.flower", function, how=how, out=str(files[side]), **more)
+                        measure.in_own_process(
+                            "bench.flower", function, how=how, out=str(files[side]), **more
+                        )
                     )
             found[f"{scenario}_largest_difference"] = apart(files["fmfl"], files["Flower"])
         for side, runs in taken.items():

@@ -153,7 +153,10 @@ def kill(process: subprocess.Popen, whom: str) -> None:
 
     A command whose kernel is killed ends by itself, with an error; a kernel without its command ends itself.
     """
-    kernels = psutil.Process(process.pid).children(recursive=True)
+    try:
+        kernels = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        kernels = []
     victims = {"all": [process.pid, *(k.pid for k in kernels)], "command": [process.pid]}
     for pid in victims.get(whom) or [kernel.pid for kernel in kernels] or [process.pid]:
         try:
@@ -169,14 +172,19 @@ def parts_of(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def run(
-    instants: int = 30, jupyter: bool = False, seed: int = 0, splits: str = "age", out: Path | None = None
+    instants: int = 30,
+    jupyter: bool = False,
+    only: str = "",
+    seed: int = 0,
+    splits: str = "age",
+    out: Path | None = None,
 ) -> None:
     """Kill a small study at random instants: it must end in the same weights and scores.
 
     A study is killed once while it starts and once in each notebook, at an instant drawn from the time that
     the part takes, and started again each time; then it is left to end and compared, and the next one begins.
-    ``--jupyter`` runs the notebooks in kernels, and kills the command, its kernel or both; else all is one
-    process.
+    ``--only`` names the parts to hit (start, 01_data, ...). ``--jupyter`` runs the notebooks in kernels, and
+    kills the command, its kernel or both; else all is one process.
     """
     settings = {key: value for key, value in locals().items() if key != "out"}
     if not hasattr(os, "killpg"):
@@ -193,7 +201,8 @@ def run(
         while len(hit) < instants:
             studies += 1
             one = Study(Path(folder) / f"killed-{studies}", arguments)
-            chosen = rng.sample(list(parts), min(len(parts), instants - len(hit)))
+            wanted = [part for part in parts if not only or part in only.split(",")]
+            chosen = rng.sample(wanted, min(len(wanted), instants - len(hit)))
             for part in sorted(chosen, key=list(parts).index):
                 whom = rng.choice(("all", "command", "kernel")) if jupyter else "all"
                 if (found := one.killed_in(part, rng.random() * parts[part], whom)) is not None:
