@@ -30,7 +30,7 @@ from fmfl.errors import UserError
 from fmfl.states import State, read_state, write_state
 from fmfl.train import Examples
 
-# ------------------------------------------------------------------------------------------ what both sides do
+# ------------------------------------------------------------------------------------------ both sides
 
 
 def cohort_and_parts(how: dict[str, Any]) -> tuple[measure.Cohort, list[Tensor]]:
