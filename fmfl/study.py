@@ -444,11 +444,8 @@ def save_figure(cfg: Settings, name: str, figure: Figure) -> Figure:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)
+    """Write a text file whole or not at all; see :func:`fmfl.states.write_bytes`."""
+    states.write_bytes(file, text.encode("utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------------
