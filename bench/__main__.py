@@ -2,10 +2,10 @@
 
 import typer
 
-from bench import deployment, hosts, rounds, teachers, threads
+from bench import deployment, flower, hosts, kills, memory, rounds, scale, teachers, threads
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
-for module in (threads, rounds, teachers, deployment, hosts):
+for module in (threads, rounds, scale, memory, flower, teachers, kills, deployment, hosts):
     app.command(module.__name__.rpartition(".")[2])(module.run)
 
 

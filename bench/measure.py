@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from torch import Tensor
 
@@ -130,6 +131,18 @@ def peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def held_memory() -> int:
+    """Bytes of memory that this process holds now."""
+    return psutil.Process().memory_info().rss
+
+
+def forget_peak() -> None:
+    """Let :func:`peak_memory` begin anew; only Linux can."""
+    refs = Path("/proc/self/clear_refs")
+    if refs.exists():
+        refs.write_text("5")
 
 
 def in_own_process(module: str, function: str, **arguments: object) -> dict[str, Any]:

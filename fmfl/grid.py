@@ -41,12 +41,12 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     "01_data": ("data", "federate.num_clients", "federate.age_strength", "federate.quantity_ratio",
                 "federate.seed"),
     "02_teacher": ("data", "teacher", "distill.student"),
-    "03_distill": ("data", "teacher", "distill", "federate.batch_size", "federate.augmentation",
+    "03_distill": ("data", "teacher", "distill", "sweep", "federate.batch_size", "federate.augmentation",
                    "federate.batch_norm", "federate.seed", "federate.inits", "run.precision",
                    "run.deterministic"),
     "04_federate": ("data", "teacher", "distill", "federate", "flower", "run.precision", "run.deterministic",
                     "run.engine"),
-    "05_analysis": ("data", "teacher", "distill", "federate", "flower", "analysis", "run.precision",
+    "05_analysis": ("data", "teacher", "distill", "sweep", "federate", "flower", "analysis", "run.precision",
                     "run.deterministic", "run.engine"),
 }  # fmt: skip
 

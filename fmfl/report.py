@@ -41,9 +41,10 @@ CAPTIONS = {  # by how a figure's file name begins, the longest that fits
     "augmented": "Images as the network sees them, augmented with their masks.",
     "boxes": "Box prompts and the teacher's mask.",
     "clients": "The partition over clients: sizes and ages.",
-    "dice_by_jitter": "The teacher's Dice when its boxes' sides are moved, with 95 % intervals over images.",
+    "dice_by_alpha": "Students before any round, by the teacher's share in their loss.",
+    "dice_by_jitter": "The teacher's scores when its boxes' sides are moved; 95 % intervals over images.",
     "dice_by_round": "Dice by round.",
-    "dice_by_rule": "The teacher's Dice by how its box prompts are made.",
+    "dice_by_rule": "The teacher's Dice and HD95 by how its box prompts are made.",
     "fig2": "Final federated Dice by partition and start. Large markers: means over seeds, with 95 % "
     "intervals over patients; small markers: single seeds; dashed: centralised training.",
     "fig3": "Dice by round; right, the top enlarged. Lines: means over seeds; bands: their range; dashed: "

@@ -62,8 +62,36 @@ def previous(file: Path) -> Path:
     return file.with_name(f"{file.name}.previous")
 
 
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all, should the process be killed or the power fail at any instant."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = _unfinished(file, content)
+    os.replace(unfinished, file)
+    _sync_folder(file.parent)
+
+
+def _unfinished(file: Path, content: bytes) -> Path:
+    """A hidden file beside the one that it shall become; its content has reached the disk."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    with unfinished.open("wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())  # else a power cut could leave the new name with no content
+    return unfinished
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the disk know the folder's names as they are now; Windows has no such call."""
+    if hasattr(os, "O_DIRECTORY"):
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
 def write_state(file: Path, state: State, *, keep_previous: bool = False, **record: object) -> None:
-    """Write a state with a record of how it was made: the whole file or none of it.
+    """Write a state with a record of how it was made: the whole file or none of it, as :func:`write_bytes`.
 
     The file is read as safetensors by anyone; the record is JSON in its metadata under ``fmfl``, with the
     :func:`state_digest` of the tensors under ``sha256``.
@@ -72,18 +100,18 @@ def write_state(file: Path, state: State, *, keep_previous: bool = False, **reco
         keep_previous: the file that was there stays, as :func:`previous`; else neither stays.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     content = save(
         {key: value.detach().cpu().contiguous() for key, value in state.items()},
         metadata={"fmfl": json.dumps(record | {"sha256": state_digest(state)})},
     )
     # Safetensors' own writing would hide the file from the others of a shared folder.
-    unfinished.write_bytes(content)
+    unfinished = _unfinished(file, content)
     if keep_previous and file.exists():
         os.replace(file, previous(file))
     elif not keep_previous:
         previous(file).unlink(missing_ok=True)
     os.replace(unfinished, file)
+    _sync_folder(file.parent)
 
 
 def read_record(file: Path) -> dict:

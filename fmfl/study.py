@@ -5,13 +5,14 @@ A run's folder holds ``weights/`` (initial and final states), ``cells/`` (what e
 ``claims.csv``, ``manifest.json`` and ``report.html``.
 """
 
+import ctypes
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor
 
 import fmfl
 from fmfl import analysis, config, data, federate, models, paths, split, states, teacher, train
-from fmfl.config import FederateConfig, Settings, several
+from fmfl.config import VARIANTS, DistillConfig, FederateConfig, Settings, numbers, several
 from fmfl.data import Cohort
 from fmfl.errors import UserError
 from fmfl.federate import Server
@@ -256,23 +257,69 @@ def initial_states(
     lesson = taught(cfg, cohort, proxy) if "fm" in inits and cfg.distill.alpha > 0 else alone
 
     def make(init: str) -> InitialState:
-        examples = lesson.examples if init == "fm" else alone.examples
-        epochs = train.passes(cfg.distill.proxy_epochs, len(proxy), len(examples))
-        return train.initial_state(
-            init,
-            examples,
-            replace(cfg.distill, proxy_epochs=epochs),
-            batch_size=cfg.federate.batch_size,
-            seed=cfg.federate.seed,
-            precision=train.precision_of(cfg.run),
-            augmentation=cfg.federate.augmentation,
-            batch_norm=cfg.federate.batch_norm,
-            file=cfg.run_dir / "weights" / f"init-{init}-seed{cfg.federate.seed}.safetensors",
-            teacher_key=lesson.key,
-            teacher_seconds=lesson.seconds,
-        )
+        return _begin(cfg, init, lesson if init == "fm" else alone, len(proxy), f"init-{init}")
 
     return dict(zip(inits, train.side_by_side(make, inits, cohort.device), strict=True))
+
+
+def _begin(cfg: Settings, init: str, lesson: Taught, num_proxy: int, kept_as: str) -> InitialState:
+    """See :func:`fmfl.train.initial_state`; fewer images than the proxy set has are shown more often."""
+    epochs = train.passes(cfg.distill.proxy_epochs, num_proxy, len(lesson.examples))
+    return train.initial_state(
+        init,
+        lesson.examples,
+        replace(cfg.distill, proxy_epochs=epochs),
+        batch_size=cfg.federate.batch_size,
+        seed=cfg.federate.seed,
+        precision=train.precision_of(cfg.run),
+        augmentation=cfg.federate.augmentation,
+        batch_norm=cfg.federate.batch_norm,
+        file=cfg.run_dir / "weights" / f"{kept_as}-seed{cfg.federate.seed}.safetensors",
+        teacher_key=lesson.key,
+        teacher_seconds=lesson.seconds,
+    )
+
+
+def variants(cfg: Settings) -> list[DistillConfig]:
+    """The run's own distillation, and those that ``cfg.sweep`` compares with it, each once.
+
+    Every alpha of the sweep with every temperature, where one of the two lists is empty the run's own value;
+    then the named variants. With alpha = 0 the teacher has no say, so all that would only change him is one.
+    """
+    own, sweep = cfg.distill, cfg.sweep
+    found = [own]
+    if sweep.alpha_sweep or sweep.temperature_sweep:
+        for temperature in numbers(sweep.temperature_sweep) or [own.temperature]:
+            for alpha in numbers(sweep.alpha_sweep) or [own.alpha]:
+                found.append(replace(own, alpha=alpha, temperature=temperature))
+    found += [replace(own, **VARIANTS[name]) for name in several(sweep.variants)]
+    return list(dict.fromkeys(one if one.alpha else replace(own, alpha=0.0) for one in found))
+
+
+def distilled(cfg: Settings, cohort: Cohort, proxy: Tensor) -> list[tuple[DistillConfig, InitialState]]:
+    """A student of each of :func:`variants`, read from ``weights/`` where it has been made before.
+
+    The teacher's logits are cached, so all students together ask him no more than one does; but for fresh
+    views, which is what these cost. Where no proxy image has a mask, there is no student of masks alone.
+    """
+    known = labelled(cfg, proxy)
+    wanted = [replace(cfg, distill=one) for one in variants(cfg) if one.alpha or known.any()]
+    alone = Taught(Examples(cohort.images, cohort.masks, proxy[known], device=cohort.device), "", 0.0)
+    lessons = {
+        views: taught(one, cohort, proxy)
+        for views, one in {one.distill.teacher_views: one for one in wanted if one.distill.alpha}.items()
+    }
+
+    def make(one: Settings) -> InitialState:
+        how = one.distill
+        if how.alpha == 0:
+            return _begin(one, "pretraining", alone, len(proxy), "init-pretraining")
+        name = f"alpha{how.alpha:g}-temperature{how.temperature:g}-{how.teacher_labels}-{how.teacher_views}"
+        kept_as = "init-fm" if how == cfg.distill else f"variant-{name}"
+        return _begin(one, "fm", lessons[how.teacher_views], len(proxy), kept_as)
+
+    made = train.side_by_side(make, wanted, cohort.device)
+    return [(one.distill, start) for one, start in zip(wanted, made, strict=True)]
 
 
 def engine_key(cfg: Settings) -> object:
@@ -426,11 +473,8 @@ def save_figure(cfg: Settings, name: str, figure: Figure) -> Figure:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)
+    """Write a text file whole or not at all; see :func:`fmfl.states.write_bytes`."""
+    states.write_bytes(file, text.encode("utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -441,6 +485,7 @@ def write_text(file: Path, text: str) -> None:
 FREE = (
     *("run_name", "device", "cohort_device"),
     *("split", "seed", "arms", "inits", "target_dice", "reference_split"),
+    *("alpha_sweep", "temperature_sweep", "variants"),
 )
 
 
@@ -620,6 +665,33 @@ def memory_gib() -> float | None:
     if not hasattr(os, "sysconf"):
         return None
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+
+
+def working_memory(task: Callable[[], object], device: torch.device) -> int | None:
+    """The most bytes that a task takes beyond what is held when it begins, such as weights.
+
+    Of a GPU's memory, or of this process's on Linux; None where it is not told.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        task()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        # What earlier work has freed goes back first: else the task would find its memory already there.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _of_this_process("VmRSS")
+    except (OSError, AttributeError, TypeError):  # another system than Linux, or one that does not allow it
+        return None
+    task()
+    return _of_this_process("VmHWM") - before
+
+
+def _of_this_process(what: str) -> int:
+    """Bytes by their name in Linux' account of this process."""
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(text.split(f"{what}:")[1].split()[0])
 
 
 def commit() -> str:

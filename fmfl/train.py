@@ -108,19 +108,43 @@ def side_by_side(task: Callable[[T], R], items: Iterable[T], device: torch.devic
     if device.type != "cpu":
         return [task(item) for item in items]
     cores = torch.get_num_threads()
+    with one_thread(device):
+        try:
+            with ThreadPoolExecutor(cores) as pool:
+                running = [pool.submit(task, item) for item in items]
+                try:
+                    return [future.result() for future in running]
+                except BaseException:  # Ctrl-C as well
+                    interrupted.set()
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        finally:
+            interrupted.clear()
+
+
+def places(device: torch.device) -> list[torch.device]:
+    """Where the clients of one run can train side by side: on each core of a CPU, on every GPU."""
+    if device.type == "cpu":
+        return [device] * torch.get_num_threads()
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        first = device.index or 0
+        number = torch.cuda.device_count()
+        return [device, *(torch.device("cuda", (first + k) % number) for k in range(1, number))]
+    return [device]
+
+
+@contextlib.contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU let every operation run on a single thread: it adds in one order, so it gives one result."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(cores) as pool:
-            running = [pool.submit(task, item) for item in items]
-            try:
-                return [future.result() for future in running]
-            except BaseException:  # Ctrl-C as well
-                interrupted.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+        yield
     finally:
-        interrupted.clear()
-        torch.set_num_threads(cores)
+        torch.set_num_threads(threads)
 
 
 @dataclass

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from bench import kills, memory, scale
 from bench.__main__ import app
 
 
@@ -34,3 +36,55 @@ def test_teachers_are_measured_each_in_its_own_process():
     (row,) = found["rows"]
     assert row["teacher"] == "builtin" and row["parameters"] == 1_764_032
     assert row["images_per_second"] > 0 and row["peak_mib"] > 0
+
+
+def test_scale_states_a_cost_a_client_and_measures_each_number_in_its_own_process(tmp_path):
+    small = ("--clients", "1,4", "--images", 8, "--size", 64, "--student", "tiny_unet", "--batch-size", 4)
+    found = result("scale", *small, "--repeats", 1)
+    assert [row["clients"] for row in found["rows"]] == [1, 4]
+    assert all(row["cpu"] > 0 and row["peak_mib"] > 100 for row in found["rows"])
+    one, four = (row["cpu"] for row in found["rows"])
+    assert found["milliseconds_a_client_cpu"] == pytest.approx(1e3 * (four - one) / 3, rel=1e-6)
+
+
+def test_a_line_through_costs_that_lie_on_one_gives_them_back():
+    found = scale.line([3, 30, 300], [2 + 0.01 * clients for clients in (3, 30, 300)])
+    assert found["milliseconds_a_client"] == pytest.approx(10)
+    assert found["seconds_for_the_images"] == pytest.approx(2)
+    assert found["largest_distance_from_the_line"] == pytest.approx(0, abs=1e-9)
+    assert scale.line([1, 2, 3], [1, 1, 2])["largest_distance_from_the_line"] > 0.1
+
+
+def test_memory_grows_with_the_states_that_are_held_and_not_with_the_clients():
+    found = result("memory", "--clients", "2,12", "--images", 1, "--student", "tiny_unet", "--repeats", 1)
+    peaks = {(row["what"], row["clients"]): row["states"] for row in found["rows"]}
+    assert 0 < peaks["aggregation", 12] < 8, "ten states more, had they been kept"
+    assert abs(peaks["aggregation", 12] - peaks["aggregation", 2]) < 3
+
+
+def test_a_peak_is_what_was_held_above_the_beginning():
+    held = memory.above(torch.device("cpu"), lambda: torch.ones(64 * 2**20, dtype=torch.uint8).sum())
+    assert 60 < held < 90
+
+
+@pytest.mark.slow
+def test_a_study_killed_while_it_teaches_and_while_it_federates_ends_as_one_left_alone(tmp_path):
+    found = result("kills", "--instants", 2, "--only", "02_teacher,04_federate")
+    assert found["kills"] == 2 and found["different"] == "nothing"
+    assert found["weights_compared"] == 10 and found["rows_compared"] == 20
+
+
+def test_two_outcomes_that_differ_are_told_apart():
+    one = {"weights": {"a": "1"}, "results.csv": ["x", "1"]}
+    assert kills.parts_of(one, one) == []
+    assert kills.parts_of(one, one | {"results.csv": ["x", "2"]}) == ["results.csv"]
+
+
+@pytest.mark.slow
+def test_flower_ends_where_fmfl_does():
+    pytest.importorskip("ray", reason="Flower's simulation needs Ray")
+    small = ("--scenarios", "2x4", "--size", 32, "--student", "tiny_unet", "--batch-size", 4)
+    found = result("flower", *small, "--num-rounds", 2, "--repeats", 1)
+    assert found["2x4_largest_difference"] < 1e-5
+    assert [row["side"] for row in found["rows"]] == ["fmfl", "Flower", "Flower, quickstart"]
+    assert all(row["round"] > 0 and row["round_cpu"] > 0 for row in found["rows"])

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import threading
 import weakref
 
 import numpy as np
@@ -191,6 +192,16 @@ def test_a_client_that_is_not_finite_is_left_out_with_a_warning(bad):
             averaged = aggregate(clients)
         assert averaged["w"].tolist() == [4.0, 5.0]
         assert averaged["n"].item() == 1
+
+
+def test_large_numbers_are_no_infinities():
+    """Their sum is one in float32; and an infinity beside its opposite is not taken for nothing."""
+    large = torch.full((8,), 3e38)
+    averaged = aggregate([({"w": large}, 1), ({"w": large / 3}, 1)])
+    torch.testing.assert_close(averaged["w"], torch.full((8,), 2e38))
+    opposite = torch.tensor([torch.inf, -torch.inf])
+    with pytest.warns(match="update 1 is not finite"):
+        aggregate([({"w": torch.ones(2)}, 1), ({"w": opposite}, 1)])
 
 
 def test_a_round_without_a_valid_client_stops_the_run():
@@ -850,3 +861,59 @@ def test_the_rounds_tell_how_far_the_clients_and_the_global_state_have_gone(tmp_
 def test_the_other_arms_have_no_drift(tmp_path):
     alone = run(serve(tmp_path, parts=PARTS[:1], arm="standalone"))
     assert federate.drift([alone]).empty and "distance_from_start" not in alone.rounds[-1]
+
+
+# ------------------------------------------------------------------------------------------ side by side
+
+CPU = torch.device("cpu")
+FIVE = [torch.arange(0, 1), torch.arange(1, 3), torch.arange(3, 4), torch.arange(4, 9), torch.arange(9, 10)]
+
+
+@pytest.mark.parametrize("choices", [{}, {"optimizer_state": "keep", "batch_norm": "local", "proximal": 0.1}])
+@pytest.mark.parametrize(
+    "devices",
+    [[CPU, CPU], [CPU, torch.device("cpu:0"), CPU]],
+    ids=["two cores", "images moved to another device"],
+)
+def test_clients_side_by_side_give_the_bytes_of_one_after_another(tmp_path, choices, devices):
+    """Clients of unequal size over two rounds, with all that is kept between."""
+
+    def two_rounds(name: str, devices) -> Server:
+        server = serve(tmp_path / name, parts=FIVE, cfg=settings(**choices))
+        for _ in range(2):
+            updates = federate.train_clients(server, server.participants(), devices)
+            server.finish_round(aggregate(updates), a_cohort(), TEST)
+        return server
+
+    one, many = two_rounds("one", [CPU]), two_rounds("many", devices)
+    assert one.rounds == many.rounds and len(one.rounds) == 3
+    assert one.images_seen == many.images_seen
+    assert one.kept.keys() == many.kept.keys()
+    assert all(equal(state, many.kept[name]) for name, state in one.kept.items())
+
+
+def test_clients_side_by_side_come_in_their_order_from_as_many_threads(tmp_path, monkeypatch):
+    threads, most, fit = set(), [], train.fit
+
+    def watched(*arguments, **more):
+        threads.add(threading.get_ident())
+        return fit(*arguments, **more)
+
+    monkeypatch.setattr(train, "fit", watched)
+    server = serve(tmp_path, parts=FIVE, cfg=settings(client_weights="images"))
+    for _, images in federate.train_clients(server, [3, 0, 4, 1], [CPU, CPU]):
+        most.append(images)
+    assert most == [5, 1, 1, 2]
+    assert len(threads) == 2 and threading.get_ident() not in threads
+    assert torch.get_num_threads() >= 1 and len(server.replicas) == 1
+
+
+def test_a_client_that_fails_beside_others_stops_the_round(tmp_path, monkeypatch):
+    def fail(model, examples, *arguments, **more):
+        raise RuntimeError(f"no room for {len(examples)} images")
+
+    monkeypatch.setattr(train, "fit", fail)
+    threads = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="no room for 1 images"):
+        list(federate.train_clients(serve(tmp_path, parts=FIVE), range(5), [CPU, CPU]))
+    assert torch.get_num_threads() == threads

@@ -85,11 +85,11 @@ def test_a_cell_gets_the_settings_it_depends_on_and_no_others(tmp_path):
     assert set(cells["01_data"]) == where | stages["data"] | client | {"seed"}
     assert set(cells["02_teacher"]) == where | stages["data"] | stages["teacher"] | {"student"}
     assert set(cells["03_distill"]) == (
-        where | stages["data"] | stages["teacher"] | stages["distill"]
+        where | stages["data"] | stages["teacher"] | stages["distill"] | stages["sweep"]
         | {"precision", "deterministic", "inits", "batch_size", "augmentation", "batch_norm", "seed"}
     )  # fmt: skip
     everything = set().union(*stages.values())
-    assert set(cells["04_federate"]) == everything - stages["analysis"]
+    assert set(cells["04_federate"]) == everything - stages["analysis"] - stages["sweep"]
     assert set(cells["05_analysis"]) == everything
 
 

@@ -135,6 +135,31 @@ def test_a_copied_state_does_not_follow_the_model():
     assert not copied["weight"].requires_grad
 
 
+def test_a_loaded_state_is_what_pytorch_would_load_and_a_copy_of_its_own():
+    state = models.copy_state(models.build("tiny_unet", seed=1))
+    state = {key: value + 3 if value.ndim == 0 else value.contiguous() for key, value in state.items()}
+    model, other = models.build("tiny_unet"), models.build("tiny_unet")
+    strides = [parameter.stride() for parameter in model.parameters()]
+    models.load_state(model, state)
+    other.load_state_dict(state)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert strides == [parameter.stride() for parameter in model.parameters()], "channels stay last"
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+    assert next(iter(state.values())).any(), "the state does not follow the model"
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"weight": torch.ones(1, 2)}, {"weight": torch.ones(1), "bias": torch.ones(1)}]
+)
+def test_a_state_of_another_model_is_refused(state):
+    """(1, 2) would take a weight of shape (1,) by broadcasting, and nobody would see it."""
+    model = nn.Linear(2, 1)
+    with pytest.raises(RuntimeError, match="in loading state_dict"):
+        models.load_state(model, state)
+
+
 @pytest.mark.slow
 def test_students_are_ordered_by_size_and_the_papers_is_the_largest():
     sizes = [models.num_parameters(models.build(name)) for name in models.STUDENTS]

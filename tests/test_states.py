@@ -1,5 +1,8 @@
 """States come back from their files bit by bit, damaged files are recognised, digests see every change."""
 
+import os
+import stat
+
 import pytest
 import torch
 
@@ -76,6 +79,34 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     state, record = states.read_state(file)
     assert record["step"] == 1
     assert same(state, a_state())
+
+
+@pytest.mark.parametrize("kind", ["state", "bytes"])
+def test_a_name_points_at_a_new_content_only_after_it_has_reached_the_disk(tmp_path, monkeypatch, kind):
+    """Else a power cut could leave the name with nothing behind it, the old content gone."""
+    calls = []
+    sync, replace = os.fsync, os.replace
+
+    def logged_sync(opened):
+        about = os.fstat(opened)
+        calls.append("folder" if stat.S_ISDIR(about.st_mode) else f"{about.st_size} bytes")
+        sync(opened)
+
+    def logged_replace(old, new):
+        calls.append(f"replace {os.path.basename(new)}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", logged_sync)
+    monkeypatch.setattr(os, "replace", logged_replace)
+    for _ in range(2):
+        calls.clear()
+        if kind == "state":
+            states.write_state(tmp_path / "a", a_state(), keep_previous=True)
+        else:
+            states.write_bytes(tmp_path / "a", b"0123")
+    size = (tmp_path / "a").stat().st_size
+    before = ["replace a.previous"] if kind == "state" else []
+    assert calls == [f"{size} bytes", *before, "replace a", "folder"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "header", "one bit", "text", "folder"])

@@ -3,6 +3,7 @@
 The studies are slow tests; what a cell leaves behind and how cells come together is tested without training.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -26,7 +27,7 @@ from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file
 
 import fmfl
-from fmfl import config, data, grid, models, paths, split, states, study, teacher
+from fmfl import config, data, grid, models, paths, split, states, study, teacher, train
 from fmfl.errors import UserError
 
 TINY = {
@@ -45,6 +46,7 @@ PER_IMAGE = ["arm", "init", "split", "seed", "client", "image_id", "patient_id",
 PER_IMAGE += ["dice", "iou", "hd95", "assd"]
 WEIGHTS = {
     *(f"init-{init}-seed0" for init in INITS),
+    "variant-alpha1-temperature1-soft-cached-seed0",
     *(f"federated-{split}-{init}-seed0" for split in SPLITS for init in INITS),
     "centralised-pooled-random-seed0",
     *(f"standalone-age-random-seed0-client{k}" for k in range(3)),
@@ -516,6 +518,133 @@ def test_the_commit_is_that_of_the_checkout(monkeypatch, tmp_path):
         assert study.commit().removesuffix("+changes") == head.stdout.strip()
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     assert study.commit() == "", "outside git"
+
+
+# ------------------------------------------------------------------------------------------ distillations
+
+
+def distillations(**given) -> list[tuple]:
+    """Alpha, temperature, labels and views of what is compared, after the run's own."""
+    own, *others = study.variants(config.settings({"alpha_sweep": ""} | given))
+    assert own == config.settings(given).distill
+    return [(how.alpha, how.temperature, how.teacher_labels, how.teacher_views) for how in others]
+
+
+def test_the_compared_distillations_are_those_asked_for():
+    usual = ("soft", "cached")
+    assert distillations() == []
+    assert distillations(alpha_sweep="0,0.6,1") == [(0, 1, *usual), (1, 1, *usual)]
+    assert distillations(temperature_sweep="1,3") == [(0.6, 3, *usual)]
+    assert distillations(alpha_sweep="0.5,1", temperature_sweep="1,3") == [
+        *((0.5, 1, *usual), (1, 1, *usual)),
+        *((0.5, 3, *usual), (1, 3, *usual)),
+    ]
+    assert distillations(variants="kl_only,dice_only,hard,fresh,soft,cached") == [
+        *((1, 1, *usual), (0, 1, *usual)),
+        *((0.6, 1, "hard", "cached"), (0.6, 1, "soft", "fresh")),
+    ]
+    assert distillations(temperature=2.0, teacher_labels="hard", variants="soft") == [
+        (0.6, 2, "soft", "cached")
+    ]
+
+
+def test_without_the_teachers_share_his_temperature_labels_and_views_are_all_one():
+    assert distillations(alpha_sweep="0", temperature_sweep="1,2,3") == [(0, 1, "soft", "cached")]
+    assert distillations(alpha=0.0, temperature_sweep="1,2,3", variants="hard,fresh") == []
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[int]:
+    """How many images each call of an image encoder has seen."""
+    found = []
+    embed = teacher.Teacher._embed
+    monkeypatch.setattr(
+        teacher.Teacher, "_embed", lambda self, images: (found.append(len(images)), embed(self, images))[1]
+    )
+    return found
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[float]:
+    """The learning rate of each training."""
+    found = []
+    fit = train.fit
+
+    def counted(*args, **given):
+        found.append(given["optimizer"].param_groups[0]["lr"])
+        return fit(*args, **given)
+
+    monkeypatch.setattr(train, "fit", counted)
+    return found
+
+
+def test_a_sweep_asks_the_teacher_once_and_again_not_at_all(tmp_path, monkeypatch, asked, trained):
+    monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(
+        teacher, "cached_logits", functools.partial(teacher.cached_logits, cache=tmp_path / "cache")
+    )
+    sweep = {"alpha_sweep": "0,0.5,1", "temperature_sweep": "1,2", "variants": "hard", "proxy_epochs": 1}
+    cfg = config.settings(TINY | sweep | {"run_name": tmp_path / "run", "alpha": 0.5})
+    cohort = study.load_cohort(cfg)
+    proxy = study.hold_out(cfg, cohort).proxy
+    starts = study.initial_states(cfg, cohort, proxy, INITS)
+    first = study.distilled(cfg, cohort, proxy)
+    assert sum(asked) == len(proxy), "once, for all students together"
+    # random is not trained but built; of the sweep, alpha 0 and 0.5 at T = 1 are starts already.
+    assert len(first) == 6 and len(trained) == 3 + 4
+    asked.clear()
+    trained.clear()
+    again = study.distilled(cfg, cohort, proxy)
+    assert asked == [] == trained
+    digests = [states.state_digest(start.state) for _, start in first]
+    assert digests == [states.state_digest(start.state) for _, start in again]
+    assert len(set(digests)) == 6
+    for (how, start), init in ((first[0], "fm"), (first[1], "pretraining")):
+        assert (how.alpha > 0) == (init == "fm")
+        assert states.state_digest(start.state) == states.state_digest(starts[init].state)
+
+
+def test_fresh_views_are_asked_in_every_epoch_and_the_others_not(tmp_path, asked):
+    given = {"run_name": tmp_path / "run", "alpha_sweep": "", "variants": "fresh", "proxy_epochs": 2}
+    cfg = config.settings(TINY | given)
+    cohort = study.load_cohort(cfg)
+    proxy = study.hold_out(cfg, cohort).proxy
+    study.initial_states(cfg, cohort, proxy, ["fm"])
+    asked.clear()
+    (_, own), (how, fresh) = study.distilled(cfg, cohort, proxy)
+    assert sum(asked) == 2 * len(proxy)
+    assert how.teacher_views == "fresh"
+    assert states.state_digest(own.state) != states.state_digest(fresh.state)
+
+
+def test_without_masks_there_is_no_student_of_masks_alone(tmp_path):
+    given = {"run_name": tmp_path / "run", "alpha_sweep": "0,1", "labelled": 0.0, "proxy_epochs": 1}
+    cfg = config.settings(TINY | given)
+    cohort = study.load_cohort(cfg)
+    found = study.distilled(cfg, cohort, study.hold_out(cfg, cohort).proxy)
+    assert [how.alpha for how, _ in found] == [0.6, 1]
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def test_a_tasks_memory_is_what_it_takes_and_gives_back():
+    """64 MiB, written so that they are really there; twice, because freed memory may be kept."""
+    device = torch.device("cpu")
+    for _ in range(2):
+        found = study.working_memory(lambda: torch.ones(2**24), device)
+        if found is None:
+            pytest.skip("this system does not tell")
+        assert 0.9 * 2**26 < found < 2 * 2**26
+    assert study.working_memory(lambda: None, device) < 2**24
+
+
+def test_memory_that_is_not_told_is_none(monkeypatch):
+    def refused(what: str) -> int:
+        raise FileNotFoundError(what)
+
+    monkeypatch.setattr(study, "_of_this_process", refused)
+    assert study.working_memory(lambda: None, torch.device("cpu")) is None
 
 
 def test_the_machines_memory_is_told_where_the_system_tells_it(monkeypatch):
