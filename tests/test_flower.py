@@ -14,7 +14,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 from torch import nn
 
-from fmfl import config, federate, models, states, study
+from fmfl import config, federate, grid, models, states, study
 from fmfl.data import Cohort
 from fmfl.engines import deploy, flower
 from fmfl.errors import UserError
@@ -150,6 +150,28 @@ def test_the_study_puts_flower_between_the_federated_runs_alone(tmp_path):
     assert study.nodes(settings(tmp_path, engine="local"), server) is None
     with pytest.raises(UserError, match="privacy 'dp' comes with the engine flower"):
         study.nodes(settings(tmp_path, engine="local", privacy="dp"), server)
+
+
+@pytest.mark.slow
+def test_the_notebook_gives_the_same_results_with_either_engine(tmp_path):
+    """All columns, but for what is measured: the bytes, and the seconds."""
+    tables = {}
+    for engine in ("local", "flower"):
+        given = {"size": 32, "num_phantoms": 40, "num_rounds": 2, "proxy_epochs": 1, "inits": "random"}
+        cfg = config.settings(
+            given | {"student": "tiny_unet", "run_name": str(tmp_path / engine), "engine": engine}
+        )
+        (cell,) = [c for c in grid.plan(cfg, [0], ["iid"]) if c.notebook == "04_federate"]
+        assert cell.parameters["engine"] == engine and "min_clients" in cell.parameters
+        grid.execute_plain(cell, tmp_path / engine / "out.ipynb")
+        tables[engine] = pd.read_csv(tmp_path / engine / "cells" / cell.name / "results.csv")
+    measured = ["seconds", "bytes_up", "bytes_down"]
+    local, flowers = tables["local"], tables["flower"]
+    assert list(local) == list(flowers) and set(local.arm) == {"federated", "centralised", "standalone"}
+    assert local.drop(columns=measured).equals(flowers.drop(columns=measured))
+    last = local["round"] == 2
+    assert (flowers.bytes_up[last & (local.arm == "federated")] > local.bytes_up[last].max()).all()
+    assert (flowers.bytes_up[local.arm != "federated"] == 0).all()
 
 
 # ------------------------------------------------------------------------------------------ what crosses
