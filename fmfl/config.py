@@ -51,6 +51,7 @@ class RunConfig:
     precision: str = _one_of("auto", "auto", "float32", "bfloat16")  # auto: bfloat16 on a GPU that has it
     deterministic: bool = False  # on a GPU, slower kernels that give the same bytes twice; a CPU always does
     cohort_device: str = _one_of("auto", "auto", "device", "host")  # auto: host if the GPU has no room for it
+    engine: str = _one_of("local", "local", "flower")  # flower: the clients behind Flower's messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +158,23 @@ class FederateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlowerConfig:
+    """What a run on Flower depends on besides; docs/hospitals.md goes to more than one machine."""
+
+    start: str = ""  # a deployment's first weights, a file of safetensors; empty: random ones by the seed
+    test_data: str = ""  # what a deployment's server scores on: folders; empty: none; held_out: part of data
+    min_clients: int = _in(2, 1, 100_000)  # good updates that a round needs, or all where fewer are asked
+    join_timeout: float = _in(300.0, 0, 1e6)  # seconds to wait for all clients before the first round
+    round_timeout: float = _in(3600.0, 1, 1e6)  # seconds to wait for a client's update
+    # Differential privacy for whole clients (McMahan et al. 2018, arXiv 1710.06963): updates are clipped by
+    # the client, and noise is added to their average.
+    privacy: str = _one_of("none", "none", "dp")
+    dp_clipping: float = _in(1.0, 1e-6, 1e6)  # C, the most that one client's update may measure (L2)
+    dp_noise: float = _in(1.0, 1e-6, 1e6)  # z: the noise on the sum of updates has deviation z C
+    dp_delta: float = _in(1e-5, 1e-12, 0.5)  # delta at which epsilon is stated
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnalysisConfig:
     """What the figures and tables ask."""
 
@@ -172,6 +190,7 @@ STAGES: dict[str, type] = {
     "distill": DistillConfig,
     "sweep": SweepConfig,
     "federate": FederateConfig,
+    "flower": FlowerConfig,
     "analysis": AnalysisConfig,
 }
 
@@ -204,6 +223,7 @@ class Settings:
     distill: DistillConfig
     sweep: SweepConfig
     federate: FederateConfig
+    flower: FlowerConfig
     analysis: AnalysisConfig
 
     def flat(self) -> dict[str, Any]:

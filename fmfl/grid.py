@@ -44,16 +44,17 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     "03_distill": ("data", "teacher", "distill", "sweep", "federate.batch_size", "federate.augmentation",
                    "federate.batch_norm", "federate.seed", "federate.inits", "run.precision",
                    "run.deterministic"),
-    "04_federate": ("data", "teacher", "distill", "federate", "run.precision", "run.deterministic"),
-    "05_analysis": ("data", "teacher", "distill", "sweep", "federate", "analysis", "run.precision",
-                    "run.deterministic"),
+    "04_federate": ("data", "teacher", "distill", "federate", "flower", "run.precision", "run.deterministic",
+                    "run.engine"),
+    "05_analysis": ("data", "teacher", "distill", "sweep", "federate", "flower", "analysis", "run.precision",
+                    "run.deterministic", "run.engine"),
 }  # fmt: skip
 
 #: What every notebook is given and no number depends on.
 WHERE = ("run_name", "device", "cohort_device")
 
 #: Modules whose code no number depends on.
-NO_NUMBERS = ("cli.py", "grid.py", "teacher_training.py", "verify.py")
+NO_NUMBERS = ("cli.py", "engines/deploy.py", "grid.py", "teacher_training.py", "verify.py")
 
 NO_BARS = {"TQDM_DISABLE": "1"}
 """An environment without progress bars, see :func:`fmfl.study.show_bars`."""

@@ -322,6 +322,34 @@ def distilled(cfg: Settings, cohort: Cohort, proxy: Tensor) -> list[tuple[Distil
     return [(one.distill, start) for one, start in zip(wanted, made, strict=True)]
 
 
+def engine_key(cfg: Settings) -> object:
+    """What of the engine a federated run's numbers depend on."""
+    if cfg.run.engine == "local":
+        return "local"
+    return cfg.run.engine, {k: v for k, v in asdict(cfg.flower).items() if k.startswith(("privacy", "dp_"))}
+
+
+def nodes(cfg: Settings, server: Server) -> Any:
+    """Flower's nodes between a server and its clients; None where they train in the server's own loop.
+
+    Raises:
+        UserError: the engine is not installed, or the local one is asked for what it cannot do.
+    """
+    if cfg.run.engine == "local":
+        if cfg.flower.privacy != "none":
+            raise UserError(f"privacy {cfg.flower.privacy!r} comes with the engine flower: set engine to it")
+        return None
+    if server.arm != "federated":  # nobody there to exchange messages with
+        return None
+    try:
+        from fmfl.engines import flower
+    except ImportError:
+        raise UserError(
+            "engine 'flower' needs the package flwr: pip install -c requirements.lock -e '.[flower]'"
+        ) from None
+    return flower.simulated(cfg, server)
+
+
 def servers(
     cfg: Settings, cohort: Cohort, parts: Holdout, clients: list[Tensor], initial: dict[str, InitialState]
 ) -> list[Server]:
@@ -332,6 +360,7 @@ def servers(
         cohort=cohort,
         test=parts.test,
         precision=train.precision_of(cfg.run),
+        engine=engine_key(cfg),
     )
     holders = federate.clients_of(cohort, clients)
     arms = several(cfg.federate.arms)

@@ -75,7 +75,7 @@ def sentence(code: int, out: str, err: str) -> str:
         (["--seeds", "-1"], "parameter seed is -1"),
         (["--seeds", "0,00"], "--seeds names one twice (0, 0)"),
         (["--device", "tpu"], "parameter device is 'tpu': choose one of auto, cpu, cuda"),
-        (["--engine", "spark"], "engine 'spark' is unknown: choose local"),
+        (["--engine", "spark"], "parameter engine is 'spark': choose one of local, flower"),
         (["--data", "phantom,no/such/folder"], "no/such/folder: there is no such folder"),
         (["--data", "phantom,phantom"], "--data names one twice"),
         (["--data", ""], "--data is empty"),
