@@ -278,9 +278,9 @@ class Server:
     initial: State = field(default_factory=dict)
     drift: Drift = field(default_factory=Drift)
     kept: dict[str, State] = field(default_factory=dict)
+    exchange: Exchange | None = None
     replicas: dict[int, nn.Module] = field(default_factory=dict)
     spread: dict[int, Examples] = field(default_factory=dict)
-    exchange: Exchange | None = None
 
     @classmethod
     def start_or_resume(
@@ -400,13 +400,13 @@ class Server:
         Under FedBN the average of the clients' BatchNorm goes into the state too: the global model is scored
         with it, and a client begins its first round with it. Later rounds begin with the client's own.
         """
-        trained, exchange = self.trained_keys, self.exchange or self._reckoned(average)
-        self.exchange = None
-        moments = self.kept.pop("server", {})
+        exchange, self.exchange = self.exchange or self._reckoned(average), None
+        moments, trained = self.kept.pop("server", {}), self.trained_keys
         self.state, self.kept["server"] = server_step(self.state, average, trained, self.cfg, moments)
         self.round_number += 1
-        done = {"sha256": state_digest(self.state), "clients": exchange.clients} | self._moved()
-        self.rounds.append(done | ({"faults": exchange.faults} if exchange.faults else {}))
+        done = {"sha256": state_digest(self.state), "clients": exchange.clients}
+        faults = {"faults": exchange.faults} if exchange.faults else {}
+        self.rounds.append(done | faults | self._moved())
         self.bytes_up += exchange.bytes_up
         self.bytes_down += exchange.bytes_down
         last = self.round_number == self.cfg.num_rounds
@@ -428,6 +428,13 @@ class Server:
             **{name: getattr(self, name) for name in STORED},
         )
 
+    def _reckoned(self, average: State) -> Exchange:
+        """The exchange where all is one process: each client gets and gives all but its own part."""
+        clients, own = self.participants(), self.own_keys
+        sent = {name: value for name, value in average.items() if name not in own}
+        each_way = len(clients) * models.num_bytes(sent) if self.arm == "federated" else 0
+        return Exchange(clients, each_way, each_way, {})
+
     @property
     def trained_keys(self) -> list[str]:
         """The names of the weights that clients train and share."""
@@ -442,13 +449,6 @@ class Server:
         away = Drift()
         away.add(self.initial, self.state, self.trained_keys, 1)
         return found | {"distance_from_start": float(away.norms)}
-
-    def _reckoned(self, average: State) -> Exchange:
-        """The exchange where all is one process: each client gets and gives all but its own part."""
-        clients, own = self.participants(), self.own_keys
-        sent = {name: value for name, value in average.items() if name not in own}
-        each_way = len(clients) * models.num_bytes(sent) if self.arm == "federated" else 0
-        return Exchange(clients, each_way, each_way, {})
 
     def scores(self, cohort: Cohort, test: Tensor) -> pd.DataFrame:
         """The global state's scores, one row a test image; see :func:`fmfl.metrics.score`."""

@@ -21,9 +21,9 @@ import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from fmfl import config, data, federate, models, phantom, states
+from fmfl import config, data, federate, models, phantom, states, train
 from fmfl.cli import main
-from fmfl.engines import deploy, flower
+from fmfl.engines import deploy
 from fmfl.errors import UserError
 from fmfl.train import Examples, Fitted, InitialState
 
@@ -289,7 +289,7 @@ def test_the_rounds_end_in_the_local_engines_bytes(deployment, tmp_path):
     server = federate.Server.start_or_resume(
         tmp_path, start, clients, cfg.federate, student="tiny_unet", cohort=held[0], test=test
     )
-    with flower.one_thread(torch.device("cpu")):
+    with train.one_thread(torch.device("cpu")):
         for number in server.remaining_rounds():
             updates = [federate.train_client(server, k) for k in record["rounds"][number]["clients"]]
             server.finish_round(federate.aggregate(updates), held[0], test)

@@ -10,12 +10,11 @@ needs no Ray, as Flower's own simulation does. :data:`server_app` and :data:`cli
 takes from the folder ``fmfl/engines/app``: docs/hospitals.md goes from there to several hospitals.
 """
 
-import contextlib
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,20 +134,6 @@ def settings_of(context: Context) -> Settings:
     return config.settings(dict(context.run_config) | {"engine": "flower"})
 
 
-@contextlib.contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU a single thread, as :func:`fmfl.train.side_by_side`: one order of adding, the same bytes."""
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 # ------------------------------------------------------------------------------------------ the client
 
 
@@ -212,7 +197,7 @@ def make_client_app(holds: Callable[[Context, Settings], Held]) -> ClientApp:
             round_number=int(asked["round"]) - 1,
             kept=_kept(context) if held.kept is None else held.kept,
         )
-        with one_thread(device):
+        with train.one_thread(device):
             state, weight = federate.train_client(own, held.number)
         if held.kept is None:
             _keep(context, own.kept)
@@ -356,7 +341,11 @@ class Nodes:
                 "see to these clients and start the run again, it goes on at this round"
             )
         if flower.privacy == "dp":
-            return [(self._noised(state, len(updates)), weight) for state, weight in updates.values()]
+            updates = {
+                k: (self._noised(state, len(updates)), weight) for k, (state, weight) in updates.items()
+            }
+        for state, weight in updates.values():
+            server.drift.add(server.state, state, server.trained_keys, weight)
         return list(updates.values())
 
     def _message(self, content: RecordDict, node: int, kind: str, group: str = "") -> Message:
@@ -633,7 +622,7 @@ def serve(grid: Grid, cfg: Settings) -> Server:
         except UserError:
             _write(cfg, server, stopped=number)
             raise
-        with one_thread(cohort.device):
+        with train.one_thread(cohort.device):
             server.finish_round(federate.aggregate(updates), cohort, test)
         _write(cfg, server)
         log.info("round %d: %s", number, _said(server))
