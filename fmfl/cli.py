@@ -45,7 +45,7 @@ def _once(values: list, what: str) -> list:
 
 
 def _pairs(option: str, texts: list[str] | None, options: dict[str, str] = OPTIONS) -> list[tuple[str, str]]:
-    """NAME=VALUE texts of an option, split; a name that has an option of its own is refused."""
+    """NAME=VALUE texts of an option, split; ``options`` are the names that have an option of their own."""
     found = []
     for pair in texts or []:
         name, separator, text = pair.partition("=")
@@ -128,6 +128,7 @@ def study(
     given: dict[str, object] = {name: config.parse(name, text) for name, text in _pairs("-p", p)}
     given["engine"] = engine
     # Notebooks run in their own folder, so every path is made absolute.
+    given |= {name: _absolute(given[name]) for name in ("encoder_file", "init_file") if given.get(name)}
     folders = [part if part == "phantom" else _absolute(part) for part in _list(data, "--data")]
     given |= {"data": ",".join(_once(folders, "--data")), "teacher": teacher, "device": device}
     given |= {"run_name": _absolute(out), "checkpoint": checkpoint and _absolute(checkpoint)}
@@ -175,11 +176,19 @@ def check_data(
 @app.command("report")
 def rebuild_report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="a study's folder")],
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="put the answer into this Markdown file instead, between its marks"
+        ),
+    ] = None,
 ) -> None:
     """Write DIR/report.html again from the files beside it."""
     from fmfl import report
 
-    typer.echo(f"report: {report.write(directory)}")
+    typer.echo(
+        f"results: {report.write_into(into, directory)}" if into else f"report: {report.write(directory)}"
+    )
 
 
 teachers = typer.Typer(no_args_is_help=True, help="A teacher's weights: check a file, fetch a published one.")
@@ -285,8 +294,8 @@ def flower_server(
 ) -> None:
     """Serve the rounds to the clients; run again, it goes on where it stopped."""
     deploy = _deploy()
-    options = {"run_name": "--out", "start": "--start", "test_data": "--test-data"}
-    given = {name: config.parse(name, text) for name, text in _pairs("-p", p, options)}
+    own = {"run_name": "--out", "start": "--start", "test_data": "--test-data"}
+    given: dict[str, object] = {name: config.parse(name, text) for name, text in _pairs("-p", p, own)}
     folders = [_absolute(part) for part in config.several(test_data)]
     given |= {"start": start and _absolute(start), "test_data": ",".join(folders)}
     deploy.serve(keys, Path(_absolute(out)), given, host=host, port=port)

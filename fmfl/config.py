@@ -16,7 +16,7 @@ from typing import Any
 from fmfl import paths
 from fmfl.errors import UserError
 
-INITS = ("random", "pretraining", "fm")
+INITS = ("random", "pretraining", "fm", "imagenet", "file")
 ARMS = ("federated", "centralised", "standalone")
 SPLITS = ("iid", "age", "quantity", "site", "dirichlet")
 
@@ -100,6 +100,8 @@ class DistillConfig:
     teacher_views: str = _one_of("cached", "cached", "fresh")  # fresh: asked about each augmented image
     proxy_epochs: int = _in(15, 0, 10_000)  # passes of the proxy set; the paper names none
     proxy_learning_rate: float = _in(1e-3, 0, 10)
+    encoder_file: str = ""  # of the start imagenet: the encoder's weights as published
+    init_file: str = ""  # of the start file: any weights of the student
 
 
 #: What each named variant of distillation changes.

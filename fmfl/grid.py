@@ -31,7 +31,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from fmfl import config, models, paths, states, study
+from fmfl import config, models, paths, states, study, train
 from fmfl.config import Settings, several
 from fmfl.errors import UserError
 from fmfl.split import Holdout
@@ -234,7 +234,10 @@ def check(cells: list[Cell]) -> dict[str, str]:
     cfg = cells[0].cfg
     if cfg.run.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch finds no GPU here: choose auto or cpu")
-    models.build(cfg.distill.student)
+    model = models.build(cfg.distill.student)
+    for init in {*several(cfg.federate.inits)} & {*train.GIVEN}:
+        file = train.weights_of(init, cfg.distill)
+        models.load_weights(model, file, encoder_only=init == "imagenet")
     here = replace(cfg, run=replace(cfg.run, device="cpu"))  # the GPU's memory is the notebooks'
     who = study.load_teacher(here)
     cohort = study.load_cohort(here)

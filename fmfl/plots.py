@@ -37,7 +37,13 @@ MARKERS = {
 }
 TRUTH, PREDICTED, BOX = "#009E73", "#D55E00", "#F0E442"  # contours on X-rays
 OTHERS = ("#56B4E9", "#D55E00", "#F0E442")
-NAMES = {"random": "random", "pretraining": "pre-training", "fm": "foundation model"}
+NAMES = {
+    "random": "random",
+    "pretraining": "pre-training",
+    "fm": "foundation model",
+    "imagenet": "ImageNet",
+    "file": "given weights",
+}
 SPLITS = {
     "iid": "IID",
     "age": "age skew",

@@ -740,7 +740,7 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
     for name in ("split", "seed"):
         del settings[name]
     # Results are passed on; where they lay on this machine is nobody's business.
-    for name in ("data", "checkpoint", "run_name"):
+    for name in ("data", "checkpoint", "encoder_file", "init_file", "run_name"):
         settings[name] = ",".join(Path(part).name for part in several(settings[name]))
     runs = {f"{row.arm}-{row.split}-{row.init}-seed{row.seed}" for row in results.itertuples()}
     runs |= {f"init-{row.init}-seed{row.seed}" for row in results.itertuples()}

@@ -274,3 +274,38 @@ def test_reliability_leaves_out_empty_bins():
     np.testing.assert_allclose(diagonal.get_xydata(), [[0, 0], [1, 1]])
     np.testing.assert_allclose(curve.get_xydata(), [[0.1, 0.2], [0.8, 0.7]])
     assert "0.0123" in axis.get_title()
+
+
+def test_the_map_has_a_panel_for_each_axis_and_pair_with_hollow_points_in_the_noise():
+    rows = []
+    for axis, values in (("labelled", ["10", "all"]), ("server", ["adam", "average"])):
+        for value in values:
+            for lower in ("random", "pretraining"):
+                noise = lower == "pretraining" and value == "all"
+                rows.append((axis, value, "fm", lower, 2.0, 1.0, 4.0, noise))
+    names = ["axis", "value", "higher", "lower", "gain", "low", "high", "inside_noise"]
+    figure = plots.when_it_pays(pd.DataFrame(rows, columns=names))
+    assert [axis.get_xlabel() for axis in figure.axes] == ["", "", "labelled", "server"]
+    assert [tick.get_text() for tick in figure.axes[2].get_xticklabels()] == ["10", "all"]
+    hollow = [
+        line.get_markerfacecolor() == "white"
+        for axis in figure.axes
+        for line in axis.lines
+        if line.get_marker() == plots.MARKERS["fm"]
+    ]
+    assert hollow == [False] * 4 + [False, True, False, False]
+
+
+def test_why_shows_each_measure_by_round_and_both_of_the_ground():
+    drift = pd.DataFrame(
+        [("fm", "age", seed, number, 1.0 * number, 0.5, 1.2, 3.0) for seed in (0, 1) for number in (1, 2)],
+        columns=["init", "split", "seed", "round", *plots.DRIFT],
+    )
+    starts = pd.DataFrame({"init": ["random", "fm"], "sharpness": [5.0, 2.0], "barrier": [0.3, 0.1]})
+    figure = plots.why(drift, starts, "age")
+    labels = [axis.get_ylabel() for axis in figure.axes]
+    assert labels[:4] == list(plots.DRIFT.values()) and len(labels) == 6
+    (line,) = [line for line in figure.axes[0].lines if len(line.get_xdata())]
+    assert list(line.get_ydata()) == [1.0, 2.0]
+    assert [bar.get_height() for bar in figure.axes[4].patches] == [0.3, 0.1]
+    assert plots.why(drift, starts.head(0), "age")

@@ -543,3 +543,25 @@ def test_predicted_masks_from_some_masks_look_at_no_others(monkeypatch):
     assert torch.equal(masks[known], plain.masks[plain.indices[known]])
     with pytest.raises(UserError, match="needs proxy images with masks"):
         train.predicted_masks(plain, patients, cfg, **given | {"known": torch.zeros_like(known)})
+
+
+def test_starts_from_files_are_the_files_and_made_anew_when_these_change(tmp_path):
+    file, kept = tmp_path / "given.safetensors", tmp_path / "init.safetensors"
+    cfg = DistillConfig(student="micro", init_file=str(file))
+
+    def begin() -> train.InitialState:
+        return train.initial_state("file", examples(), cfg, batch_size=4, seed=0, file=kept)
+
+    for seed in (1, 2):
+        given = models.build("micro", seed=seed).state_dict()
+        states.write_state(file, given)
+        found = begin()
+        assert equal(found.state, given) and not found.reused
+        assert found.fitted.images_seen == 0 and begin().reused
+    with pytest.raises(UserError, match="start 'imagenet' needs a file of weights, but none is named"):
+        train.initial_state("imagenet", examples(), cfg, batch_size=4, seed=0)
+    file.unlink()
+    with pytest.raises(
+        UserError, match=r"start 'file' .*given\.safetensors is not there: set init_file to one"
+    ):
+        begin()
