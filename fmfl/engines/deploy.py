@@ -280,12 +280,12 @@ def run_status(home: Path, number: str) -> str:
 
 
 def client_command(
-    data: str, server: str, keys: Path, number: int, clients: int, port: int | None = None
+    data: str | None, server: str, keys: Path, number: int, clients: int, port: int | None = None
 ) -> list[str]:
     """Flower's SuperNode for one client.
 
     Args:
-        data: its folders, joined by commas; absolute.
+        data: its folders, joined by commas, absolute; None: its part of the run's ``data``, by its number.
         server: host:port.
         keys: the folder ``client-K`` that :func:`keys` made.
         number: K.
@@ -293,12 +293,15 @@ def client_command(
         port: for the SuperNode's own processes on this machine.
     """
     ca, key = _known(keys, "ca.pem", "client.key")
-    if "'" in data or '"' in data:
+    held = f"partition-id={number} num-partitions={clients}"
+    if data is not None:
+        held += f' data="{data}"'
+    if data and ("'" in data or '"' in data):
         raise UserError(f"--data {data}: Flower takes no quotation mark in a folder's name, rename it")
     return [
         *(program("flower-supernode"), "--superlink", server, "--root-certificates", str(ca)),
         *("--auth-supernode-private-key", str(key), "--port", str(port or NODE_PORT + number)),
-        *("--node-config", f'partition-id={number} num-partitions={clients} data="{data}"'),
+        *("--node-config", held),
     ]
 
 
