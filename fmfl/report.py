@@ -104,6 +104,10 @@ METHODS = (  # paragraphs of sentences; {a.b} is the manifest's value, and a sen
         "{settings.num_clients} clients trained for {settings.num_rounds} rounds of {settings.local_epochs} "
         "local epochs (Eq. 2), and the server averaged their weights by number of images (Eq. 3).",
         "A local step of Adam took {settings.batch_size} images at learning rate {settings.learning_rate}.",
+        "Each client's update was clipped to length {privacy.clipping} and their sum was noised with "
+        "deviation {privacy.noise} times that: epsilon is {privacy.epsilon} for a client at delta "
+        "{privacy.delta}, over {privacy.rounds} rounds. What it cost in Dice is the difference from the same "
+        "study without it (--vary privacy=none puts both on the map).",
         "Partitions: {settings.splits}.",
         "Starts: {settings.inits}.",
         "Seeds: {settings.seeds}.",

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import fmfl
-from fmfl import analysis, config, data, federate, models, paths, split, states, teacher, train
+from fmfl import analysis, config, data, federate, models, paths, privacy, split, states, teacher, train
 from fmfl.config import VARIANTS, DistillConfig, FederateConfig, Settings, numbers, several
 from fmfl.data import Cohort
 from fmfl.errors import UserError
@@ -765,6 +765,7 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
         "versions": {"python": here["python"]} | here["versions"],
         "device": here["device"],
         "settings": settings,
+        "privacy": privacy.spent(cfg.flower, cfg.federate.num_rounds),
         "data": cells.get("01_data", {}).get("record", {}),
         "teacher": who,
         "student": next((c["record"] for n, c in cells.items() if n.startswith("03_distill")), {}),

@@ -10,11 +10,9 @@ import pandas as pd
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from scipy.integrate import quad
-from scipy.stats import norm
 from torch import nn
 
-from fmfl import config, federate, grid, models, states, study
+from fmfl import config, federate, grid, models, privacy, states, study
 from fmfl.data import Cohort
 from fmfl.engines import deploy, flower
 from fmfl.errors import UserError
@@ -539,20 +537,6 @@ def dp(folder, **given) -> config.Settings:
     return settings(folder, privacy="dp", batch_norm="group", client_weights="uniform", **given)
 
 
-@pytest.mark.parametrize(("noise", "rounds", "delta"), [(1.0, 1, 1e-5), (2.0, 5, 1e-5), (8.0, 20, 1e-3)])
-def test_epsilon_is_the_exact_one_of_the_gaussian_mechanism(noise, rounds, delta):
-    """By its definition: delta is the mass of one output's density above e^epsilon times the other's."""
-    e = flower.epsilon(noise, rounds, delta)
-    mu = rounds**0.5 / noise
-
-    def beyond(x: float) -> float:
-        return max(0.0, norm.pdf(x, mu) - math.exp(e) * norm.pdf(x, 0))
-
-    crossing = e / mu + mu / 2
-    mass, _ = quad(beyond, crossing, crossing + 40, limit=200)
-    assert mass == pytest.approx(delta, rel=1e-4)
-
-
 def test_an_update_is_clipped_at_the_client_and_the_average_is_noised_as_said(tmp_path):
     clipping, noise = 0.05, 2.0
     cfg = dp(tmp_path, dp_clipping=clipping, dp_noise=noise, num_rounds=1)
@@ -591,4 +575,4 @@ def test_a_private_deployment_states_what_it_has_spent(tmp_path):
     contexts = [Context(1, k, {}, RecordDict(), cfg.flat()) for k in held]
     flower.serve(flower.InProcess(app, contexts), cfg)
     said = json.loads((tmp_path / "privacy.json").read_text())
-    assert said["epsilon"] == pytest.approx(flower.epsilon(4.0, 2, 1e-5)) and said["rounds"] == 2
+    assert said["epsilon"] == pytest.approx(privacy.epsilon(4.0, 2, 1e-5)) and said["rounds"] == 2

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fmfl import analysis, report
+from fmfl import analysis, config, privacy, report
 from fmfl.errors import UserError
 
 MANIFEST = {
@@ -173,7 +173,18 @@ def test_methods_say_what_the_manifest_says_and_nothing_else():
     assert "Seeds: 0, 1, 2." in text
     assert "learning rate" not in text  # not in this manifest
     assert "{" not in text
+    assert "epsilon" not in text
     assert report.methods({}) == [report.STATISTICS]
+
+
+def test_methods_state_epsilon_where_there_was_noise():
+    spent = privacy.spent(config.FlowerConfig(privacy="dp", dp_noise=4.0, dp_clipping=0.5), 5)
+    text = " ".join(report.methods(MANIFEST | {"privacy": spent}))
+    assert "clipped to length 0.5 " in text and "deviation 4" in text and "over 5 rounds" in text
+    assert f"epsilon is {int(spent['epsilon'])}." in text
+    assert "epsilon" not in " ".join(
+        report.methods(MANIFEST | {"privacy": privacy.spent(config.FlowerConfig(), 5)})
+    )
 
 
 def test_words_from_files_cannot_become_markup(tmp_path):

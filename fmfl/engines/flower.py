@@ -40,11 +40,9 @@ from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM, add_gaussian_noise_inplace
 from flwr.supercore.task_identity import TaskIdentity
-from scipy.optimize import brentq
-from scipy.stats import norm
 from torch import Tensor
 
-from fmfl import config, data, federate, models, states, study, train
+from fmfl import config, data, federate, models, privacy, states, study, train
 from fmfl.config import FlowerConfig, Settings
 from fmfl.data import Cohort
 from fmfl.errors import UserError
@@ -473,47 +471,6 @@ def _check_privacy(cfg: Settings) -> None:
             raise UserError(f"privacy 'dp' needs {name} {needed!r}, because {why}")
 
 
-def epsilon(noise: float, rounds: int, delta: float) -> float:
-    """What some rounds of noise have spent, exactly: (epsilon, delta) of the Gaussian mechanism.
-
-    Rounds with noise z C on a sum in which one client counts at most C are together one Gaussian mechanism
-    with mu = sqrt(rounds) / z (Dong, Roth & Su 2022, arXiv 1905.02383, corollary 3.3), which is
-    (epsilon, delta)-private where (Balle & Wang 2018, arXiv 1805.06530, theorem 8)
-
-        delta = Phi(mu / 2 - epsilon / mu) - exp(epsilon) Phi(-mu / 2 - epsilon / mu)
-
-    Neighbours are two runs that differ in one client's updates being all zero. That only some clients are
-    asked in a round is not counted in favour.
-
-    Args:
-        noise: z.
-        rounds: those in which a client may have taken part.
-        delta: in 0..1.
-    """
-    if rounds == 0:
-        return 0.0
-    mu = rounds**0.5 / noise
-
-    def beyond(e: float) -> float:
-        return norm.cdf(mu / 2 - e / mu) - math.exp(e + norm.logcdf(-mu / 2 - e / mu)) - delta
-
-    if beyond(0.0) <= 0:
-        return 0.0
-    high = 1.0
-    while beyond(high) > 0:
-        high *= 2
-    return float(brentq(beyond, 0.0, high, xtol=1e-10))
-
-
-def privacy_spent(cfg: Settings, rounds: int) -> dict[str, Any]:
-    """What a run's record says of privacy: empty without it."""
-    flower = cfg.flower
-    if flower.privacy == "none":
-        return {}
-    spent = epsilon(flower.dp_noise, rounds, flower.dp_delta)
-    return {"mechanism": "gaussian, clients", "epsilon": spent, "delta": flower.dp_delta, "rounds": rounds}
-
-
 # ------------------------------------------------------------------------------------------ in this process
 
 
@@ -628,7 +585,7 @@ def serve(grid: Grid, cfg: Settings) -> Server:
         log.info("round %d: %s", number, _said(server))
     if len(test):
         study.write_text(cfg.run_dir / "per_image.csv", server.per_image(cohort, test).to_csv(index=False))
-    if spent := privacy_spent(cfg, server.round_number):
+    if spent := privacy.spent(cfg.flower, server.round_number):
         log.info("privacy: %s", spent)
         study.write_text(cfg.run_dir / "privacy.json", json.dumps(spent, indent=1) + "\n")
     return server
