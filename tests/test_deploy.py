@@ -247,7 +247,7 @@ def deployment(tmp_path_factory):
         # The third hospital gets its message for the second round, and dies.
         receiving = "Receiving: train"
         wait_for(lambda: log_of("2").count(receiving) >= 2, 60, "the second round at the third hospital")
-        deploy.end_group(processes["2"])
+        deploy.end_group(processes["2"], patience=0)  # kill -9
         processes["server"].wait(400)
         processes["stranger"].wait(60)
     finally:

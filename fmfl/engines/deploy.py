@@ -377,8 +377,18 @@ def _run_node(command: list[str], env: dict[str, str]) -> tuple[int, bool]:
     return node.returncode, refused.is_set()
 
 
-def end_group(process: subprocess.Popen) -> None:
-    """Kill a process and what it has started, where the system has groups of processes."""
+def end_group(process: subprocess.Popen, *, patience: float = 20.0) -> None:
+    """End a process, and what is left of its group, where the system has groups of processes.
+
+    A SuperLink and a SuperNode end their helpers if they are asked to end; killed, they leave them behind.
+
+    Args:
+        patience: seconds to end by itself; 0: killed at once, as by ``kill -9``.
+    """
+    if patience:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
     if os.name != "posix":
         process.kill()
         return
