@@ -42,6 +42,7 @@ def one(name: str, size: int, images: int, repeats: int, device: str) -> dict[st
         "parameters": who.num_parameters,
         "batch": batch,
         "images_per_second": images / measure.median_seconds(taken),
+        "cpu_seconds_per_image": measure.median_seconds(taken, "cpu") / images,
         "peak_mib": peak / measure.MIB,
     }
 

@@ -15,20 +15,25 @@ apart:
   evidence. Seeds are averaged first and images are paired, so what both arms find hard cancels;
 - between training runs: Student's t interval of the seeds' means. One seed has none, and says so.
 
-A difference is called higher or lower only where both exclude zero and the Wilcoxon test stays below 5 %
-after Holm's correction; otherwise it is inside the noise. Every function that draws at random takes
-`resamples` (bootstrap draws) and `seed` (of the draws) and gives the same numbers for the same seed.
+A difference is called higher or lower only where both exclude zero and two tests, Wilcoxon's and the paired
+permutation test, stay below 5 % after Holm's correction; otherwise it is inside the noise. Every function
+that draws at random takes `resamples` (draws) and `seed` (of the draws) and gives the same numbers for the
+same seed.
 
 References: the paper is Li & Yang 2023, arXiv 2311.15463. Bootstrap of clusters: Davison & Hinkley 1997,
 section 3.8; the widened percentile interval: Hesterberg 2015, The American Statistician 69(4). Holm 1979,
-Scandinavian Journal of Statistics 6(2).
+Scandinavian Journal of Statistics 6(2). Permutation by signs: Good 2005, Permutation, Parametric and
+Bootstrap Tests of Hypotheses, section 3.2. The effect size d_z: Cohen 1988, section 2.3.5.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
 from scipy import stats
+
+from fmfl.split import age_bands
 
 Cell = tuple[str, str, str]  # arm, init, split
 
@@ -50,6 +55,7 @@ PAPER_ROUNDS = 40  # Fig. 3: informed starts are up in fewer rounds, the random 
 MARGIN = 2.0  # points of Dice within which a number counts as the paper's
 PLATEAU = 0.01  # Dice: a curve is "up" once it is this close to its last round
 ALPHA = 0.05
+FAILURE = 0.8  # Dice below which a mask counts as failed
 VERDICTS = ("reproduced", "direction only", "not reproduced", "not testable here")
 ROUNDS_SAVED = "Claim 1, rounds saved by fm to reach the random start's final Dice"
 
@@ -164,6 +170,86 @@ def iid_to_skew_loss(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["init", "split", "loss", "low", "high", "seeds"])
 
 
+def speed(results: pd.DataFrame, target: float) -> pd.DataFrame:
+    """How soon each start is up, and what that has cost, over seeds.
+
+    Returns:
+        One row an (arm, init, split): seeds; reached, how many of them come to a Dice of `target` (0..1);
+        rounds, seconds and bytes until then (means of those that do, as `cost` counts them), with rounds_low
+        and rounds_high (95 % t interval, NaN unless all seeds get there); curve, the mean Dice in % over all
+        rounds by trapezoids, with curve_low and curve_high.
+    """
+    rows = []
+    curves = results.sort_values("round").groupby(RUN)[["round", "dice"]].apply(_mean_height)
+    for key, runs in cost(results, target).groupby(RUN[:3], sort=False):
+        reached = runs.rounds.notna()
+        rounds_low, rounds_high = seed_interval(runs.rounds) if reached.all() else (np.nan, np.nan)
+        heights = curves.loc[key]
+        low, high = seed_interval(heights)
+        rows.append(
+            dict(zip(RUN[:3], key, strict=True))
+            | {"seeds": len(runs), "reached": int(reached.sum())}
+            | runs[["rounds", "seconds", "bytes"]].mean().to_dict()
+            | {"rounds_low": rounds_low, "rounds_high": rounds_high}
+            | {"curve": heights.mean(), "curve_low": low, "curve_high": high}
+        )
+    return pd.DataFrame(rows)
+
+
+def _mean_height(curve: pd.DataFrame) -> float:
+    """Area under Dice by round over the rounds' range, in %; the last Dice where there is one round."""
+    length = curve["round"].max() - curve["round"].min()
+    if length == 0:
+        return 100 * curve.dice.iloc[-1]
+    return 100 * np.trapezoid(curve.dice, curve["round"]) / length
+
+
+def weakest(per_image: pd.DataFrame, mixtures: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Who fares worst: the client, the age band and the tenth of the images with the lowest final Dice.
+
+    The test images are nobody's, so a client's Dice is what its own mixture would give: the test images'
+    means by site and age band, weighted by the client's images of each (those that the test set has).
+
+    Args:
+        per_image: with site, age (years, NaN where unknown) and, where measured, hd95 and assd.
+        mixtures: one row a (split, seed, client, site, band) with images, from `split.mixture`.
+
+    Returns:
+        One row an (arm, init, split): dice and worst_tenth in %, failures (% of images below FAILURE), hd95
+        and assd in pixels, worst_band (its name) and worst_band_dice, worst_client_dice (mean over seeds; NaN
+        without mixtures).
+    """
+    rows = []
+    scores = per_image.assign(band=age_bands(per_image.age))
+    for (arm, init, split), runs in scores.groupby(RUN[:3], sort=False):
+        by_image = 100 * runs.groupby("image_id").dice.mean().sort_values()
+        bands = 100 * runs[runs.band != ""].groupby("band").dice.mean()
+        row = {"arm": arm, "init": init, "split": split, "dice": by_image.mean()}
+        row["worst_tenth"] = by_image.iloc[: max(1, round(len(by_image) / 10))].mean()
+        row["failures"] = 100 * (runs.dice < FAILURE).mean()
+        row |= {name: runs[name].mean() for name in ("hd95", "assd") if name in runs}
+        row["worst_band"] = bands.idxmin() if len(bands) else ""
+        row["worst_band_dice"] = bands.min() if len(bands) else np.nan
+        row["worst_client_dice"] = _worst_client(runs, mixtures, split)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _worst_client(runs: pd.DataFrame, mixtures: pd.DataFrame | None, split: str) -> float:
+    if mixtures is None or split not in set(mixtures.split):
+        return np.nan
+    found = []
+    for seed, scores in runs.groupby("seed"):
+        strata = (100 * scores.groupby(["site", "band"]).dice.mean()).rename("dice").reset_index()
+        held = mixtures[(mixtures.split == split) & (mixtures.seed == seed)].merge(
+            strata, on=["site", "band"]
+        )
+        if len(held):
+            by_client = held.groupby("client")[["dice", "images"]]
+            found.append(by_client.apply(lambda own: np.average(own.dice, weights=own.images)).min())
+    return float(np.mean(found)) if found else np.nan
+
+
 def _runs(results: pd.DataFrame) -> pd.MultiIndex:
     return pd.MultiIndex.from_frame(results[RUN].drop_duplicates().sort_values(RUN))
 
@@ -224,6 +310,27 @@ def holm(p: Iterable[float]) -> np.ndarray:
     return corrected
 
 
+def sign_permutation(values: np.ndarray, *, resamples: int = 9999, seed: int = 0) -> float:
+    """Two-sided p that the mean of paired differences is zero, from signs that could as well be the other.
+
+    All 2^n signs for up to 13 differences, else `resamples` draws with the one observed counted in.
+
+    Args:
+        values: (n,) one difference a patient.
+        resamples: draws.
+        seed: of the draws.
+    """
+    # SciPy's permutation_test gives the same at ten times the time, which the map's many points would feel.
+    values = np.asarray(values, dtype=float)
+    if len(values) <= 13:
+        signs = np.array(list(itertools.product((-1, 1), repeat=len(values))), dtype=float)
+        as_far = np.abs(signs @ values) >= abs(values.sum()) * (1 - 1e-12)
+        return float(as_far.mean())
+    signs = 1.0 - 2.0 * np.random.default_rng(seed).integers(0, 2, (resamples, len(values)), dtype=np.int8)
+    as_far = np.abs(signs @ values) >= abs(values.sum()) * (1 - 1e-12)
+    return float((as_far.sum() + 1) / (resamples + 1))
+
+
 def contrast(
     per_image: pd.DataFrame, cells: Mapping[Cell, float], *, resamples: int = 2000, seed: int = 0
 ) -> dict[str, object]:
@@ -233,11 +340,14 @@ def contrast(
     difference of two losses from IID to skew. A standalone image's score is its mean over clients.
 
     Returns:
-        value, low, high (points of Dice, 95 % by patient), p (Wilcoxon signed-rank on patients' means,
-        against zero), seed_low, seed_high (95 % t interval over seeds), images, patients, seeds, and
+        value, low, high (points of Dice, 95 % by patient), p and p_permutation (Wilcoxon signed-rank and
+        permutation of signs on patients' means, against zero), effect (d_z: the patients' mean over their
+        standard deviation), seed_low, seed_high (95 % t interval over seeds), images, patients, seeds, and
         missing: why there is no value ("" if there is one).
     """
-    empty = dict.fromkeys(["value", "low", "high", "p", "seed_low", "seed_high"], np.nan)
+    empty = dict.fromkeys(
+        ["value", "low", "high", "p", "p_permutation", "effect", "seed_low", "seed_high"], np.nan
+    )
     empty |= {"images": 0, "patients": 0, "seeds": 0, "missing": ""}
     total = 0
     for (arm, init, split), weight in cells.items():
@@ -254,6 +364,7 @@ def contrast(
     low, high = bootstrap_mean(by_image.to_numpy(), patients, resamples=resamples, seed=seed)
     by_patient = by_image.groupby(patients.to_numpy()).mean().to_numpy()
     p = stats.wilcoxon(by_patient).pvalue if np.any(by_patient) else 1.0
+    spread = by_patient.std(ddof=1) if len(by_patient) > 1 else np.nan
     by_seed = total.mean()
     seed_low, seed_high = seed_interval(by_seed)
     return {
@@ -261,6 +372,8 @@ def contrast(
         "low": low,
         "high": high,
         "p": float(p),
+        "p_permutation": sign_permutation(by_patient, seed=seed),
+        "effect": by_patient.mean() / spread if spread > 0 else np.nan,
         "seed_low": seed_low,
         "seed_high": seed_high,
         "images": len(by_image),
@@ -280,13 +393,14 @@ def compare(
     """The contrasts of a family, corrected for being several.
 
     Returns:
-        A table indexed by the family's names: `contrast`'s columns, then p_holm, inside_noise and reading:
-        "higher" | "lower" | "inside the noise", with ", one seed" where the noise between training runs is
-        unknown, or "" where the contrast is missing.
+        A table indexed by the family's names: `contrast`'s columns, then p_holm, p_permutation_holm,
+        inside_noise and reading: "higher" | "lower" | "inside the noise", with ", one seed" where the noise
+        between training runs is unknown, or "" where the contrast is missing.
     """
     rows = [contrast(per_image, cells, resamples=resamples, seed=seed) for cells in family.values()]
     table = pd.DataFrame(rows, index=pd.Index(list(family), tupleize_cols=False))
     table["p_holm"] = holm(table.p)
+    table["p_permutation_holm"] = holm(table.p_permutation)
     table["inside_noise"] = [_inside_noise(row) for row in table.itertuples()]
     table["reading"] = [_reading(row) for row in table.itertuples()]
     return table
@@ -295,7 +409,8 @@ def compare(
 def _inside_noise(row) -> bool:
     beyond_patients = row.low > 0 or row.high < 0
     beyond_seeds = row.seeds == 1 or row.seed_low > 0 or row.seed_high < 0
-    return not (beyond_patients and beyond_seeds and row.p_holm < ALPHA)
+    beyond_chance = row.p_holm < ALPHA and row.p_permutation_holm < ALPHA
+    return not (beyond_patients and beyond_seeds and beyond_chance)
 
 
 def _reading(row) -> str:
@@ -368,6 +483,120 @@ def gap_closed(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["init", "gap_closed", "why"])
 
 
+def gap_interval(
+    per_image: pd.DataFrame, init: str, split: str, *, resamples: int = 2000, seed: int = 0
+) -> dict[str, object]:
+    """`gap_closed` of one start from the scores by image, with a bootstrap interval over patients.
+
+    Returns:
+        gap_closed, low, high (1 is all of it) and why there is none: an arm was not run, or centralised
+        training is not above the random start outside the noise of the test images, so that the share would
+        be a number over nothing.
+    """
+    cells = {
+        "random": ("federated", "random", split),
+        "own": ("federated", init, split),
+        "centralised": CENTRALISED,
+    }
+    empty = {"gap_closed": np.nan, "low": np.nan, "high": np.nan}
+    whole = contrast(
+        per_image, {cells["centralised"]: 1, cells["random"]: -1}, resamples=resamples, seed=seed
+    )
+    if whole["missing"]:
+        return empty | {"why": whole["missing"]}
+    if not whole["low"] > 0:
+        return empty | {"why": "centralised training is not above the random start outside the noise"}
+    means = {}
+    for name, (arm, start, where) in cells.items():
+        rows = per_image[(per_image.arm == arm) & (per_image.init == start) & (per_image.split == where)]
+        if rows.empty:
+            return empty | {"why": f"{arm} {start} under {where} was not run"}
+        means[name] = rows.groupby("image_id").dice.mean()
+    table = pd.DataFrame(means).dropna()
+    patients = per_image.drop_duplicates("image_id").set_index("image_id").patient_id.reindex(table.index)
+    sums = table.groupby(patients.to_numpy()).sum().to_numpy()
+    number = len(sums)
+    drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), resamples) @ sums
+    at_random, own, centralised = (drawn[:, list(table).index(name)] for name in cells)
+    low, high = np.quantile((own - at_random) / (centralised - at_random), [0.025, 0.975])
+    mean = table.mean()
+    share = (mean.own - mean.random) / (mean.centralised - mean.random)
+    return {"gap_closed": float(share), "low": float(low), "high": float(high), "why": ""}
+
+
+#: What the map asks of each of its points: the first start's final Dice less the second's.
+MAP_PAIRS = (("fm", "random"), ("fm", "pretraining"))
+
+
+def gains(
+    per_image: pd.DataFrame, variants: pd.DataFrame, *, resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """The map: what the teacher's student gains over the other starts where one setting is changed.
+
+    Args:
+        per_image: scores by image of the whole study, of which the federated arm under the variants' split
+            stands for each axis's own value, and for a start that the axis cannot change.
+        variants: the same of all variants, with columns axis, value and own (the study's own value).
+        resamples, seed: see :mod:`fmfl.analysis`.
+
+    Returns:
+        One row an (axis, value, pair): axis, value, higher, lower and `compare`'s columns; the study's own
+        value among the others. All of them are one family for Holm's correction.
+    """
+    family, scores = {}, [per_image.assign(axis="", value="")]
+    for axis, of_axis in variants.groupby("axis", sort=False):
+        own = of_axis.own.iloc[0]
+        points = {own: None} | dict.fromkeys(of_axis.value)
+        for value in sorted(points, key=_axis_order):
+            rows = of_axis[of_axis.value == value]
+            split = of_axis.split.iloc[0]
+            if len(rows):
+                # A point is a split of its own, so that cells are told apart.
+                scores.append(rows.assign(split=f"{axis}={value}"))
+            for first, second in MAP_PAIRS:
+                run = set(rows.init)
+                cells = {
+                    ("federated", init, f"{axis}={value}" if init in run else split): sign
+                    for init, sign in ((first, 1), (second, -1))
+                }
+                family[axis, value, first, second] = cells
+    if not family:
+        return pd.DataFrame(columns=["axis", "value", "higher", "lower", *_MAPPED])
+    compared = compare(pd.concat(scores, ignore_index=True), family, resamples=resamples, seed=seed)
+    names = pd.DataFrame(list(family), columns=["axis", "value", "higher", "lower"])
+    compared = compared.rename(columns={"value": "gain"}).reset_index(drop=True)
+    return pd.concat([names, compared[_MAPPED]], axis=1)
+
+
+def variant_scores(
+    per_image: pd.DataFrame, variants: pd.DataFrame, *, resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Final Dice of each start where one setting is changed, as :func:`gains` takes them.
+
+    Returns:
+        One row an (axis, value, init): these, dice, low, high (%, 95 % by patient), images, seeds.
+    """
+    rows = []
+    for axis, of_axis in variants.groupby("axis", sort=False):
+        own, split = of_axis.own.iloc[0], of_axis.split.iloc[0]
+        for value in sorted({own, *of_axis.value}, key=_axis_order):
+            source = per_image if value == own else of_axis[of_axis.value == value]
+            for init in ordered_inits(source[source.arm == "federated"]):
+                cell = contrast(source, {("federated", init, split): 1}, resamples=resamples, seed=seed)
+                if not cell["missing"]:
+                    keep = {"dice": cell["value"]} | {k: cell[k] for k in ("low", "high", "images", "seeds")}
+                    rows.append({"axis": axis, "value": value, "init": init} | keep)
+    return pd.DataFrame(rows, columns=["axis", "value", "init", "dice", "low", "high", "images", "seeds"])
+
+
+def _axis_order(value: object) -> tuple:
+    """Numbers by size, before words by name."""
+    try:
+        return (0, float(str(value)), "")
+    except ValueError:
+        return (1, 0.0, str(value))
+
+
 def paired_differences(
     per_image: pd.DataFrame,
     splits: Iterable[str] | None = None,
@@ -401,9 +630,13 @@ def paired_differences(
 
 
 COMPARED = [
-    *("value", "low", "high", "p", "p_holm", "seed_low", "seed_high"),
+    *("value", "low", "high", "p", "p_holm", "p_permutation", "p_permutation_holm", "effect"),
+    *("seed_low", "seed_high"),
     *("images", "patients", "seeds", "inside_noise", "reading"),
 ]
+
+
+_MAPPED = [name if name != "value" else "gain" for name in COMPARED]
 
 
 # The ledger
@@ -491,7 +724,8 @@ def claims(
 
     Returns:
         claim, paper (text: a number, or a bound such as "< 40"), ours, low, high (95 %), n (test images; runs
-        for statements about rounds), seeds, verdict, why.
+        for statements about rounds), seeds, verdict, why, run (names of the runs behind it as in
+        ``weights/``, without their seeds).
     """
     compared = compare(per_image, PAPER_DIFFERENCES, resamples=resamples, seed=seed)
     rows = []
@@ -501,7 +735,7 @@ def claims(
         verdict, why = judge_number(paper, **noise, order=compared.reading[PAPER_ORDER[cell]])
         arm, init, _ = cell
         name = f"Table 1, Dice in %: {arm}, {init} start"
-        rows.append(_claim(name, f"{paper:.2f}", ours, verdict, ours["missing"] or why))
+        rows.append(_claim(name, f"{paper:.2f}", ours, verdict, ours["missing"] or why, [cell]))
     for name, cells in PAPER_DIFFERENCES.items():
         ours = compared.loc[name].to_dict()
         paper = (
@@ -509,11 +743,14 @@ def claims(
             if cells.keys() <= PAPER.keys()
             else None
         )
-        rows.append(_claim(name, f"{paper:+.2f}" if paper else "> 0", ours, *judge_difference(ours, paper)))
+        verdict, why = judge_difference(ours, paper)
+        rows.append(_claim(name, f"{paper:+.2f}" if paper else "> 0", ours, verdict, why, cells))
     return pd.DataFrame(rows + _claims_about_rounds(results, PAPER_SPLIT))
 
 
-def _claim(claim: str, paper: str, row: Mapping[str, object], verdict: str, why: str) -> dict[str, object]:
+def _claim(
+    claim: str, paper: str, row: Mapping[str, object], verdict: str, why: str, cells: Iterable[Cell]
+) -> dict[str, object]:
     return {
         "claim": claim,
         "paper": paper,
@@ -524,6 +761,7 @@ def _claim(claim: str, paper: str, row: Mapping[str, object], verdict: str, why:
         "seeds": row["seeds"],
         "verdict": verdict,
         "why": why,
+        "run": ", ".join(f"{arm}-{split}-{init}" for arm, init, split in cells) if row["seeds"] else "",
     }
 
 
@@ -561,7 +799,8 @@ def _claims_about_rounds(results: pd.DataFrame, split: str) -> list[dict[str, ob
     random = by_seed("random", lambda seed, curve: first_round(curve, goal[seed]))
     fm = by_seed("fm", lambda seed, curve: first_round(curve, goal[seed]) if seed in goal else np.nan)
     saved = _over_seeds(random - fm, f"federated random and fm under {split} were not both run")
-    rows.append(_claim(ROUNDS_SAVED, "> 0", saved, *judge_difference(saved)))
+    both = [("federated", init, split) for init in ("random", "fm")]
+    rows.append(_claim(ROUNDS_SAVED, "> 0", saved, *judge_difference(saved), both))
 
     for init in INITS:
         sign, bound = (1, ">") if init == "random" else (-1, "<")
@@ -578,12 +817,15 @@ def _claims_about_rounds(results: pd.DataFrame, split: str) -> list[dict[str, ob
         else:
             verdict, why = judge_difference(_over_seeds(sign * (rounds - PAPER_ROUNDS), ""))
         claim = f"Fig. 3: rounds until {init} is within {100 * PLATEAU:g} point of its last Dice"
-        rows.append(_claim(claim, f"{bound} {PAPER_ROUNDS}", ours, verdict, why))
+        rows.append(
+            _claim(claim, f"{bound} {PAPER_ROUNDS}", ours, verdict, why, [("federated", init, split)])
+        )
 
     start = {init: by_seed(init, lambda _, curve: curve.get(0, np.nan)) for init in ("fm", "pretraining")}
     head = _over_seeds(
         100 * (start["fm"] - start["pretraining"]), "round 0 of fm and pretraining was not scored"
     )
     claim = "Claim 2, points of Dice before any round: fm above pretraining"
-    rows.append(_claim(claim, "> 0", head, *judge_difference(head)))
+    both = [("federated", init, split) for init in start]
+    rows.append(_claim(claim, "> 0", head, *judge_difference(head), both))
     return rows

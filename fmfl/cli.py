@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -24,6 +25,7 @@ OPTIONS = {
     "teacher": "--teacher",
     "checkpoint": "--checkpoint",
     "device": "--device",
+    "engine": "--engine",
     "split": "--splits",
     "seed": "--seeds",
 }
@@ -40,6 +42,50 @@ def _once(values: list, what: str) -> list:
     if len(set(values)) < len(values):
         raise UserError(f"{what} names one twice ({', '.join(map(str, values))}): name each once")
     return values
+
+
+def _pairs(option: str, texts: list[str] | None, options: dict[str, str] = OPTIONS) -> list[tuple[str, str]]:
+    """NAME=VALUE texts of an option, split; ``options`` are the names that have an option of their own."""
+    found = []
+    for pair in texts or []:
+        name, separator, text = pair.partition("=")
+        if not separator:
+            raise UserError(f"{option} {pair} has no value: write {option} NAME=VALUE")
+        if name in options:
+            raise UserError(f"{option} {name} has an option of its own: use {options[name]}")
+        found.append((name, text))
+    return found
+
+
+def _variants(texts: list[str] | None, cfg: config.Settings) -> dict[str, list]:
+    """What --vary asks for; the study's own value of a parameter is there anyway."""
+    vary: dict[str, list] = {}
+    for name, text in _pairs("--vary", texts):
+        if name in ("arms", "inits"):
+            raise UserError(f"--vary {name} is no axis of the map: use -p {name}")
+        values = [config.parse(name, part) for part in _list(text, f"--vary {name}")]
+        vary.setdefault(name, []).extend(value for value in values if value != cfg.flat()[name])
+        _once(vary[name], f"--vary {name}")
+    return vary
+
+
+def _say_cost(cells: list, costs: dict) -> None:
+    for cell in cells:
+        if cell.key not in costs:
+            typer.echo(f"{cell.key}: done")
+            continue
+        cost, rounds = costs[cell.key], f"{cell.rounds} rounds, " if cell.rounds else ""
+        training = f": {rounds}{cost.images:,} images, {_hours(cost.hours)}" if cost.images else ""
+        typer.echo(f"{cell.key}{training}")
+    images, hours = sum(cost.images for cost in costs.values()), sum(cost.hours for cost in costs.values())
+    typer.echo(
+        f"{len(costs)} of {len(cells)} cells to run: about {images:,} images to train on, {_hours(hours)} at "
+        "the speed that this device has just shown; the teacher, scoring and starting kernels come on top"
+    )
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
 
 
 def _absolute(path: str | Path) -> str:
@@ -60,34 +106,36 @@ def study(
     seeds: Annotated[str, typer.Option(help="whole numbers, joined by commas")] = "0",
     splits: Annotated[str, typer.Option(help="iid, age, quantity, site, dirichlet")] = "iid,age,quantity",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    engine: Annotated[str, typer.Option(help="local: all clients in one process")] = "local",
+    engine: Annotated[
+        str, typer.Option(help="local, or flower: the clients behind Flower's messages")
+    ] = "local",
     p: Annotated[
         list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="any other parameter; repeat it")
+    ] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=V1,V2,...", help="also with other values of one parameter, for the map; repeat it"
+        ),
     ] = None,
     plain: Annotated[
         bool, typer.Option(help="run the notebooks' code in this process, without Jupyter")
     ] = False,
-    dry_run: Annotated[bool, typer.Option(help="say what would run, and stop")] = False,
+    dry_run: Annotated[bool, typer.Option(help="say what would run and what it costs, and stop")] = False,
     progress: Annotated[bool, typer.Option(help="show a bar with the time left")] = True,
 ) -> None:
     """Run the five notebooks over all splits, starts and seeds; run again, it finishes what is missing."""
-    if engine != "local":
-        raise UserError(f"engine {engine!r} is unknown: choose local")
-    given: dict[str, object] = {}
-    for pair in p or []:
-        name, separator, text = pair.partition("=")
-        if not separator:
-            raise UserError(f"-p {pair} has no value: write -p NAME=VALUE")
-        if name in OPTIONS:
-            raise UserError(f"-p {name} has an option of its own: use {OPTIONS[name]}")
-        given[name] = config.parse(name, text)
+    given: dict[str, object] = {name: config.parse(name, text) for name, text in _pairs("-p", p)}
+    given["engine"] = engine
     # Notebooks run in their own folder, so every path is made absolute.
+    given |= {name: _absolute(given[name]) for name in ("encoder_file", "init_file") if given.get(name)}
     folders = [part if part == "phantom" else _absolute(part) for part in _list(data, "--data")]
     given |= {"data": ",".join(_once(folders, "--data")), "teacher": teacher, "device": device}
     given |= {"run_name": _absolute(out), "checkpoint": checkpoint and _absolute(checkpoint)}
     seed_list = _once([config.parse("seed", text) for text in _list(seeds, "--seeds")], "--seeds")
     split_list = _once([config.checked("split", name) for name in _list(splits, "--splits")], "--splits")
     cfg = config.settings(given, profile=profile)
+    variants = _variants(vary, cfg)
     for part in folders:
         if part != "phantom" and not Path(part).is_dir():
             raise UserError(f"--data {part}: there is no such folder")
@@ -96,10 +144,9 @@ def study(
 
     from fmfl import grid  # imports torch, which a typing mistake need not wait for
 
-    cells = grid.plan(cfg, seed_list, split_list)
+    cells = grid.plan(cfg, seed_list, split_list, variants)
     if dry_run:
-        for cell in cells:
-            typer.echo(f"{cell.name}: {cell.rounds} rounds" if cell.rounds else cell.name)
+        _say_cost(cells, grid.estimate(cells))
         return
     ran, done = grid.run(cells, plain=plain, progress=progress and sys.stderr.isatty())
     typer.echo(f"{ran} notebooks run, {done} were done already")
@@ -129,11 +176,19 @@ def check_data(
 @app.command("report")
 def rebuild_report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="a study's folder")],
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="put the answer into this Markdown file instead, between its marks"
+        ),
+    ] = None,
 ) -> None:
     """Write DIR/report.html again from the files beside it."""
     from fmfl import report
 
-    typer.echo(f"report: {report.write(directory)}")
+    typer.echo(
+        f"results: {report.write_into(into, directory)}" if into else f"report: {report.write(directory)}"
+    )
 
 
 teachers = typer.Typer(no_args_is_help=True, help="A teacher's weights: check a file, fetch a published one.")
@@ -201,6 +256,75 @@ def verify(
     for line in lines:
         typer.echo(line)
     raise typer.Exit(0 if equal else 1)
+
+
+flowers = typer.Typer(
+    no_args_is_help=True, help="The study on several machines, through Flower: keys, a server, its clients."
+)
+app.add_typer(flowers, name="flower")
+
+
+@flowers.command("keys")
+def flower_keys(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder")],
+    host: Annotated[
+        str, typer.Option(help="names or addresses of the server, as clients reach it, joined by commas")
+    ] = "localhost",
+    clients: Annotated[int, typer.Option(min=1, help="how many")] = 3,
+) -> None:
+    """Make a folder of keys for the server and one for each client."""
+    deploy = _deploy()
+    deploy.keys(folder, _list(host, "--host"), clients)
+    typer.echo(f"{folder / 'server'} stays with the server; hand client K its folder client-K alone")
+
+
+@flowers.command("server")
+def flower_server(
+    keys: Annotated[Path, typer.Option(help="the folder server of `fmfl flower keys`")],
+    out: Annotated[Path, typer.Option(help="folder of the results")] = Path("runs/hospitals"),
+    start: Annotated[
+        str, typer.Option(help="first weights, such as init-fm-seed0.safetensors; empty: random")
+    ] = "",
+    test_data: Annotated[str, typer.Option(help="folders that the server scores on; empty: none")] = "",
+    host: Annotated[str, typer.Option(help="address to listen on")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(help="the one port that clients reach")] = 8000,
+    p: Annotated[
+        list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="any other parameter; repeat it")
+    ] = None,
+) -> None:
+    """Serve the rounds to the clients; run again, it goes on where it stopped."""
+    deploy = _deploy()
+    own = {"run_name": "--out", "start": "--start", "test_data": "--test-data"}
+    given: dict[str, object] = {name: config.parse(name, text) for name, text in _pairs("-p", p, own)}
+    folders = [_absolute(part) for part in config.several(test_data)]
+    given |= {"start": start and _absolute(start), "test_data": ",".join(folders)}
+    deploy.serve(keys, Path(_absolute(out)), given, host=host, port=port)
+    typer.echo(f"results: {out / 'results.csv'}")
+
+
+@flowers.command("client")
+def flower_client(
+    data: Annotated[str, typer.Option(help="this hospital's folders, joined by commas")],
+    keys: Annotated[Path, typer.Option(help="this hospital's folder client-K")],
+    number: Annotated[int, typer.Option(min=0, help="K, from 0")],
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="where the server is")],
+    clients: Annotated[int, typer.Option(min=1, help="how many there are")] = 3,
+    port: Annotated[int, typer.Option(help="of Flower's own on this machine; 0: 9094 + K")] = 0,
+) -> None:
+    """Train on this hospital's images whenever the server asks, until stopped."""
+    folders = [_absolute(part) for part in _list(data, "--data")]
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise UserError(f"--data {folder}: there is no such folder")
+    _deploy().client(",".join(folders), server, keys, number, clients, port or None)
+
+
+def _deploy() -> ModuleType:
+    try:
+        from fmfl.engines import deploy
+    except ImportError:
+        raise UserError("Flower is not installed: pip install -c requirements.lock -e '.[flower]'") from None
+    return deploy
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from fmfl import paths
 from fmfl.errors import UserError
 
-INITS = ("random", "pretraining", "fm")
+INITS = ("random", "pretraining", "fm", "imagenet", "file")
 ARMS = ("federated", "centralised", "standalone")
 SPLITS = ("iid", "age", "quantity", "site", "dirichlet")
 
@@ -32,8 +32,14 @@ def _one_of(default: str, *choices: str) -> Any:
 
 
 def _some_of(default: str, *choices: str) -> Any:
-    """One or more of the named choices, joined by commas."""
-    return dataclasses.field(default=default, metadata={"choices": choices, "several": True})
+    """One or more of the named choices, joined by commas; none only where that is the default."""
+    rule = {"choices": choices, "several": True, "none": not default}
+    return dataclasses.field(default=default, metadata=rule)
+
+
+def _numbers(default: str, low: float, high: float) -> Any:
+    """Any number of numbers between low and high, joined by commas."""
+    return dataclasses.field(default=default, metadata={"numbers": (low, high)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,7 @@ class RunConfig:
     precision: str = _one_of("auto", "auto", "float32", "bfloat16")  # auto: bfloat16 on a GPU that has it
     deterministic: bool = False  # on a GPU, slower kernels that give the same bytes twice; a CPU always does
     cohort_device: str = _one_of("auto", "auto", "device", "host")  # auto: host if the GPU has no room for it
+    engine: str = _one_of("local", "local", "flower")  # flower: the clients behind Flower's messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +100,28 @@ class DistillConfig:
     teacher_views: str = _one_of("cached", "cached", "fresh")  # fresh: asked about each augmented image
     proxy_epochs: int = _in(15, 0, 10_000)  # passes of the proxy set; the paper names none
     proxy_learning_rate: float = _in(1e-3, 0, 10)
+    encoder_file: str = ""  # of the start imagenet: the encoder's weights as published
+    init_file: str = ""  # of the start file: any weights of the student
+
+
+#: What each named variant of distillation changes.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "kl_only": {"alpha": 1.0},
+    "dice_only": {"alpha": 0.0},
+    "soft": {"teacher_labels": "soft"},
+    "hard": {"teacher_labels": "hard"},
+    "cached": {"teacher_views": "cached"},
+    "fresh": {"teacher_views": "fresh"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Which other distillations 03_distill compares with the run's own; no federated run begins from them."""
+
+    alpha_sweep: str = _numbers("0,0.6,1", 0, 1)  # each with each temperature: Dice only, both, KL only
+    temperature_sweep: str = _numbers("", 0.01, 100)  # empty: the run's own
+    variants: str = _some_of("", *VARIANTS)  # each changes one thing in the run's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +160,29 @@ class FederateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlowerConfig:
+    """What a run on Flower depends on besides; docs/hospitals.md goes to more than one machine."""
+
+    start: str = ""  # a deployment's first weights, a file of safetensors; empty: random ones by the seed
+    test_data: str = ""  # what a deployment's server scores on: folders; empty: none; held_out: part of data
+    min_clients: int = _in(2, 1, 100_000)  # good updates that a round needs, or all where fewer are asked
+    join_timeout: float = _in(300.0, 0, 1e6)  # seconds to wait for all clients before the first round
+    round_timeout: float = _in(3600.0, 1, 1e6)  # seconds to wait for a client's update
+    # Differential privacy for whole clients (McMahan et al. 2018, arXiv 1710.06963): updates are clipped by
+    # the client, and noise is added to their average.
+    privacy: str = _one_of("none", "none", "dp")
+    dp_clipping: float = _in(1.0, 1e-6, 1e6)  # C, the most that one client's update may measure (L2)
+    dp_noise: float = _in(1.0, 1e-6, 1e6)  # z: the noise on the sum of updates has deviation z C
+    dp_delta: float = _in(1e-5, 1e-12, 0.5)  # delta at which epsilon is stated
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnalysisConfig:
     """What the figures and tables ask."""
 
     target_dice: float = _in(0.9, 0, 1)  # rounds, bytes and seconds are counted up to this Dice
     reference_split: str = _one_of("age", *SPLITS)  # of Table 1
+    diagnostics: bool = True  # each client trains its first round again, to look at the ground there
 
 
 STAGES: dict[str, type] = {
@@ -143,14 +190,16 @@ STAGES: dict[str, type] = {
     "data": DataConfig,
     "teacher": TeacherConfig,
     "distill": DistillConfig,
+    "sweep": SweepConfig,
     "federate": FederateConfig,
+    "flower": FlowerConfig,
     "analysis": AnalysisConfig,
 }
 
 #: What each profile changes against the defaults (= ``smoke``, the notebooks' quick run).
 PROFILES: dict[str, dict[str, Any]] = {
     "smoke": {},
-    "class": {"num_phantoms": 300},
+    "class": {"num_phantoms": 300, "alpha_sweep": ""},
     "paper": {
         "size": 256,
         "num_phantoms": 6504,
@@ -161,6 +210,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-4,
         "proxy_epochs": 100,
         "proxy_learning_rate": 1e-4,
+        "alpha_sweep": "",
     },
 }
 
@@ -173,7 +223,9 @@ class Settings:
     data: DataConfig
     teacher: TeacherConfig
     distill: DistillConfig
+    sweep: SweepConfig
     federate: FederateConfig
+    flower: FlowerConfig
     analysis: AnalysisConfig
 
     def flat(self) -> dict[str, Any]:
@@ -215,6 +267,11 @@ def several(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def numbers(text: str) -> list[float]:
+    """A comma-separated parameter of numbers as a list."""
+    return [float(part) for part in several(text)]
+
+
 def checked(name: str, value: Any) -> Any:
     """A parameter's value in its own type.
 
@@ -232,6 +289,8 @@ def checked(name: str, value: Any) -> Any:
         value = float(value)
     if kind is str and isinstance(value, list | tuple):
         value = ",".join(map(str, value))
+    if "numbers" in rule and isinstance(value, int | float) and not isinstance(value, bool):
+        value = f"{value:g}"  # papermill reads a list of one as a number
     if kind is str and isinstance(value, os.PathLike):
         value = str(value)
     if type(value) is not kind:
@@ -239,12 +298,14 @@ def checked(name: str, value: Any) -> Any:
     if "choices" in rule:
         chosen = several(value) if rule.get("several") else [value]
         wrong = [item for item in chosen if item not in rule["choices"]]
-        if wrong or not chosen:
+        if wrong or not (chosen or rule.get("none")):
             what = "some of" if rule.get("several") else "one of"
             found = repr(wrong[0]) if wrong else "empty"
             raise UserError(f"parameter {name} is {found}: choose {what} {', '.join(rule['choices'])}")
         if len(set(chosen)) < len(chosen):
             raise UserError(f"parameter {name} = {value!r} names one choice twice: name each once")
+    if "numbers" in rule:
+        _check_numbers(name, value, *rule["numbers"])
     low, high = rule.get("low"), rule.get("high")
     # Written so that NaN fails too.
     if (low is not None and not value >= low) or (high is not None and not value <= high):
@@ -258,6 +319,22 @@ def checked(name: str, value: Any) -> Any:
             f"parameter {name} is {value}: it must be a multiple of {multiple}, such as {below or multiple}"
         )
     return value
+
+
+def _check_numbers(name: str, text: str, low: float, high: float) -> None:
+    """Each part of a comma-separated text is a number in the range, and none is there twice."""
+    found = []
+    for part in several(text):
+        try:
+            found.append(float(part))
+        except ValueError:
+            raise UserError(
+                f"parameter {name} holds {part!r}: give numbers joined by commas, such as {low:g},{high:g}"
+            ) from None
+        if not low <= found[-1] <= high:
+            raise UserError(f"parameter {name} holds {part}: each must lie between {low:g} and {high:g}")
+    if len(set(found)) < len(found):
+        raise UserError(f"parameter {name} = {text!r} names one number twice: name each once")
 
 
 def _a(kind: type) -> str:

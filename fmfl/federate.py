@@ -77,7 +77,7 @@ def aggregate(updates: Iterable[tuple[State, int]]) -> State:
         number += 1
         if num_examples <= 0:
             raise ValueError(f"update {number} comes from {num_examples} images: a client needs at least one")
-        if not _is_finite(state):
+        if not is_finite(state):
             warnings.warn(f"update {number} is not finite and is left out of this round", stacklevel=2)
             del state
             continue
@@ -102,7 +102,7 @@ def aggregate(updates: Iterable[tuple[State, int]]) -> State:
     return kept | {key: (running / total).to(kept[key].dtype) for key, running in sums.items()}
 
 
-def _is_finite(state: State) -> bool:
+def is_finite(state: State) -> bool:
     """Whether no floating tensor holds a NaN or an infinity; the device is waited for once.
 
     Either makes a sum what it is itself, or NaN, and float64 has room for any sum of float32: one pass and
@@ -225,6 +225,23 @@ def _examples(cohort: Cohort, indices: Tensor) -> Examples:
     return Examples(cohort.images, cohort.masks, indices, device=cohort.device)
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """What went between the server and its clients in one round, measured by an engine that sends messages.
+
+    Attributes:
+        clients: those whose updates go into the average.
+        bytes_up: from the clients, those left out included.
+        bytes_down: to the clients.
+        faults: client to what was wrong with it, for those that were asked or expected in vain.
+    """
+
+    clients: list[int]
+    bytes_up: int
+    bytes_down: int
+    faults: dict[int, str]
+
+
 @dataclass
 class Server:
     """One run over its rounds: the global state, what was measured, and the file it continues from.
@@ -239,13 +256,16 @@ class Server:
         state: the global state after the last finished round.
         round_number: the last finished round; 0 before any.
         history: one row a scored round.
-        rounds: of each round, from 0: SHA-256 of the global state, the clients that took part, and in the
-            federated arm :class:`Drift`'s measures and the global state's distance from the initial one.
+        bytes_up, bytes_down: from and to all clients so far.
+        rounds: of each round, from 0: SHA-256 of the global state, the clients that took part, the faults of
+            others where there were any, and in the federated arm :class:`Drift`'s measures and the global
+            state's distance from the initial one.
         initial: the state before any round.
         drift: of the clients that have trained in the round to come.
         kept: what is kept between rounds besides the state: ``adam-{client}``, a client's moments;
             ``norm-{client}``, its own BatchNorm; ``server``, the moments of the server's optimizer.
         file: the checkpoint, and at the end the final weights.
+        exchange: of the round to be finished, where an engine has measured it; else it is reckoned.
         replicas: of the model, and ``spread``, the clients' images, where several devices train side by side.
     """
 
@@ -263,12 +283,14 @@ class Server:
     round_number: int = 0
     seconds: float = 0.0
     images_seen: int = 0
-    bytes_each_way: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
     history: list[dict] = field(default_factory=list)
     rounds: list[dict] = field(default_factory=list)
     initial: State = field(default_factory=dict)
     drift: Drift = field(default_factory=Drift)
     kept: dict[str, State] = field(default_factory=dict)
+    exchange: Exchange | None = None
     replicas: dict[int, nn.Module] = field(default_factory=dict)
     spread: dict[int, Examples] = field(default_factory=dict)
 
@@ -285,6 +307,7 @@ class Server:
         test: Tensor,
         arm: str = "federated",
         precision: str = "float32",
+        engine: object = "local",
     ) -> "Server":
         """A server at the round where the same run stopped, or before the first one.
 
@@ -296,6 +319,7 @@ class Server:
             initial: where it begins, and what that has cost.
             clients: see :func:`clients_of` and :func:`pooled`.
             test: (n,) int64, the images it is scored on.
+            engine: what brings the clients' updates, and all of its settings that a result depends on.
         """
         split = "pooled" if arm == "centralised" else cfg.split
         client = next(iter(clients)) if arm == "standalone" else -1
@@ -316,7 +340,7 @@ class Server:
             code_digest((*TRAINING_CODE, "metrics.py")), arm, student, precision, settings,
             state_digest(initial.state), cohort.fingerprint,
             {k: examples.indices.tolist() for k, examples in clients.items()}, test.tolist(),
-            torch.are_deterministic_algorithms_enabled(),
+            torch.are_deterministic_algorithms_enabled(), engine if arm == "federated" else "local",
         )  # fmt: skip
         suffix = f"-client{client}" if arm == "standalone" else ""
         file = run_dir / "weights" / f"{arm}-{split}-{initial.name}-seed{cfg.seed}{suffix}.safetensors"
@@ -343,7 +367,7 @@ class Server:
                 if name.startswith(KEPT):
                     whose, rest = name.removeprefix(KEPT).split("/", 1)
                     server.kept.setdefault(whose, {})[rest] = value
-            for name in ("round_number", "seconds", "images_seen", "bytes_each_way", "history", "rounds"):
+            for name in STORED:
                 setattr(server, name, record[name])
         else:
             server.rounds.append({"sha256": state_digest(server.state), "clients": []})
@@ -388,14 +412,15 @@ class Server:
         Under FedBN the average of the clients' BatchNorm goes into the state too: the global model is scored
         with it, and a client begins its first round with it. Later rounds begin with the client's own.
         """
-        own, clients, trained = self.own_keys, self.participants(), self.trained_keys
-        moments = self.kept.pop("server", {})
+        exchange, self.exchange = self.exchange or self._reckoned(average), None
+        moments, trained = self.kept.pop("server", {}), self.trained_keys
         self.state, self.kept["server"] = server_step(self.state, average, trained, self.cfg, moments)
         self.round_number += 1
-        self.rounds.append({"sha256": state_digest(self.state), "clients": clients} | self._moved())
-        if self.arm == "federated":
-            sent = {name: value for name, value in average.items() if name not in own}
-            self.bytes_each_way += len(clients) * models.num_bytes(sent)
+        done = {"sha256": state_digest(self.state), "clients": exchange.clients}
+        faults = {"faults": exchange.faults} if exchange.faults else {}
+        self.rounds.append(done | faults | self._moved())
+        self.bytes_up += exchange.bytes_up
+        self.bytes_down += exchange.bytes_down
         last = self.round_number == self.cfg.num_rounds
         if last or self.round_number % self.cfg.score_every == 0:
             self.score(cohort, test)
@@ -412,13 +437,15 @@ class Server:
             split=self.split,
             client=self.client,
             seed=self.cfg.seed,
-            round_number=self.round_number,
-            seconds=self.seconds,
-            images_seen=self.images_seen,
-            bytes_each_way=self.bytes_each_way,
-            history=self.history,
-            rounds=self.rounds,
+            **{name: getattr(self, name) for name in STORED},
         )
+
+    def _reckoned(self, average: State) -> Exchange:
+        """The exchange where all is one process: each client gets and gives all but its own part."""
+        clients, own = self.participants(), self.own_keys
+        sent = {name: value for name, value in average.items() if name not in own}
+        each_way = len(clients) * models.num_bytes(sent) if self.arm == "federated" else 0
+        return Exchange(clients, each_way, each_way, {})
 
     @property
     def trained_keys(self) -> list[str]:
@@ -453,8 +480,8 @@ class Server:
                 "round": self.round_number,
                 **{name: float(value) for name, value in means.items()},
                 "seconds": self.seconds,
-                "bytes_up": self.bytes_each_way,
-                "bytes_down": self.bytes_each_way,
+                "bytes_up": self.bytes_up,
+                "bytes_down": self.bytes_down,
                 "images_seen": self.images_seen,
             }
         )
@@ -472,6 +499,9 @@ class Server:
         }
         return pd.concat([about.assign(**key)[[*key, *about]], self.scores(cohort, test)], axis=1)
 
+
+#: What a checkpoint's record holds of a run, besides what names it.
+STORED = ("round_number", "seconds", "images_seen", "bytes_up", "bytes_down", "history", "rounds")
 
 #: Settings that the centralised arm does not depend on: one run serves all splits.
 PARTITION_SETTINGS = ("split", "age_strength", "quantity_ratio", "dirichlet_concentration", "num_clients")
@@ -600,11 +630,11 @@ def _received(server: Server, number: int, state: State, fitted: Fitted, moments
     if cfg.optimizer_state == "keep":
         # After a round that came to NaN or infinity the client begins with a new Adam: moments that are not
         # finite would spoil all its later rounds too.
-        if _is_finite(moments):
+        if is_finite(moments):
             server.kept[adam] = moments
         else:
             server.kept.pop(adam, None)
-    if (own := server.own_keys) and _is_finite(state):
+    if (own := server.own_keys) and is_finite(state):
         server.kept[f"norm-{number}"] = {name: state[name] for name in own}
     server.seconds += fitted.seconds
     server.images_seen += fitted.images_seen

@@ -4,6 +4,10 @@ A cell is one notebook with one set of parameters. It is done when its record sa
 its settings, images, teacher, notebook, the package's code and the cells that it continues, and when all that
 it left is still there; anything else is run again. Within a cell, trained states are found again by their own
 fingerprints, so running a cell twice trains nothing twice.
+
+Several processes, on one machine or on machines that see one folder, share a study: each takes a cell that
+nobody holds. A cell is held by a lock of the operating system, which ends with the process that has it: what
+a dead one held is free at once.
 """
 
 import ast
@@ -14,39 +18,43 @@ import json
 import logging
 import os
 import re
+import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from fmfl import config, models, paths, states, study
+from fmfl import config, models, paths, states, study, train
 from fmfl.config import Settings, several
 from fmfl.errors import UserError
+from fmfl.split import Holdout
 
 #: Which stages' settings a notebook depends on, and single ones besides.
 DEPENDS: dict[str, tuple[str, ...]] = {
     "01_data": ("data", "federate.num_clients", "federate.age_strength", "federate.quantity_ratio",
                 "federate.seed"),
     "02_teacher": ("data", "teacher", "distill.student"),
-    "03_distill": ("data", "teacher", "distill", "federate.batch_size", "federate.augmentation",
+    "03_distill": ("data", "teacher", "distill", "sweep", "federate.batch_size", "federate.augmentation",
                    "federate.batch_norm", "federate.seed", "federate.inits", "run.precision",
                    "run.deterministic"),
-    "04_federate": ("data", "teacher", "distill", "federate", "run.precision", "run.deterministic"),
-    "05_analysis": ("data", "teacher", "distill", "federate", "analysis", "run.precision",
-                    "run.deterministic"),
+    "04_federate": ("data", "teacher", "distill", "federate", "flower", "run.precision", "run.deterministic",
+                    "run.engine"),
+    "05_analysis": ("data", "teacher", "distill", "sweep", "federate", "flower", "analysis", "run.precision",
+                    "run.deterministic", "run.engine"),
 }  # fmt: skip
 
 #: What every notebook is given and no number depends on.
 WHERE = ("run_name", "device", "cohort_device")
 
 #: Modules whose code no number depends on.
-NO_NUMBERS = ("cli.py", "grid.py", "teacher_training.py", "verify.py")
+NO_NUMBERS = ("cli.py", "engines/deploy.py", "grid.py", "teacher_training.py", "verify.py")
 
 NO_BARS = {"TQDM_DISABLE": "1"}
 """An environment without progress bars, see :func:`fmfl.study.show_bars`."""
@@ -62,19 +70,26 @@ class Cell:
     Attributes:
         notebook: its name without suffix.
         cfg: all settings.
-        needs: names of the cells that it continues.
+        needs: keys of the cells that it continues.
         rounds: federated rounds that it trains, a standalone client's counted by its share.
+        variant: the one setting in which it differs from the study, "name=value"; empty for the study itself.
     """
 
     notebook: str
     cfg: Settings
     needs: tuple[str, ...] = ()
     rounds: int = 0
+    variant: str = ""
 
     @property
     def name(self) -> str:
         """Its name in the run's folder."""
         return study.cell_name(self.cfg, self.notebook)
+
+    @property
+    def key(self) -> str:
+        """Its name in the whole study."""
+        return f"{self.variant}/{self.name}" if self.variant else self.name
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -88,11 +103,26 @@ class Cell:
         return stage in wanted or f"{stage}.{name}" in wanted
 
 
-def plan(cfg: Settings, seeds: list[int], splits: list[str]) -> list[Cell]:
+#: Settings that a random start under a split does not depend on, besides all of the teacher's.
+NOT_RANDOMS = ("labelled", "alpha", "temperature", "teacher_labels", "teacher_views", "proxy_epochs",
+               "proxy_learning_rate", "init_file", "encoder_file")  # fmt: skip
+
+
+def plan(
+    cfg: Settings, seeds: list[int], splits: list[str], vary: dict[str, list[Any]] | None = None
+) -> list[Cell]:
     """The study's cells in the order in which they can run.
 
     Centralised and standalone training, which the paper compares in its Table 1, are trained under the
     reference split (or the first, where that is not among the splits).
+
+    Args:
+        cfg: the study's settings.
+        seeds: of everything that is drawn at random but the held-out images.
+        splits: names of partitions.
+        vary: to a setting's name, values that it has beside the study's own, one setting at a time: the
+            federated arm under the reference split, in ``vary/{name}={value}``. What a value cannot change,
+            such as the random start by a number of labels, is not trained again.
     """
     reference = cfg.analysis.reference_split if cfg.analysis.reference_split in splits else splits[0]
     cfg = replace(cfg, federate=replace(cfg.federate, seed=seeds[0]))
@@ -116,10 +146,74 @@ def plan(cfg: Settings, seeds: list[int], splits: list[str]) -> list[Cell]:
                     runs * federated.num_rounds,
                 )
             )
+    for name, values in (vary or {}).items():
+        for value in values:
+            cells += _variant(cfg, seeds, reference, name, value)
     # Seed and split are the grid's axes; what the analysis depends on is every cell before it.
     whole = replace(cfg, federate=replace(cfg.federate, split=reference))
-    cells.append(Cell("05_analysis", whole, tuple(cell.name for cell in cells)))
+    cells.append(Cell("05_analysis", whole, tuple(cell.key for cell in cells)))
     return cells
+
+
+def _variant(cfg: Settings, seeds: list[int], split: str, name: str, value: Any) -> list[Cell]:
+    """The cells of a study with one setting changed."""
+    stage = config.stage_of()[name]
+    variant = f"{name}={study.as_text(value)}"
+    inits = several(cfg.federate.inits)
+    if stage == "teacher" or name in NOT_RANDOMS:
+        inits = [init for init in inits if init != "random"]
+    folder = study.variant_dir(cfg, variant)
+    changed = cfg.flat() | {name: value, "run_name": str(folder), "split": split, "arms": "federated"}
+    changed["inits"] = ",".join(inits)
+    cells = []
+    for seed in seeds:
+        own = config.settings(changed | {"seed": seed})
+        distill = Cell("03_distill", own, variant=variant)
+        rounds = len(inits) * own.federate.num_rounds
+        cells += [distill, Cell("04_federate", own, (distill.key,), rounds, variant)]
+    return cells
+
+
+class Cost(NamedTuple):
+    """What a cell will take."""
+
+    images: int  # that go through a student in training, repeats counted
+    hours: float  # at the speed that this device has just shown
+
+
+def estimate(cells: list[Cell], *, steps: int = 4) -> dict[str, Cost]:
+    """What the cells that are not done will cost, by key: their training, without teacher and scoring.
+
+    A few steps of the student are timed on this device; on a CPU, trainings that run side by side share the
+    cores.
+    """
+    keys = _fingerprints(cells, check(cells))
+    cohort = study.load_cohort(cells[0].cfg)
+    rates: dict[tuple, float] = {}
+    found = {}
+    for cell in cells:
+        if _is_done(cell, keys[cell.key]):
+            continue
+        cfg = cell.cfg
+        how = (cfg.data.size, cfg.distill.student, cfg.federate.batch_size, cfg.federate.augmentation)
+        if how not in rates:
+            rates[how] = study.images_a_second(cfg, cohort, steps)
+        images = _images(cell, study.hold_out(cfg, cohort))
+        found[cell.key] = Cost(images, images / rates[how] / 3600)
+    return found
+
+
+def _images(cell: Cell, parts: Holdout) -> int:
+    """Images that a cell's trainings see."""
+    cfg, proxy, clients = cell.cfg, len(parts.proxy), len(parts.federated)
+    starts = {*several(cfg.federate.inits)} - {"random"}
+    if cell.notebook == "02_teacher":  # of predicted boxes: two students, each from half of the proxy set
+        return cfg.distill.proxy_epochs * proxy
+    if cell.notebook == "03_distill":
+        return len(starts & {"pretraining", "fm"}) * cfg.distill.proxy_epochs * proxy
+    # The rounds' images as if all clients took part: those without an age are few.
+    of_one_run = cfg.federate.participation * clients * cfg.federate.local_epochs
+    return round(cell.rounds * of_one_run)
 
 
 def notebook_code(notebook: str) -> list[str]:
@@ -140,7 +234,10 @@ def check(cells: list[Cell]) -> dict[str, str]:
     cfg = cells[0].cfg
     if cfg.run.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch finds no GPU here: choose auto or cpu")
-    models.build(cfg.distill.student)
+    model = models.build(cfg.distill.student)
+    for init in {*several(cfg.federate.inits)} & {*train.GIVEN}:
+        file = train.weights_of(init, cfg.distill)
+        models.load_weights(model, file, encoder_only=init == "imagenet")
     here = replace(cfg, run=replace(cfg.run, device="cpu"))  # the GPU's memory is the notebooks'
     who = study.load_teacher(here)
     cohort = study.load_cohort(here)
@@ -176,43 +273,156 @@ def run(
 def _run(
     cells: list[Cell], inputs: dict[str, str], plain: bool, progress: bool, say: Callable[[str], None]
 ) -> tuple[int, int]:
-    check_folder(cells[0].cfg.run_dir)
-    _sweep(cells[0].cfg.run_dir)
-    modules = sorted(str(file.relative_to(paths.PACKAGE)) for file in paths.PACKAGE.rglob("*.py"))
-    code = states.code_digest(tuple(name for name in modules if name not in NO_NUMBERS))
-    fingerprints: dict[str, str] = {}
+    root = cells[0].cfg.run_dir
+    check_folder(root)
+    keys = _fingerprints(cells, inputs)
+    held = Claims(root)
+    held.sweep()
+    done: set[str] = set()
     ran = 0
-    total = sum(cell.rounds for cell in cells)
-    with _bar(cells, total, progress) as tick:
-        for cell in cells:
-            settings = {k: v for k, v in cell.parameters.items() if k not in WHERE}
-            before = [fingerprints[name] for name in cell.needs]
-            found = [inputs[stage] for stage in DEPENDS[cell.notebook] if stage in inputs]
-            key = states.fingerprint("cell-2", code, notebook_code(cell.notebook), settings, found, before)
-            fingerprints[cell.name] = key
-            folder = cell.cfg.run_dir
-            marker = folder / "cells" / cell.name / "done.json"
-            executed = folder / "notebooks" / f"{cell.name}.ipynb"
-            if _done(marker, key) and not _missing(cell, marker):
+
+    def ready(cell: Cell) -> bool:
+        return cell.key not in done and done.issuperset(cell.needs)
+
+    with _bar(cells, sum(cell.rounds for cell in cells), progress) as tick:
+        while True:
+            done.update(cell.key for cell in cells if cell.key not in done and _is_done(cell, keys[cell.key]))
+            if len(done) == len(cells):
+                break
+            # What another process has finished since is seen before it can be taken.
+            cell = held.take(filter(ready, cells), lambda cell: _is_done(cell, keys[cell.key]))
+            if cell is None:
+                time.sleep(POLL_SECONDS)  # others hold what is left
                 continue
-            marker.unlink(missing_ok=True)
-            before_it = _figures(folder)
-            started = time.perf_counter()
-            (execute_plain if plain else execute)(cell, executed)
-            if missing := _missing(cell, marker):
-                raise UserError(f"{executed} ran but left no {', '.join(missing)} in {folder}: look into it")
-            seconds = round(time.perf_counter() - started, 1)
-            figures = [name for name, when in _figures(folder).items() if before_it.get(name) != when]
-            about = {"fingerprint": key, "seconds": seconds, "figures": figures}
-            study.write_text(marker, json.dumps(about))
+            try:
+                seconds = _run_cell(cell, keys[cell.key], plain)
+            finally:
+                held.release(cell)
             ran += 1
             tick()
-            say(f"{cell.name}: {seconds:.0f} s")
+            say(f"{cell.key}: {seconds:.0f} s")
+    held.forget()
     return ran, len(cells) - ran
 
 
+POLL_SECONDS = 1.0
+"""Between two looks at cells that other processes hold."""
+
+
+def _fingerprints(cells: list[Cell], inputs: dict[str, str]) -> dict[str, str]:
+    """What each cell's results depend on."""
+    modules = sorted(str(file.relative_to(paths.PACKAGE)) for file in paths.PACKAGE.rglob("*.py"))
+    code = states.code_digest(tuple(name for name in modules if name not in NO_NUMBERS))
+    found: dict[str, str] = {}
+    for cell in cells:
+        settings = {k: v for k, v in cell.parameters.items() if k not in WHERE}
+        before = [found[key] for key in cell.needs]
+        given = [inputs[stage] for stage in DEPENDS[cell.notebook] if stage in inputs]
+        found[cell.key] = states.fingerprint(
+            "cell-3", code, notebook_code(cell.notebook), settings, given, before
+        )
+    return found
+
+
+def _run_cell(cell: Cell, fingerprint: str, plain: bool) -> float:
+    """Execute a cell and mark it done; returns the seconds that it took."""
+    folder, marker = cell.cfg.run_dir, _marker(cell)
+    executed = folder / "notebooks" / f"{cell.name}.ipynb"
+    marker.unlink(missing_ok=True)
+    started = time.perf_counter()
+    (execute_plain if plain else execute)(cell, executed)
+    if missing := _missing(cell):
+        raise UserError(f"{executed} ran but left no {', '.join(missing)} in {folder}: look into it")
+    seconds = round(time.perf_counter() - started, 1)
+    study.write_text(marker, json.dumps({"fingerprint": fingerprint, "seconds": seconds}))
+    return seconds
+
+
+class Claims:
+    """Which cells this process has taken of a study that others may work on too.
+
+    One lock, the gate, is held for a moment by whoever takes or gives back a cell; each cell taken has a lock
+    of its own. Both are the operating system's and end with their process.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = root / "claims"
+        self.locks: dict[str, FileLock] = {}
+
+    @contextlib.contextmanager
+    def gate(self) -> Iterator[None]:
+        """Alone among the study's processes."""
+        self.folder.mkdir(exist_ok=True)
+        try:
+            with FileLock(self.folder / "gate.lock"):
+                self.folder.mkdir(exist_ok=True)
+                yield
+        except NotImplementedError:
+            raise UserError(
+                f"--out {self.root} lies where files cannot be locked: name a folder of another file system"
+            ) from None
+
+    def _lock(self, cell: Cell) -> FileLock:
+        return FileLock(self.folder / f"{cell.key.replace('/', '~')}.lock")
+
+    def take(self, cells: Iterable[Cell], is_done: Callable[[Cell], bool]) -> Cell | None:
+        """The first of the cells that nobody holds and that is not done; None if there is none."""
+        with self.gate():
+            for cell in cells:
+                lock = self._lock(cell)
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    continue
+                if not is_done(cell):
+                    self.locks[cell.key] = lock
+                    return cell
+                self._let_go(lock)
+        return None
+
+    def release(self, cell: Cell) -> None:
+        """Give a cell back."""
+        with self.gate():
+            self._let_go(self.locks.pop(cell.key))
+
+    @staticmethod
+    def _let_go(lock: FileLock) -> None:
+        # Behind the gate nobody else can be opening the file that goes.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+    def sweep(self) -> None:
+        """Remove what killed processes were writing, if no other one is at work."""
+        if not any(_unfinished(self.root)):
+            return
+        with self.gate():
+            for file in self.folder.glob("*.lock"):
+                if file.name == "gate.lock":
+                    continue
+                try:
+                    with FileLock(file).acquire(timeout=0):
+                        pass
+                except Timeout:
+                    return
+            for file in _unfinished(self.root):
+                file.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Once all cells are done there is nothing left to hold."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _marker(cell: Cell) -> Path:
+    return cell.cfg.run_dir / "cells" / cell.name / "done.json"
+
+
+def _is_done(cell: Cell, fingerprint: str) -> bool:
+    return _read_marker(_marker(cell)).get("fingerprint") == fingerprint and not _missing(cell)
+
+
 def _read_marker(marker: Path) -> dict[str, Any]:
-    """What stands in a cell's done.json; empty where there is none or it is damaged."""
+    """What stands in a cell's done.json or cell.json; empty where there is none or it is damaged."""
     try:
         found = json.loads(marker.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -220,20 +430,13 @@ def _read_marker(marker: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _done(marker: Path, key: str) -> bool:
-    return _read_marker(marker).get("fingerprint") == key
-
-
-def _figures(folder: Path) -> dict[str, int]:
-    """Figures and when each was written, in ns."""
-    return {file.name: file.stat().st_mtime_ns for file in sorted((folder / "figures").glob("*.png"))}
-
-
-def _missing(cell: Cell, marker: Path) -> list[str]:
+def _missing(cell: Cell) -> list[str]:
     """What a cell leaves behind and is not there: its files below the run's folder."""
     cfg, own = cell.cfg.federate, f"cells/{cell.name}"
     wanted = [f"notebooks/{cell.name}.ipynb", f"{own}/cell.json"]
-    wanted += [f"figures/{name}" for name in _read_marker(marker).get("figures", [])]
+    wanted += [
+        f"figures/{name}" for name in _read_marker(cell.cfg.run_dir / own / "cell.json").get("figures", [])
+    ]
     if cell.notebook == "03_distill":
         wanted += [f"weights/init-{init}-seed{cfg.seed}.safetensors" for init in several(cfg.inits)]
     if cell.notebook == "04_federate":
@@ -249,12 +452,14 @@ OWN_FOLDERS = ("cells", "figures", "notebooks", "weights")
 _UNFINISHED = re.compile(r"\..+\.(csv|json|html|ipynb|png|safetensors)\.\d+")
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what a killed run was writing: hidden files that end in the writer's process number."""
-    places = [folder.glob(".*"), *((folder / part).rglob(".*") for part in OWN_FOLDERS)]
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """What a process is writing, or was when it died: hidden files that end in its number."""
+    places = [folder.glob(".*")]
+    for place in (folder, *(folder / study.VARY).glob("*")):
+        places += [(place / part).rglob(".*") for part in OWN_FOLDERS]
     for file in itertools.chain(*places):
         if _UNFINISHED.fullmatch(file.name) and file.is_file():
-            file.unlink(missing_ok=True)
+            yield file
 
 
 @contextlib.contextmanager

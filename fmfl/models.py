@@ -3,6 +3,7 @@
 import math
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,42 @@ def build(
     if batch_norm == "group":
         _group_norms(model)
     return model.to(device, memory_format=torch.channels_last)
+
+
+def load_weights(model: nn.Module, file: str | Path, *, encoder_only: bool = False) -> None:
+    """Give a student the weights in a file: all of them, or those of its encoder.
+
+    An encoder published for images of three colours is given grey ones: the sum over the colours in its first
+    convolution is what it would have made of the same grey in all three. What it has besides, such as the
+    layer that names ImageNet's classes, is left out; what is missing or of another shape is an error.
+
+    Args:
+        model: a student.
+        file: bare tensors by name, in PyTorch's format or safetensors (see :func:`fmfl.checkpoints.read`).
+        encoder_only: the file holds the encoder's weights under its library's names.
+
+    Raises:
+        UserError: there is no such file, or it does not fit.
+    """
+    from fmfl import checkpoints
+
+    if not Path(file).is_file():
+        raise UserError(f"the start's weights {file} are not there: name an existing file")
+    given, own = checkpoints.read(file), model.state_dict()
+    wanted = own
+    if encoder_only:
+        prefixes = [p for p in ("encoder.model.", "encoder.") if any(key.startswith(p) for key in own)]
+        if not prefixes:
+            raise UserError("the student has no published encoder: choose mobile_unet or resnet18_unet")
+        wanted = {key: value for key, value in own.items() if key.startswith(prefixes[0])}
+        given = {prefixes[0] + key: value for key, value in given.items() if prefixes[0] + key in wanted}
+        for key, value in given.items():
+            if value.ndim == 4 and value.shape[1] == 3 and wanted[key].shape[1] == 1:
+                given[key] = value.sum(1, keepdim=True)
+    fit = checkpoints.compare(given, wanted)
+    if problems := fit.sentence():
+        raise UserError(f"{file} does not fit the student: {problems}")
+    model.load_state_dict(own | {key: value.to(own[key]) for key, value in given.items()})
 
 
 NORMS = nn.modules.batchnorm._BatchNorm

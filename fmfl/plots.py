@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fmfl.analysis import bootstrap_mean, final, ordered_inits, reference_split, seed_interval
+from fmfl.analysis import FAILURE, bootstrap_mean, final, ordered_inits, reference_split, seed_interval
 
 PALETTE = {
     "random": "#E69F00",
@@ -37,7 +37,13 @@ MARKERS = {
 }
 TRUTH, PREDICTED, BOX = "#009E73", "#D55E00", "#F0E442"  # contours on X-rays
 OTHERS = ("#56B4E9", "#D55E00", "#F0E442")
-NAMES = {"random": "random", "pretraining": "pre-training", "fm": "foundation model"}
+NAMES = {
+    "random": "random",
+    "pretraining": "pre-training",
+    "fm": "foundation model",
+    "imagenet": "ImageNet",
+    "file": "given weights",
+}
 SPLITS = {
     "iid": "IID",
     "age": "age skew",
@@ -46,7 +52,6 @@ SPLITS = {
     "dirichlet": "Dirichlet over ages",
 }
 WIDTH = 8.0  # inches, the width of a notebook's text
-FAILURE = 0.8  # Dice below which a mask counts as failed
 
 
 def use_style() -> None:
@@ -94,7 +99,7 @@ def images(cohort, indices: Iterable[int], *, columns: int = 6) -> Figure:
 def augmented(images, masks, *, columns: int = 6) -> Figure:
     """Images as the network sees them, after augmentation, with their masks moved along."""
     pictures, outlines = _pixels(images), _pixels(masks)
-    figure, axes = _gallery(len(pictures), columns)
+    figure, axes = _gallery(len(pictures), columns, text=0)
     for axis, picture, outline in zip(axes, pictures, outlines, strict=False):
         _xray(axis, picture, {TRUTH: outline})
     return figure
@@ -237,45 +242,50 @@ def clients(table: pd.DataFrame, clients: Sequence[Iterable[int]], *, title: str
 
 
 def dice_by_rule(scores: pd.DataFrame) -> Figure:
-    """The teacher's Dice by box rule: one point an image, the median as a line.
+    """The teacher's Dice and HD95 by box rule: one point an image, the median as a line.
 
     Args:
-        scores: one row an image and rule, columns rule and dice (0..1).
+        scores: one row an image and rule, columns rule, dice (0..1) and hd95 (pixels).
     """
     rules = list(dict.fromkeys(scores.rule))
-    figure, axis = plt.subplots(figsize=(WIDTH, 0.8 + 0.5 * len(rules)), layout="constrained")
-    sns.boxplot(
-        scores, x="dice", y="rule", order=rules, ax=axis, color="#BBDDEE", showfliers=False, width=0.6
+    figure, axes = plt.subplots(
+        1, 2, figsize=(WIDTH, 0.8 + 0.55 * len(rules)), sharey=True, width_ratios=[3, 2], layout="constrained"
     )
-    sns.stripplot(
-        scores, x="dice", y="rule", order=rules, ax=axis, color=PALETTE["pretraining"], size=3, alpha=0.5
-    )
-    means = scores.groupby("rule").dice.mean()
-    axis.set_yticks(range(len(rules)), [f"{rule}\nmean {means[rule]:.3f}" for rule in rules])
-    axis.set(xlabel="Dice of the teacher's mask", ylabel="")
-    axis.grid(axis="x")
+    for axis, score in zip(axes, ("dice", "hd95"), strict=True):
+        common = dict(data=scores, x=score, y="rule", order=rules, ax=axis)
+        sns.boxplot(**common, color="#BBDDEE", showfliers=False, width=0.6)
+        sns.stripplot(**common, color=PALETTE["pretraining"], size=3, alpha=0.5)
+        axis.grid(axis="x")
+        axis.grid(visible=False, axis="y")
+    means = scores.groupby("rule")[["dice", "hd95"]].mean()
+    labels = [f"{rule}\n{means.dice[rule]:.3f}, {means.hd95[rule]:.1f} px" for rule in rules]
+    axes[0].set_yticks(range(len(rules)), labels)
+    axes[0].set(xlabel="Dice of the teacher's mask", ylabel="rule, and mean scores")
+    axes[1].set(xlabel="HD95 (pixels)", ylabel="")
     return figure
 
 
 def dice_by_jitter(scores: pd.DataFrame) -> Figure:
-    """The teacher's Dice by how far its boxes are off: the mean and its 95 % interval over images.
+    """The teacher's Dice and HD95 by how far its boxes are off: means and their 95 % intervals over images.
 
     Args:
-        scores: one row an image and distance, columns pixels and dice (0..1).
+        scores: one row an image and distance, columns pixels, dice (0..1) and hd95 (pixels).
     """
-    figure, axis = plt.subplots(figsize=(WIDTH, 3.0), layout="constrained")
-    sns.lineplot(
-        scores,
-        x="pixels",
-        y="dice",
-        ax=axis,
-        color=PALETTE["pretraining"],
-        marker="o",
-        err_style="bars",
-        seed=0,
-    )
-    axis.set(xlabel="each side of the box moved by up to ... pixels", ylabel="Dice of the teacher's mask")
-    axis.grid(axis="y")
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.0), layout="constrained")
+    for axis, score, label in zip(axes, ("dice", "hd95"), ("Dice", "HD95 (pixels)"), strict=True):
+        sns.lineplot(
+            scores,
+            x="pixels",
+            y=score,
+            ax=axis,
+            color=PALETTE["pretraining"],
+            marker="o",
+            err_style="bars",
+            seed=0,
+        )
+        axis.set(xlabel="", ylabel=f"teacher's mean {label}")
+        axis.grid(axis="y")
+    figure.supxlabel("each side of the box moved by up to so many pixels", fontsize=11)
     return figure
 
 
@@ -313,10 +323,50 @@ def loss_curves(history: pd.DataFrame) -> Figure:
             name = part.removesuffix("_loss") if part != "loss" else ("loss" if len(parts) == 1 else "sum")
             label = ", ".join(filter(None, [NAMES.get(init, init), name if len(parts) > 1 else ""]))
             axis.plot(run.epoch, run[part], line, color=palette[init], label=label or None)
-    axis.set(xlabel="epoch", ylabel="loss")
+    axis.set(xlabel="epoch", ylabel="each start's own training loss" if len(runs) > 1 else "loss")
     axis.xaxis.get_major_locator().set_params(integer=True)
     if axis.get_legend_handles_labels()[0]:
         axis.legend()
+    return figure
+
+
+def dice_by_alpha(table: pd.DataFrame, teacher: float | None = None) -> Figure:
+    """Dice of distilled students by the teacher's share alpha: a line a temperature, others as points.
+
+    At alpha = 0 the teacher has no say, so that student begins every line.
+
+    Args:
+        table: one row a student, with alpha, temperature, labels (soft, hard), views (cached, fresh) and
+            dice (0..1).
+        teacher: his own Dice, 0..1, drawn as a level.
+    """
+    usual = (table.labels == "soft") & (table["views"] == "cached")
+    alone = table[table.alpha == 0]
+    lines = table[usual & (table.alpha > 0)]
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")
+    palette = sns.color_palette("colorblind")
+    for color, (temperature, rows) in zip(palette, lines.groupby("temperature"), strict=False):
+        rows = pd.concat([alone, rows]).sort_values("alpha")
+        label = f"T = {temperature:g}"
+        axis.plot(rows.alpha, 100 * rows.dice, marker="o", color=color, label=label)
+    if lines.empty:
+        axis.plot(alone.alpha, 100 * alone.dice, "o", color=palette[0], label="masks alone")
+    others = table[~usual & (table.alpha > 0)]
+    for marker, row in zip("^sDvP", others.itertuples(), strict=False):
+        label = ", ".join(
+            [f"{row.labels} labels"] * (row.labels != "soft")
+            + [f"{row.views} views"] * (row.views != "cached")
+        )
+        axis.plot(row.alpha, 100 * row.dice, marker, color="black", fillstyle="none", label=label)
+    if teacher is not None:
+        label = f"the teacher, told the box: {100 * teacher:.1f}"
+        axis.axhline(100 * teacher, color="black", linestyle="--", linewidth=1.2, label=label)
+    axis.set(
+        xlabel="alpha: the teacher's share in the loss (0: Dice loss alone, 1: KL divergence alone)",
+        ylabel="Dice on the test images (%)",
+        xlim=(-0.04, 1.04),
+    )
+    _legend_above(figure, axis)
     return figure
 
 
@@ -449,6 +499,92 @@ def per_image(per_image: pd.DataFrame, split: str | None = None) -> Figure:
     return figure
 
 
+def when_it_pays(gains: pd.DataFrame) -> Figure:
+    """The map: points of final Dice that the teacher's student gains where one setting is changed.
+
+    A column an axis, a row a pair of starts; bars are 95 % intervals over patients, hollow markers are gains
+    inside the noise, and the study's own value is among the others.
+
+    Args:
+        gains: from `analysis.gains`.
+    """
+    axes_, pairs = (
+        list(dict.fromkeys(gains.axis)),
+        list(dict.fromkeys(zip(gains.higher, gains.lower, strict=True))),
+    )
+    size = (max(WIDTH / 2, 2.4 * len(axes_) + 0.6), 2.3 * len(pairs) + 0.4)
+    figure, grid = plt.subplots(len(pairs), len(axes_), figsize=size, squeeze=False, layout="constrained")
+    for row, (higher, lower) in enumerate(pairs):
+        color = colours([lower])[lower]
+        for column, name in enumerate(axes_):
+            axis = grid[row, column]
+            points = gains[(gains.axis == name) & (gains.higher == higher) & (gains.lower == lower)]
+            places = np.arange(len(points))
+            errors = [points.gain - points.low, points.high - points.gain]
+            axis.errorbar(places, points.gain, errors, fmt="none", ecolor=color, capsize=3)
+            for place, point in zip(places, points.itertuples(), strict=True):
+                fill = "white" if point.inside_noise else color
+                axis.plot(place, point.gain, MARKERS[higher], color=color, markerfacecolor=fill)
+            axis.axhline(0, color="black", linewidth=1)
+            axis.set_xticks(places, points["value"])
+            axis.margins(x=0.15)
+            axis.set_xlabel(name if row == len(pairs) - 1 else "")
+            if column == 0:
+                axis.set_ylabel(
+                    f"{NAMES.get(higher, higher)}\nabove {NAMES.get(lower, lower)}\n(points of Dice)"
+                )
+    return figure
+
+
+DRIFT = {
+    "update_norm": "length of an update",
+    "update_cosine": "cosine of two clients' updates",
+    "update_diversity": "diversity of the updates",
+    "distance_from_start": "distance from the start",
+}
+
+
+def why(drift: pd.DataFrame, starts: pd.DataFrame, split: str) -> Figure:
+    """What the rounds from each start are like: the clients' updates by round, and the ground at the start.
+
+    Args:
+        drift: from `federate.drift`; lines are means over seeds.
+        starts: from `diagnostics.of_starts`: init, sharpness, barrier.
+        split: the partition that is shown.
+    """
+    runs = drift[drift.split == split]
+    inits = ordered_inits(starts if len(starts) else runs)
+    palette = colours(inits)
+    figure, grid = plt.subplots(2, 3, figsize=(WIDTH * 1.25, 5.6), layout="constrained")
+    panels = iter(grid.flat)
+    for name, label in DRIFT.items():
+        axis = next(panels)
+        for init, color in palette.items():
+            mean = runs[runs.init == init].groupby("round")[name].mean()
+            axis.plot(
+                mean.index,
+                mean,
+                color=color,
+                marker=MARKERS.get(init, "X"),
+                markersize=4,
+                label=NAMES.get(init, init),
+            )
+        axis.set(xlabel="round", ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for name, label in (
+        ("barrier", "barrier between two clients\n(Dice loss)"),
+        ("sharpness", "sharpness of the start\n(top eigenvalue)"),
+    ):
+        axis = next(panels)
+        axis.bar(range(len(starts)), starts[name], color=[palette[init] for init in starts.init])
+        axis.set_xticks(
+            range(len(starts)), [NAMES.get(init, init).replace(" ", "\n") for init in starts.init], fontsize=9
+        )
+        axis.set_ylabel(label)
+    _legend_above(figure, grid.flat[0])
+    return figure
+
+
 # Parts of figures
 
 
@@ -498,12 +634,16 @@ def _legend_above(figure: Figure, axis: Axes) -> None:
         figure.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=9)
 
 
-def _gallery(number: int, columns: int) -> tuple[Figure, np.ndarray]:
-    """A grid of `number` pictures; the axes that are left over are gone."""
+def _gallery(number: int, columns: int, text: float = 0.4) -> tuple[Figure, np.ndarray]:
+    """A grid of `number` pictures; the axes that are left over are gone.
+
+    Args:
+        text: inches below each picture, by default for two lines, and once more for a key.
+    """
     columns = max(1, min(columns, number))
     rows = max(1, -(-number // columns))
     side = WIDTH / max(columns, 3)
-    size = (side * columns, (side + 0.4) * rows + 0.4)  # room for two lines below each, and for a key
+    size = (side * columns, (side + text) * rows + text)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[number:]:
         axis.remove()

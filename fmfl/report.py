@@ -36,14 +36,34 @@ TABLES = {
     "claims.csv": ["claim", "paper", "ours", "low", "high", "n", "seeds", "verdict", "why"],
 }
 
+#: Tables that a study may have besides, each shown in a section of its own with the data beside it.
+MORE_TABLES = {
+    "speed.csv": (
+        "How soon",
+        "Rounds to the target Dice (mean over the seeds that reach it, 95 % interval over seeds), megabytes "
+        "sent by then, and the mean height of the curve over all rounds in %.",
+    ),
+    "gap.csv": (
+        "The gap closed",
+        "Share of the way from the random start to centralised training, with 95 % interval over patients; "
+        "none where that way is not longer than the noise.",
+    ),
+    "weakest.csv": (
+        "Who fares worst",
+        "Final Dice in %: all test images, the tenth with the lowest, the worst age band, and the mixture of "
+        "the worst client; images below 0.8 in %; surface distances in pixels.",
+    ),
+}
+
 CAPTIONS = {  # by how a figure's file name begins, the longest that fits
     "ages": "Ages of the patients.",
     "augmented": "Images as the network sees them, augmented with their masks.",
     "boxes": "Box prompts and the teacher's mask.",
     "clients": "The partition over clients: sizes and ages.",
-    "dice_by_jitter": "The teacher's Dice when its boxes' sides are moved, with 95 % intervals over images.",
+    "dice_by_alpha": "Students before any round, by the teacher's share in their loss.",
+    "dice_by_jitter": "The teacher's scores when its boxes' sides are moved; 95 % intervals over images.",
     "dice_by_round": "Dice by round.",
-    "dice_by_rule": "The teacher's Dice by how its box prompts are made.",
+    "dice_by_rule": "The teacher's Dice and HD95 by how its box prompts are made.",
     "fig2": "Final federated Dice by partition and start. Large markers: means over seeds, with 95 % "
     "intervals over patients; small markers: single seeds; dashed: centralised training.",
     "fig3": "Dice by round; right, the top enlarged. Lines: means over seeds; bands: their range; dashed: "
@@ -53,6 +73,10 @@ CAPTIONS = {  # by how a figure's file name begins, the longest that fits
     "per_image": "Final Dice of each test image by start; points are images below 0.8.",
     "reliability": "The teacher's calibration: of the pixels called so likely lung, how many are.",
     "teacher_gallery": "The teacher's best, median and worst masks.",
+    "when_it_pays": "Points of final Dice that the teacher's student gains over the other starts where one "
+    "setting of the study is changed, with 95 % intervals over patients; hollow: inside the noise.",
+    "why": "The clients' updates by round (means over seeds), and for the first seed the barrier between two "
+    "clients' models after the first round and the sharpness of each start.",
     "worst_cases": "The test images with the lowest Dice.",
 }
 
@@ -88,7 +112,8 @@ METHODS = (  # paragraphs of sentences; {a.b} is the manifest's value, and a sen
 STATISTICS = (
     "Scores are those of the last round; the test images select nothing. Intervals are 95 %: over the test "
     "set's patients by bootstrap, seeds averaged first and images paired, and over seeds by Student's t. "
-    "Differences are tested on patients' means by Wilcoxon's signed-rank test with Holm's correction."
+    "Differences are tested on patients' means by Wilcoxon's signed-rank test and by permutation of signs, "
+    "each with Holm's correction; the effect size is d_z, the patients' mean over their standard deviation."
 )
 VERDICTS = (
     "Reproduced: a difference in the paper's direction, outside the noise of images and of at least two "
@@ -123,6 +148,49 @@ def write(directory: str | Path) -> Path:
     unfinished.write_text(page, encoding="utf-8")
     os.replace(unfinished, path)
     return path
+
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def write_into(file: str | Path, directory: str | Path) -> Path:
+    """Put a study's answer into a Markdown file, between two comments: figure, sentences and Table 1.
+
+    Args:
+        file: holds the lines BEGIN and END; what stands between them is replaced.
+        directory: the study's folder; its figure is named relative to the file.
+
+    Raises:
+        UserError: the file lacks the two lines, or one of the study's files is missing.
+    """
+    file, directory = Path(file), Path(directory)
+    text = _required(file).read_text(encoding="utf-8")
+    if not 0 <= text.find(BEGIN) < text.find(END):
+        raise UserError(
+            f"{file} has no place for results: write the lines {BEGIN} and {END} where they shall stand"
+        )
+    tables = {name: _table(directory / name, columns) for name, columns in TABLES.items()}
+    results, per_image, table1, claims = (tables[name] for name in TABLES)
+    split = str(table1.split.iloc[0])
+    picture = os.path.relpath(_required(directory / "figures" / "fig3.png"), file.parent).replace(os.sep, "/")
+    said = headline(results, analysis.paired_differences(per_image), claims, split)
+    lines = [
+        f"![Dice by round from three starts]({picture})",
+        "",
+        *said,
+        "",
+        f"| Dice in %, {SPLITS.get(split, split)} | {' | '.join(analysis.ARMS)} | the paper's federated |",
+        "|---" * (2 + len(analysis.ARMS)) + "|",
+    ]
+    for row in _table1_rows(table1):
+        ours = [f"{c['ours']} ({c['interval']})" if c["interval"] else "" for c in row["cells"]]
+        lines.append(f"| {row['name']} | {' | '.join(ours)} | {row['cells'][0]['paper']} |")
+    lines += ["", f"{_counted(per_image)} Intervals are 95 % over the patients of the test set."]
+    before, after = text[: text.find(BEGIN) + len(BEGIN)], text[text.find(END) :]
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_text(before + "\n" + "\n".join(lines) + "\n" + after, encoding="utf-8")
+    os.replace(unfinished, file)
+    return file
 
 
 def headline(
@@ -225,14 +293,18 @@ def _contents(directory: Path, tables: Mapping[str, pd.DataFrame], manifest: Map
     files = {name: _download(name, (directory / name).read_bytes()) for name in [*TABLES, "manifest.json"]}
     files["differences.csv"] = _download("differences.csv", _csv(differences))
     data = {"fig2": _csv(last), "fig3": _csv(results[results.arm == "federated"])}
+    beside = {"when_it_pays": "gains.csv", "why": "drift.csv"}
+    data |= {
+        stem: (directory / name).read_bytes() for stem, name in beside.items() if (directory / name).exists()
+    }
 
     pictures = sorted((directory / "figures").glob("*.png"))
     figures = {path.stem: _figure(path, last, data.get(path.stem)) for path in pictures}
     used = sum(len(file["uri"]) for file in files.values()) + 50_000  # the page itself
-    used += _weight(figures["fig2"]) + _weight(figures["fig3"])
+    used += sum(_weight(figures[stem]) for stem in ("fig2", "fig3", "when_it_pays") if stem in figures)
     others, left_out = [], []
     for stem, item in figures.items():
-        if stem not in ("fig2", "fig3"):
+        if stem not in ("fig2", "fig3", "when_it_pays"):
             fits = used + _weight(item) <= PAGE_BYTES
             (others if fits else left_out).append(item if fits else f"{stem}.png")
             used += _weight(item) * fits
@@ -249,6 +321,8 @@ def _contents(directory: Path, tables: Mapping[str, pd.DataFrame], manifest: Map
         "verdicts": VERDICTS,
         "fig2": figures["fig2"],
         "fig3": figures["fig3"],
+        "map": figures.get("when_it_pays"),
+        "tables": _more_tables(directory),
         "others": others,
         "left_out": left_out,
         "methods": methods(manifest),
@@ -291,13 +365,82 @@ def _table1_rows(table: pd.DataFrame) -> list[dict[str, object]]:
     return rows
 
 
+def _more_tables(directory: Path) -> list[dict[str, object]]:
+    found = []
+    for name, (title, caption) in MORE_TABLES.items():
+        path = directory / name
+        if not path.is_file():
+            continue
+        rows = _MORE_ROWS[name](_table(path, ()))
+        columns = list(rows[0]) if rows else []
+        numbers = [c for c in columns if c not in ("start", "arm", "split", "worst band", "why")]
+        page = {"id": path.stem, "title": title, "caption": caption, "columns": columns, "numbers": numbers}
+        found.append(page | {"rows": rows, "file": _download(name, path.read_bytes())})
+    return found
+
+
+def _who(row: Mapping) -> dict[str, str]:
+    split = SPLITS.get(row["split"], row["split"])
+    return {"start": NAMES.get(row["init"], row["init"]), "arm": row["arm"], "split": split}
+
+
+def _speed_rows(table: pd.DataFrame) -> list[dict[str, str]]:
+    return [
+        _who(row)
+        | {
+            "rounds": _number(row["rounds"], 1),
+            "95 % over seeds": _interval(row["rounds_low"], row["rounds_high"]),
+            "reached": f"{row['reached']} of {row['seeds']}",
+            "MB": _number(row["bytes"] / 1e6, 0),
+            "curve": _number(row["curve"]),
+        }
+        for row in table.to_dict("records")
+    ]
+
+
+def _gap_rows(table: pd.DataFrame) -> list[dict[str, str]]:
+    return [
+        {
+            "start": NAMES.get(row["init"], row["init"]),
+            "gap closed": _percent(row["gap_closed"]),
+            "95 %": "" if pd.isna(row["low"]) else f"{_percent(row['low'])} to {_percent(row['high'])}",
+            "why": "" if pd.isna(row["why"]) else row["why"],
+        }
+        for row in table.to_dict("records")
+    ]
+
+
+def _weakest_rows(table: pd.DataFrame) -> list[dict[str, str]]:
+    return [
+        _who(row)
+        | {
+            "all": _number(row["dice"]),
+            "worst tenth": _number(row["worst_tenth"]),
+            "worst band": "" if pd.isna(row["worst_band"]) else f"{row['worst_band']} years",
+            "its Dice": _number(row["worst_band_dice"]),
+            "worst client": _number(row["worst_client_dice"]),
+            "below 0.8": f"{_number(row['failures'], 1)} %",
+            "HD95": _number(row.get("hd95", np.nan), 1),
+            "ASSD": _number(row.get("assd", np.nan), 1),
+        }
+        for row in table.to_dict("records")
+    ]
+
+
+_MORE_ROWS = {"speed.csv": _speed_rows, "gap.csv": _gap_rows, "weakest.csv": _weakest_rows}
+
+
 def _difference_row(row) -> dict[str, str]:
     return {
         "split": SPLITS.get(row.split, row.split),
         "pair": f"{NAMES.get(row.higher, row.higher)} less {NAMES.get(row.lower, row.lower)}",
         "value": _number(row.value, sign=True),
         "interval": _interval(row.low, row.high, 2),
-        "p": "< 0.001" if row.p_holm < 0.001 else _number(row.p_holm, 3),
+        "seed_interval": _interval(row.seed_low, row.seed_high, 2),
+        "p": "< 0.001"
+        if max(row.p_holm, row.p_permutation_holm) < 0.001
+        else _number(max(row.p_holm, row.p_permutation_holm), 3),
+        "effect": _number(row.effect),
         "reading": row.reading,
     }
 
@@ -313,6 +456,7 @@ def _claim_row(row) -> dict[str, str]:
         "verdict": row.verdict,
         "kind": kinds.get(row.verdict, "untested"),
         "why": "" if pd.isna(row.why) else row.why,
+        "run": "" if pd.isna(getattr(row, "run", np.nan)) else row.run,
     }
 
 

@@ -229,6 +229,16 @@ def by_client(table: pd.DataFrame, clients: Sequence[Tensor]) -> pd.DataFrame:
     )
 
 
+def mixture(table: pd.DataFrame, clients: Sequence[Tensor]) -> pd.DataFrame:
+    """What each client's images are: one row a (client, site, band) with images; band "": age not known."""
+    parts = [
+        table.iloc[_rows(table, indices)].assign(client=client) for client, indices in enumerate(clients)
+    ]
+    held = pd.concat(parts)
+    held = held.assign(band=age_bands(held.age))
+    return held.groupby(["client", "site", "band"]).size().rename("images").reset_index()
+
+
 def skew(table: pd.DataFrame, clients: Sequence[Tensor]) -> dict[str, float]:
     """How much the clients differ in age and in size.
 

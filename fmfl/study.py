@@ -5,12 +5,14 @@ A run's folder holds ``weights/`` (initial and final states), ``cells/`` (what e
 ``claims.csv``, ``manifest.json`` and ``report.html``.
 """
 
+import ctypes
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +25,7 @@ from torch import Tensor
 
 import fmfl
 from fmfl import analysis, config, data, federate, models, paths, split, states, teacher, train
-from fmfl.config import FederateConfig, Settings, several
+from fmfl.config import VARIANTS, DistillConfig, FederateConfig, Settings, numbers, several
 from fmfl.data import Cohort
 from fmfl.errors import UserError
 from fmfl.federate import Server
@@ -255,23 +257,97 @@ def initial_states(
     lesson = taught(cfg, cohort, proxy) if "fm" in inits and cfg.distill.alpha > 0 else alone
 
     def make(init: str) -> InitialState:
-        examples = lesson.examples if init == "fm" else alone.examples
-        epochs = train.passes(cfg.distill.proxy_epochs, len(proxy), len(examples))
-        return train.initial_state(
-            init,
-            examples,
-            replace(cfg.distill, proxy_epochs=epochs),
-            batch_size=cfg.federate.batch_size,
-            seed=cfg.federate.seed,
-            precision=train.precision_of(cfg.run),
-            augmentation=cfg.federate.augmentation,
-            batch_norm=cfg.federate.batch_norm,
-            file=cfg.run_dir / "weights" / f"init-{init}-seed{cfg.federate.seed}.safetensors",
-            teacher_key=lesson.key,
-            teacher_seconds=lesson.seconds,
-        )
+        return _begin(cfg, init, lesson if init == "fm" else alone, len(proxy), f"init-{init}")
 
     return dict(zip(inits, train.side_by_side(make, inits, cohort.device), strict=True))
+
+
+def _begin(cfg: Settings, init: str, lesson: Taught, num_proxy: int, kept_as: str) -> InitialState:
+    """See :func:`fmfl.train.initial_state`; fewer images than the proxy set has are shown more often."""
+    epochs = train.passes(cfg.distill.proxy_epochs, num_proxy, len(lesson.examples))
+    return train.initial_state(
+        init,
+        lesson.examples,
+        replace(cfg.distill, proxy_epochs=epochs),
+        batch_size=cfg.federate.batch_size,
+        seed=cfg.federate.seed,
+        precision=train.precision_of(cfg.run),
+        augmentation=cfg.federate.augmentation,
+        batch_norm=cfg.federate.batch_norm,
+        file=cfg.run_dir / "weights" / f"{kept_as}-seed{cfg.federate.seed}.safetensors",
+        teacher_key=lesson.key,
+        teacher_seconds=lesson.seconds,
+    )
+
+
+def variants(cfg: Settings) -> list[DistillConfig]:
+    """The run's own distillation, and those that ``cfg.sweep`` compares with it, each once.
+
+    Every alpha of the sweep with every temperature, where one of the two lists is empty the run's own value;
+    then the named variants. With alpha = 0 the teacher has no say, so all that would only change him is one.
+    """
+    own, sweep = cfg.distill, cfg.sweep
+    found = [own]
+    if sweep.alpha_sweep or sweep.temperature_sweep:
+        for temperature in numbers(sweep.temperature_sweep) or [own.temperature]:
+            for alpha in numbers(sweep.alpha_sweep) or [own.alpha]:
+                found.append(replace(own, alpha=alpha, temperature=temperature))
+    found += [replace(own, **VARIANTS[name]) for name in several(sweep.variants)]
+    return list(dict.fromkeys(one if one.alpha else replace(own, alpha=0.0) for one in found))
+
+
+def distilled(cfg: Settings, cohort: Cohort, proxy: Tensor) -> list[tuple[DistillConfig, InitialState]]:
+    """A student of each of :func:`variants`, read from ``weights/`` where it has been made before.
+
+    The teacher's logits are cached, so all students together ask him no more than one does; but for fresh
+    views, which is what these cost. Where no proxy image has a mask, there is no student of masks alone.
+    """
+    known = labelled(cfg, proxy)
+    wanted = [replace(cfg, distill=one) for one in variants(cfg) if one.alpha or known.any()]
+    alone = Taught(Examples(cohort.images, cohort.masks, proxy[known], device=cohort.device), "", 0.0)
+    lessons = {
+        views: taught(one, cohort, proxy)
+        for views, one in {one.distill.teacher_views: one for one in wanted if one.distill.alpha}.items()
+    }
+
+    def make(one: Settings) -> InitialState:
+        how = one.distill
+        if how.alpha == 0:
+            return _begin(one, "pretraining", alone, len(proxy), "init-pretraining")
+        name = f"alpha{how.alpha:g}-temperature{how.temperature:g}-{how.teacher_labels}-{how.teacher_views}"
+        kept_as = "init-fm" if how == cfg.distill else f"variant-{name}"
+        return _begin(one, "fm", lessons[how.teacher_views], len(proxy), kept_as)
+
+    made = train.side_by_side(make, wanted, cohort.device)
+    return [(one.distill, start) for one, start in zip(wanted, made, strict=True)]
+
+
+def engine_key(cfg: Settings) -> object:
+    """What of the engine a federated run's numbers depend on."""
+    if cfg.run.engine == "local":
+        return "local"
+    return cfg.run.engine, {k: v for k, v in asdict(cfg.flower).items() if k.startswith(("privacy", "dp_"))}
+
+
+def nodes(cfg: Settings, server: Server) -> Any:
+    """Flower's nodes between a server and its clients; None where they train in the server's own loop.
+
+    Raises:
+        UserError: the engine is not installed, or the local one is asked for what it cannot do.
+    """
+    if cfg.run.engine == "local":
+        if cfg.flower.privacy != "none":
+            raise UserError(f"privacy {cfg.flower.privacy!r} comes with the engine flower: set engine to it")
+        return None
+    if server.arm != "federated":  # nobody there to exchange messages with
+        return None
+    try:
+        from fmfl.engines import flower
+    except ImportError:
+        raise UserError(
+            "engine 'flower' needs the package flwr: pip install -c requirements.lock -e '.[flower]'"
+        ) from None
+    return flower.simulated(cfg, server)
 
 
 def servers(
@@ -284,6 +360,7 @@ def servers(
         cohort=cohort,
         test=parts.test,
         precision=train.precision_of(cfg.run),
+        engine=engine_key(cfg),
     )
     holders = federate.clients_of(cohort, clients)
     arms = several(cfg.federate.arms)
@@ -307,9 +384,48 @@ def servers(
     return found
 
 
+def images_a_second(cfg: Settings, cohort: Cohort, steps: int = 4) -> float:
+    """How fast this device trains the run's student, in images a second over all its cores.
+
+    Args:
+        steps: batches that are timed, after one that warms up.
+    """
+    batch = min(cfg.federate.batch_size, len(cohort))
+
+    def some(number: int, steps: int) -> None:
+        rows = torch.arange(steps * batch, device=cohort.images.device) % len(cohort)
+        model = models.build(cfg.distill.student, device=cohort.device, batch_norm=cfg.federate.batch_norm)
+        train.fit(
+            model,
+            Examples(cohort.images, cohort.masks, rows, device=cohort.device),
+            train.LOSSES[cfg.federate.loss],
+            epochs=1,
+            batch_size=batch,
+            optimizer=train.adam(model, cfg.federate.learning_rate),
+            key=(number,),
+            augmentation=cfg.federate.augmentation,
+            precision=train.precision_of(cfg.run),
+        )
+
+    trainings = range(torch.get_num_threads() if cohort.device.type == "cpu" else 1)
+    train.side_by_side(lambda number: some(number, 1), trainings, cohort.device)
+    started = time.perf_counter()
+    train.side_by_side(lambda number: some(number, steps), trainings, cohort.device)
+    return len(trainings) * steps * batch / (time.perf_counter() - started)
+
+
 # ---------------------------------------------------------------------------------------------------
 # What a cell leaves behind
 # ---------------------------------------------------------------------------------------------------
+
+
+VARY = "vary"
+"""The folder of a study's variants."""
+
+
+def variant_dir(cfg: Settings, variant: str) -> Path:
+    """Where the study with one setting changed, "name=value", has its own cells and weights."""
+    return cfg.run_dir / VARY / variant.replace("/", "_")
 
 
 def cell_name(cfg: Settings, notebook: str) -> str:
@@ -335,8 +451,14 @@ def save(cfg: Settings, notebook: str, record: dict[str, Any], **tables: pd.Data
     for name, table in tables.items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
     about = {"notebook": notebook, "settings": cfg.flat(), "run": where(cfg), "record": record}
+    about["figures"] = sorted(_drawn)
+    _drawn.clear()
     write_text(folder / "cell.json", json.dumps(about, indent=1, default=str))
     return folder
+
+
+_drawn: set[str] = set()
+"""Figures drawn since the last cell was saved: the cell's own."""
 
 
 def save_figure(cfg: Settings, name: str, figure: Figure) -> Figure:
@@ -346,6 +468,7 @@ def save_figure(cfg: Settings, name: str, figure: Figure) -> Figure:
     unfinished = folder / f".{name}.png.{os.getpid()}"  # not *.png: a report takes those
     figure.savefig(unfinished, format="png", dpi=120, bbox_inches="tight")
     os.replace(unfinished, folder / f"{name}.png")
+    _drawn.add(f"{name}.png")
     return figure
 
 
@@ -362,6 +485,7 @@ def write_text(file: Path, text: str) -> None:
 FREE = (
     *("run_name", "device", "cohort_device"),
     *("split", "seed", "arms", "inits", "target_dice", "reference_split"),
+    *("alpha_sweep", "temperature_sweep", "variants"),
 )
 
 
@@ -376,15 +500,10 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         UserError: no cell has results with these settings, or two cells were made from different images or
             by different code.
     """
-    wanted = {name: value for name, value in cfg.flat().items() if name not in FREE}
     results, per_image, others = [], [], []
     inputs: dict[tuple[str, str], str] = {}
-    for folder in sorted((cfg.run_dir / "cells").glob("04_federate-*")):
-        about = read_json(folder / "cell.json")
-        # A parameter that came later was at its default then.
-        used = config.defaults() | about["settings"]
-        made_with = {name: value for name, value in used.items() if name not in FREE}
-        if made_with != wanted:
+    for folder, about, changed in _federations(cfg.run_dir, cfg):
+        if changed:
             others.append(folder.name)
             continue
         inputs.setdefault((about["record"].get("images"), about["record"].get("code")), folder.name)
@@ -411,6 +530,86 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         images.drop_duplicates(["arm", "init", "split", "seed", "client", "image_id"], ignore_index=True),
         others,
     )
+
+
+def _federations(run_dir: Path, cfg: Settings) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
+    """Each 04_federate cell in a folder: where it is, its record, and the settings in which it differs."""
+    wanted = {name: value for name, value in cfg.flat().items() if name not in FREE}
+    for folder in sorted((run_dir / "cells").glob("04_federate-*")):
+        about = read_json(folder / "cell.json")
+        # A parameter that came later was at its default then.
+        used = config.defaults() | about["settings"]
+        yield folder, about, {name: used[name] for name in wanted if used[name] != wanted[name]}
+
+
+def collect_drift(cfg: Settings) -> pd.DataFrame:
+    """How the clients' updates went in all cells of these settings: see :func:`fmfl.federate.drift`."""
+    tables = [
+        pd.read_csv(folder / "drift.csv")
+        for folder, _, changed in _federations(cfg.run_dir, cfg)
+        if not changed and (folder / "drift.csv").exists()
+    ]
+    empty = pd.DataFrame(columns=["init", "split", "seed", "round", *federate.DRIFT])
+    return pd.concat(tables, ignore_index=True) if tables else empty
+
+
+def collect_variants(cfg: Settings) -> pd.DataFrame:
+    """Scores by image of the study's variants: those that differ from these settings in one alone.
+
+    Returns:
+        The columns of per_image.csv, and axis (the setting's name), value (its value there) and own (here),
+        both as text.
+    """
+    tables = []
+    for variant in sorted((cfg.run_dir / VARY).glob("*=*")):
+        for folder, _, changed in _federations(variant, cfg):
+            if len(changed) == 1:
+                ((axis, value),) = changed.items()
+                about = {
+                    "axis": axis,
+                    "value": _on_axis(axis, value),
+                    "own": _on_axis(axis, cfg.flat()[axis]),
+                }
+                tables.append(pd.read_csv(folder / "per_image.csv").assign(**about))
+    empty = pd.DataFrame(columns=["arm", "init", "split", "seed", "axis", "value", "own"])
+    return pd.concat(tables, ignore_index=True) if tables else empty
+
+
+def _on_axis(axis: str, value: object) -> str:
+    return "all" if (axis, value) in {("labelled", 1.0), ("federated", 0.0)} else as_text(value)
+
+
+def as_text(value: object) -> str:
+    """A setting's value as it stands in the name of a variant."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def mixtures(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> pd.DataFrame:
+    """What the clients held: :func:`fmfl.split.mixture` of each split and seed that was run."""
+    federated = hold_out(cfg, cohort).federated
+    runs = results.loc[results.split != "pooled", ["split", "seed"]].drop_duplicates()
+    tables = []
+    for scheme, seed in runs.itertuples(index=False):
+        held = partition(cohort, federated, replace(cfg.federate, seed=int(seed)), scheme)
+        tables.append(split.mixture(cohort.table, held).assign(split=scheme, seed=seed))
+    return pd.concat(tables, ignore_index=True)
+
+
+def first_servers(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> list[Server]:
+    """The federated runs of the reference split and the first seed, as 04_federate has left them."""
+    runs = results[results.arm == "federated"]
+    if runs.empty:
+        return []
+    shown = cfg.analysis.reference_split
+    shown = shown if shown in set(runs.split) else runs.split.iloc[0]
+    runs = runs[(runs.split == shown) & (runs.seed == runs[runs.split == shown].seed.min())]
+    own = {"split": shown, "seed": int(runs.seed.iloc[0]), "arms": "federated"}
+    own["inits"] = ",".join(analysis.ordered_inits(runs))
+    cfg = replace(cfg, federate=replace(cfg.federate, **own))
+    parts = hold_out(cfg, cohort)
+    clients = partition(cohort, parts.federated, cfg.federate)
+    starts = initial_states(cfg, cohort, parts.proxy, several(own["inits"]))
+    return servers(cfg, cohort, parts, clients, starts)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -468,6 +667,33 @@ def memory_gib() -> float | None:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
+def working_memory(task: Callable[[], object], device: torch.device) -> int | None:
+    """The most bytes that a task takes beyond what is held when it begins, such as weights.
+
+    Of a GPU's memory, or of this process's on Linux; None where it is not told.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        task()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        # What earlier work has freed goes back first: else the task would find its memory already there.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _of_this_process("VmRSS")
+    except (OSError, AttributeError, TypeError):  # another system than Linux, or one that does not allow it
+        return None
+    task()
+    return _of_this_process("VmHWM") - before
+
+
+def _of_this_process(what: str) -> int:
+    """Bytes by their name in Linux' account of this process."""
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(text.split(f"{what}:")[1].split()[0])
+
+
 def commit() -> str:
     """The checkout's commit, with ``+changes`` where the package's files differ; empty outside git."""
 
@@ -514,7 +740,7 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
     for name in ("split", "seed"):
         del settings[name]
     # Results are passed on; where they lay on this machine is nobody's business.
-    for name in ("data", "checkpoint", "run_name"):
+    for name in ("data", "checkpoint", "encoder_file", "init_file", "run_name"):
         settings[name] = ",".join(Path(part).name for part in several(settings[name]))
     runs = {f"{row.arm}-{row.split}-{row.init}-seed{row.seed}" for row in results.itertuples()}
     runs |= {f"init-{row.init}-seed{row.seed}" for row in results.itertuples()}

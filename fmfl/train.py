@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fmfl import augment, losses, models
+from fmfl.checkpoints import sha256_of
 from fmfl.config import DistillConfig, RunConfig
 from fmfl.errors import UserError
 from fmfl.states import State, code_digest, fingerprint, read_state, tensor_digest, write_state
@@ -381,14 +382,16 @@ def initial_state(
     teacher_key: str = "",
     teacher_seconds: float = 0.0,
 ) -> InitialState:
-    """One of the paper's three initial states (section 2.3), all from the same random weights.
+    """One of the paper's three initial states (section 2.3), all from the same random weights, or another.
 
     - ``random``: the student as built.
     - ``pretraining``: trained on the proxy set's masks alone, which is Eq. 5 with alpha = 0.
     - ``fm``: trained on Eq. 5 with the teacher's logits.
+    - ``imagenet``: the student as built, with its encoder's weights from ``cfg.encoder_file``.
+    - ``file``: the weights in ``cfg.init_file``, as they are.
 
     Args:
-        name: one of the three.
+        name: one of these.
         proxy: the proxy set, with the teacher's logits, or a way to ask it, for ``fm``.
         cfg: student, alpha, temperature, epochs, learning rate.
         batch_size: images a step.
@@ -398,15 +401,16 @@ def initial_state(
         teacher_key: what the teacher's answers depend on, for recognising that file.
         teacher_seconds: what they have cost; charged to ``fm``.
     """
-    alpha = {"random": 0.0, "pretraining": 0.0, "fm": cfg.alpha}[name]
-    epochs = 0 if name == "random" else cfg.proxy_epochs
+    alpha = cfg.alpha if name == "fm" else 0.0
+    epochs = cfg.proxy_epochs if name in ("pretraining", "fm") else 0
+    given = sha256_of(weights_of(name, cfg)) if name in GIVEN else ""
     training = (alpha, cfg.temperature, epochs, cfg.proxy_learning_rate, batch_size, precision, augmentation)
     taught = (cfg.teacher_labels, teacher_key) if alpha else ()
     seen = [tensor_digest(stored[proxy.indices]) for stored in (proxy.images, proxy.masks)] if epochs else []
     device = proxy.device
     key = fingerprint(
         code_digest(), name, cfg.student, batch_norm == "group", seed, training, seen,
-        taught, torch.are_deterministic_algorithms_enabled(),
+        taught, given, torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     if file is not None and (stored := read_state(file, fingerprint=key, device=device)) is not None:
         state, record = stored
@@ -420,6 +424,8 @@ def initial_state(
         return losses.distillation_loss(logits, teacher_logits, masks, alpha, cfg.temperature)
 
     model = models.build(cfg.student, seed=seed, device=device, batch_norm=batch_norm)
+    if name in GIVEN:
+        models.load_weights(model, weights_of(name, cfg), encoder_only=name == "imagenet")
     fitted = fit(
         model,
         proxy if alpha else replace(proxy, teacher_logits=None, ask=None),
@@ -437,6 +443,23 @@ def initial_state(
     if file is not None:
         write_state(file, state, fingerprint=key, fitted=vars(fitted), init=name)
     return InitialState(name, state, fitted)
+
+
+GIVEN = {"imagenet": "encoder_file", "file": "init_file"}
+"""Starts whose weights come from a file, and the setting that names it."""
+
+
+def weights_of(name: str, cfg: DistillConfig) -> Path:
+    """The file of a start in :data:`GIVEN`.
+
+    Raises:
+        UserError: none is named, or it is not there.
+    """
+    file = getattr(cfg, GIVEN[name])
+    if not file or not Path(file).is_file():
+        what = f"{file} is not there" if file else "none is named"
+        raise UserError(f"start {name!r} needs a file of weights, but {what}: set {GIVEN[name]} to one")
+    return Path(file)
 
 
 def passes(epochs: int, num_images: int, num_learned: int) -> int:

@@ -75,7 +75,7 @@ def sentence(code: int, out: str, err: str) -> str:
         (["--seeds", "-1"], "parameter seed is -1"),
         (["--seeds", "0,00"], "--seeds names one twice (0, 0)"),
         (["--device", "tpu"], "parameter device is 'tpu': choose one of auto, cpu, cuda"),
-        (["--engine", "spark"], "engine 'spark' is unknown: choose local"),
+        (["--engine", "spark"], "parameter engine is 'spark': choose one of local, flower"),
         (["--data", "phantom,no/such/folder"], "no/such/folder: there is no such folder"),
         (["--data", "phantom,phantom"], "--data names one twice"),
         (["--data", ""], "--data is empty"),
@@ -158,24 +158,43 @@ def test_the_contracts_options_are_there(fmfl):
 
 
 def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path, fmfl):
+    """160 synthetic images: 37 proxy, 12 test and 111 federated ones, by the paper's shares."""
     code, out, _ = fmfl(
-        "study", "--dry-run", "-p", "num_rounds=4", "--seeds", "0,2", "--out", tmp_path / "run"
+        *("study", "--profile", "smoke", "--dry-run", "-p", "num_rounds=4", "--seeds", "0,2"),
+        *("--vary", "labelled=10", "--out", tmp_path / "run"),
     )
     assert code == 0
-    assert out.splitlines() == [
-        "01_data",
-        "02_teacher",
-        "03_distill-seed0",
-        "04_federate-iid-seed0: 12 rounds",
-        "04_federate-age-seed0: 20 rounds",
-        "04_federate-quantity-seed0: 12 rounds",
-        "03_distill-seed2",
-        "04_federate-iid-seed2: 12 rounds",
-        "04_federate-age-seed2: 20 rounds",
-        "04_federate-quantity-seed2: 12 rounds",
-        "05_analysis",
+    said = [re.sub(r", [\d.]+ (minutes|hours)( at)?", "", line) for line in out.splitlines()]
+    of_a_seed = [
+        f"03_distill-seed{{}}: {2 * 15 * 37:,} images",
+        f"04_federate-iid-seed{{}}: 12 rounds, {12 * 111:,} images",
+        f"04_federate-age-seed{{}}: 20 rounds, {20 * 111:,} images",
+        f"04_federate-quantity-seed{{}}: 12 rounds, {12 * 111:,} images",
     ]
-    assert list(tmp_path.iterdir()) == []
+    of_a_variant = [
+        f"labelled=10/03_distill-seed{{}}: {2 * 15 * 37:,} images",
+        f"labelled=10/04_federate-age-seed{{}}: 8 rounds, {8 * 111} images",
+    ]
+    cells = [line.format(seed) for part in (of_a_seed, of_a_variant) for seed in (0, 2) for line in part]
+    assert said[:-1] == ["01_data", f"02_teacher: {15 * 37} images", *cells, "05_analysis"]
+    images = sum(int(n.replace(",", "")) for n in re.findall(r"([\d,]+) images", "\n".join(said[:-1])))
+    assert said[-1].startswith(f"15 of 15 cells to run: about {images:,} images to train on")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("axis", "sentence"),
+    [
+        ("labeled=10", "parameter 'labeled' is unknown: did you mean labelled?"),
+        ("labelled", "--vary labelled has no value: write --vary NAME=VALUE"),
+        ("seed=1,2", "--vary seed has an option of its own: use --seeds"),
+        ("inits=fm", "--vary inits is no axis of the map: use -p inits"),
+        ("alpha=0.5,2", "parameter alpha is 2.0: it must lie between 0 and 1"),
+        ("alpha=0.5,0.5", "--vary alpha names one twice (0.5, 0.5): name each once"),
+    ],
+)
+def test_an_axis_of_the_map_is_checked(fmfl, axis, sentence):
+    assert fmfl("study", "--vary", axis) == (2, "", f"fmfl: {sentence}\n")
 
 
 def test_paths_are_those_of_the_shell_and_the_profile_fills_the_rest(tmp_path, fmfl, monkeypatch):

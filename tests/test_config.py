@@ -110,6 +110,37 @@ def test_a_list_serves_as_its_comma_separated_text():
     assert config.checked("checkpoint", Path("w.safetensors")) == "w.safetensors"
 
 
+def test_numbers_are_joined_by_commas_and_may_be_none():
+    for value in ("", "0,0.6,1", "0.5", "1e-1, 1"):
+        assert config.checked("alpha_sweep", value) == value
+    assert config.numbers("0, 0.6,1") == [0, 0.6, 1]
+    assert config.checked("alpha_sweep", 0.5) == "0.5", "as papermill reads a list of one"
+    assert config.checked("temperature_sweep", [1, 2.5]) == "1,2.5"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("alpha_sweep", "0,half", "alpha_sweep holds 'half': give numbers joined by commas, such as 0,1"),
+        ("alpha_sweep", "0;1", "alpha_sweep holds '0;1': give numbers"),
+        ("alpha_sweep", "0,1.1", "alpha_sweep holds 1.1: each must lie between 0 and 1"),
+        ("alpha_sweep", "nan", "alpha_sweep holds nan: each must lie between 0 and 1"),
+        ("alpha_sweep", 2, "alpha_sweep holds 2: each must lie"),
+        ("temperature_sweep", "1,0", "temperature_sweep holds 0: each must lie between 0.01 and 100"),
+        ("alpha_sweep", "1,1.0", "'1,1.0' names one number twice"),
+        ("alpha_sweep", True, "alpha_sweep must be a text, not True"),
+        ("variants", "kl", "variants is 'kl': choose some of kl_only, dice_only"),
+        ("variants", "hard,hard", "names one choice twice"),
+    ],
+)
+def test_a_wrong_sweep_is_refused(name, value, says):
+    assert says in refused(name, value)
+
+
+def test_no_variant_may_be_chosen():
+    assert config.checked("variants", "") == ""
+
+
 @pytest.mark.parametrize("value", ["", " , ", "random,imagenet", "random,random", "fm, fm"])
 def test_no_choice_a_wrong_one_and_one_twice_are_refused(value):
     refused("inits", value)

@@ -777,6 +777,92 @@ def test_every_run_has_a_file_of_its_own(tmp_path):
     assert not any(file.exists() for file in files), "nothing is written before a round is finished"
 
 
+# ------------------------------------------------------------------------------------------ the clients' ways
+
+
+def by_hand(updates: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+    """The slow, obvious version: every pair of clients."""
+    lengths = np.linalg.norm(updates, axis=1)
+    pairs = [
+        updates[a] @ updates[b] / lengths[a] / lengths[b]
+        for a in range(len(updates))
+        for b in range(len(updates))
+        if a < b
+    ]
+    mean = np.average(updates, axis=0, weights=weights)
+    return {
+        "update_norm": lengths.mean(),
+        "update_cosine": np.mean(pairs),
+        "update_diversity": np.average(lengths**2, weights=weights) / (mean @ mean),
+    }
+
+
+def test_how_clients_drift_is_what_all_pairs_say():
+    rng = np.random.default_rng(0)
+    before, weights = rng.normal(size=12), np.array([5.0, 1.0, 2.0, 9.0])
+    updates = rng.normal(size=(4, 12)) + 0.5
+    drift = federate.Drift()
+    for update, weight in zip(updates, weights, strict=True):
+        after = torch.from_numpy(before + update)
+        state = {"a": after[:8].reshape(2, 4), "b": after[8:], "count": torch.tensor(3)}
+        start = torch.from_numpy(before)
+        drift.add({"a": start[:8].reshape(2, 4), "b": start[8:]}, state, ["a", "b"], weight)
+    assert drift.measures() == pytest.approx(by_hand(updates, weights), rel=1e-4)
+
+
+def test_clients_that_agree_or_are_orthogonal_have_the_known_diversity():
+    for updates, cosine, diversity in ((torch.ones(3, 4), 1, 1), (torch.eye(4)[:3], 0, 3)):
+        drift = federate.Drift()
+        for update in updates:
+            drift.add({"w": torch.zeros(4)}, {"w": update}, ["w"], 7)
+        found = drift.measures()
+        assert found["update_cosine"] == pytest.approx(cosine, abs=1e-6)
+        assert found["update_diversity"] == pytest.approx(diversity)
+
+
+@pytest.mark.parametrize("updates", [[], [1.0], [float("nan"), 1.0], [0.0, 0.0]])
+def test_without_two_clients_that_have_moved_there_is_no_drift(updates):
+    drift = federate.Drift()
+    for update in updates:
+        drift.add({"w": torch.zeros(2)}, {"w": torch.full((2,), update)}, ["w"], 1)
+    assert set(drift.measures().values()) == {None}
+
+
+def test_a_client_that_is_not_finite_does_not_count_in_the_drift():
+    drifts = [federate.Drift(), federate.Drift()]
+    for number, values in enumerate(([1.0, 0.0], [1.0, 1.0], [float("inf"), 0.0])):
+        for drift in drifts[: 1 if number == 2 else 2]:
+            drift.add({"w": torch.zeros(2)}, {"w": torch.tensor(values)}, ["w"], number + 1)
+    assert drifts[0].measures() == drifts[1].measures()
+
+
+def test_the_rounds_tell_how_far_the_clients_and_the_global_state_have_gone(tmp_path):
+    """Recomputed from the clients' states of the last round; after a stop, the rounds before it are kept."""
+    server = run(serve(tmp_path), 2)
+    start, before = server.initial, server.state
+    states_ = [federate.train_client(server, k) for k in server.participants()]
+    names = [name for name, _ in server.model.named_parameters()]
+
+    def flat(state):
+        return torch.cat([state[name].flatten() for name in names]).double().numpy()
+
+    updates = np.array([flat(state) - flat(before) for state, _ in states_])
+    server.finish_round(aggregate(states_), a_cohort(), TEST)
+    (*_, last) = federate.drift([server]).to_dict("records")
+    assert (last["init"], last["split"], last["seed"], last["round"]) == ("random", "age", 0, 3)
+    expected = by_hand(updates, np.array([3, 7]))
+    assert {name: last[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+    away = np.linalg.norm(flat(server.state) - flat(start))
+    assert last["distance_from_start"] == pytest.approx(away, rel=1e-3)
+    again = federate.drift([run(serve(tmp_path))])
+    assert again.equals(federate.drift([server])) and len(again) == 3
+
+
+def test_the_other_arms_have_no_drift(tmp_path):
+    alone = run(serve(tmp_path, parts=PARTS[:1], arm="standalone"))
+    assert federate.drift([alone]).empty and "distance_from_start" not in alone.rounds[-1]
+
+
 # ------------------------------------------------------------------------------------------ side by side
 
 CPU = torch.device("cpu")

@@ -1,8 +1,10 @@
 """What runs, in which order, with which parameters, once; and what is kept when something fails."""
 
 import hashlib
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -83,11 +85,11 @@ def test_a_cell_gets_the_settings_it_depends_on_and_no_others(tmp_path):
     assert set(cells["01_data"]) == where | stages["data"] | client | {"seed"}
     assert set(cells["02_teacher"]) == where | stages["data"] | stages["teacher"] | {"student"}
     assert set(cells["03_distill"]) == (
-        where | stages["data"] | stages["teacher"] | stages["distill"]
+        where | stages["data"] | stages["teacher"] | stages["distill"] | stages["sweep"]
         | {"precision", "deterministic", "inits", "batch_size", "augmentation", "batch_norm", "seed"}
     )  # fmt: skip
     everything = set().union(*stages.values())
-    assert set(cells["04_federate"]) == everything - stages["analysis"]
+    assert set(cells["04_federate"]) == everything - stages["analysis"] - stages["sweep"]
     assert set(cells["05_analysis"]) == everything
 
 
@@ -139,8 +141,9 @@ def leave(*names):
 """
 LEAVE = {
     "01_data": """
+from matplotlib import pyplot
+study.save_figure(cfg, "ages", pyplot.figure(figsize=(1, 1)))
 study.save(cfg, "01_data", {})
-leave("figures/ages.png")
 """,
     "02_teacher": """
 study.save(cfg, "02_teacher", {})
@@ -397,6 +400,114 @@ def test_the_bar_counts_rounds_in_whole_numbers(tmp_path, notebooks, monkeypatch
     assert grid._rounds_done(cells) == 5
     run(cfg, progress=True)
     assert "5/12" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ the map's axes
+
+
+def test_a_variant_differs_in_one_setting_and_trains_what_that_can_change(tmp_path):
+    """A number of labels changes nothing about a random start, another learning rate does."""
+    cfg = settings(tmp_path / "run")
+    cells = grid.plan(cfg, [0], ["iid", "age"], {"labelled": [10.0], "learning_rate": [0.1]})
+    variants = {cell.key: cell for cell in cells if cell.variant}
+    assert list(variants) == [
+        "labelled=10/03_distill-seed0",
+        "labelled=10/04_federate-age-seed0",
+        "learning_rate=0.1/03_distill-seed0",
+        "learning_rate=0.1/04_federate-age-seed0",
+    ]
+    base, inits = cfg.flat(), []
+    for cell in variants.values():
+        flat = cell.cfg.flat()
+        free = {"run_name", "inits", "arms", "split", "seed"}
+        changed = {name for name in base if flat[name] != base[name]} - free
+        assert changed == {cell.variant.split("=")[0]}
+        assert cell.cfg.run_dir == tmp_path / "run" / "vary" / cell.variant
+        assert cell.cfg.federate.arms == "federated"
+        inits.append(cell.cfg.federate.inits)
+    assert inits == ["fm"] * 2 + ["random,fm"] * 2
+    assert set(cells[-1].needs) == {cell.key for cell in cells[:-1]}
+
+
+def test_a_variant_runs_beside_the_study_and_once(tmp_path, notebooks):
+    cfg = settings(tmp_path / "run")
+
+    def again(**vary):
+        said = []
+        grid.run(grid.plan(cfg, [0], ["age"], vary), plain=True, progress=False, say=said.append)
+        return [line.split(":")[0] for line in said]
+
+    own = [f"labelled=10/{name}" for name in ("03_distill-seed0", "04_federate-age-seed0")]
+    assert again(labelled=[10.0])[-3:] == [*own, "05_analysis"]
+    assert again(labelled=[10.0]) == []
+    (tmp_path / "run/vary/labelled=10/cells/03_distill-seed0/cell.json").unlink()
+    assert again(labelled=[10.0]) == own[:1]
+
+
+# ------------------------------------------------------------------------------------------ several processes
+
+
+def in_processes(number: int, task) -> list[int]:
+    """Exit codes of processes that do a task at once; forked, so that they see the test's own notebooks."""
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=task, args=(k,)) for k in range(number)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    return [worker.exitcode for worker in workers]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that begin as copies")
+def test_two_processes_share_a_study_and_run_no_cell_twice(tmp_path, notebooks):
+    for name in ORDER:
+        notebooks.write(name, "import time; time.sleep(0.2)\n" + LEAVE[name])
+    cfg = settings(tmp_path / "run")
+
+    def work(number: int) -> None:
+        said = []
+        cells = grid.plan(cfg, [0, 1], ["iid", "age"])
+        grid.run(cells, plain=True, progress=False, say=said.append)
+        (tmp_path / f"said{number}").write_text("\n".join(line.split(":")[0] for line in said))
+
+    assert in_processes(2, work) == [0, 0]
+    one, other = ((tmp_path / f"said{number}").read_text().split() for number in (0, 1))
+    assert one and other, "both had something to do"
+    assert sorted(one + other) == sorted({*ALL, *(name.replace("seed0", "seed1") for name in ALL)})
+    assert not (cfg.run_dir / "claims").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that begin as copies")
+def test_what_a_dead_process_held_is_taken_over(tmp_path, notebooks):
+    """It dies inside its first cell, which stays nobody's."""
+    cfg = settings(tmp_path / "run")
+    notebooks.write("01_data", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+
+    assert in_processes(1, lambda _: run(cfg)) == [-signal.SIGKILL]
+    assert (cfg.run_dir / "claims" / "01_data.lock").exists()
+    notebooks.write("01_data", LEAVE["01_data"])
+    assert run(cfg) == ALL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that begin as copies")
+def test_what_another_process_is_writing_is_left_alone(tmp_path, notebooks):
+    cfg = settings(tmp_path / "run")
+    run(cfg)
+    half = cfg.run_dir / "weights" / ".federated-iid-fm-seed0.safetensors.4711"
+    half.write_text("half of")
+    cell = grid.plan(cfg, [0], ["iid", "age"])[0]
+    held = grid.Claims(cfg.run_dir)
+    assert held.take([cell], lambda _: False) is cell
+
+    def look(_: int) -> None:
+        other = grid.Claims(cfg.run_dir)
+        other.sweep()
+        assert other.take([cell], lambda _: False) is None, "one process a cell"
+
+    assert in_processes(1, look) == [0] and half.exists()
+    held.release(cell)
+    held.sweep()
+    assert not half.exists()
 
 
 # ------------------------------------------------------------------------------------------ when it fails

@@ -5,6 +5,8 @@ import random
 import numpy as np
 import pytest
 import torch
+import torchvision
+from safetensors.torch import save_file
 from torch import nn
 
 from fmfl import models, states
@@ -165,3 +167,67 @@ def test_students_are_ordered_by_size_and_the_papers_is_the_largest():
     sizes = [models.num_parameters(models.build(name)) for name in models.STUDENTS]
     assert sizes == sorted(sizes)
     assert 30_900_000 < sizes[-1] < 31_300_000, "the U-Net of 2015 has 31 million parameters"
+
+
+# ------------------------------------------------------------------------------------------ given weights
+
+
+def test_an_imagenet_encoder_sees_grey_as_the_same_grey_in_three_colours(tmp_path):
+    """torchvision's own network is the oracle, with made weights; what names its classes is left out."""
+    torch.manual_seed(0)
+    published = torchvision.models.resnet18(weights=None).eval()
+    torch.save(published.state_dict(), tmp_path / "resnet18.pth")
+    model = models.build("resnet18_unet").eval()
+    decoder = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("encoder.")}
+    models.load_weights(model, tmp_path / "resnet18.pth", encoder_only=True)
+    grey = torch.rand(2, 1, 64, 64)
+    with torch.no_grad():
+        _, first, *_, last = model.encoder(grey)
+        x = published.relu(published.bn1(published.conv1(grey.expand(-1, 3, -1, -1))))
+        torch.testing.assert_close(first, x, atol=1e-5, rtol=1e-4)
+        x = published.maxpool(x)
+        for layer in (published.layer1, published.layer2, published.layer3, published.layer4):
+            x = layer(x)
+        torch.testing.assert_close(last, x, atol=1e-4, rtol=1e-3)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in decoder.items())
+
+
+def test_a_mobile_students_encoder_takes_its_librarys_names(tmp_path):
+    """As published: without the prefix, for three colours, with a head that a student has no use for."""
+    prefix, other = "encoder.model.", models.build("mobile_unet", seed=9).state_dict()
+    published = {k.removeprefix(prefix): v for k, v in other.items() if k.startswith(prefix)}
+    published["conv_stem.weight"] = published["conv_stem.weight"].repeat(1, 3, 1, 1) / 3
+    save_file(published | {"classifier.weight": torch.zeros(3, 4)}, tmp_path / "mobilenet.safetensors")
+    model = models.build("mobile_unet", seed=5)
+    models.load_weights(model, tmp_path / "mobilenet.safetensors", encoder_only=True)
+    for key, value in model.state_dict().items():
+        if key.startswith(prefix):
+            torch.testing.assert_close(value, other[key])
+
+
+def test_a_students_own_weights_come_back_bit_by_bit(tmp_path):
+    other = models.build("tiny_unet", seed=3).state_dict()
+    states.write_state(tmp_path / "any.safetensors", other)
+    model = models.build("tiny_unet", seed=0)
+    models.load_weights(model, tmp_path / "any.safetensors")
+    assert states.state_digest(model.state_dict()) == states.state_digest(other)
+
+
+def test_weights_that_do_not_fit_are_one_sentence(tmp_path):
+    state = models.build("tiny_unet").state_dict()
+    key = next(iter(state))
+    cases = {
+        "missing": {k: v for k, v in state.items() if k != key},
+        "unexpected": state | {"more": torch.zeros(1)},
+        "of another shape": state | {key: torch.zeros(7)},
+    }
+    for name, wrong in cases.items():
+        file = tmp_path / f"{name}.safetensors"
+        save_file(wrong, file)
+        with pytest.raises(UserError, match=name) as caught:
+            models.load_weights(models.build("tiny_unet"), file)
+        assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="are not there"):
+        models.load_weights(models.build("tiny_unet"), tmp_path / "nowhere.pth")
+    with pytest.raises(UserError, match="no published encoder"):
+        models.load_weights(models.build("unet"), tmp_path / "missing.safetensors", encoder_only=True)

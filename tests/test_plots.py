@@ -221,15 +221,50 @@ def test_loss_and_dice_curves():
 
 
 def test_dice_by_rule_writes_each_rules_mean():
-    scores = pd.DataFrame({"rule": ["box", "box", "whole"], "dice": [0.9, 0.8, 0.5]})
-    axis = plots.dice_by_rule(scores).axes[0]
-    assert [text.get_text() for text in axis.get_yticklabels()] == ["box\nmean 0.850", "whole\nmean 0.500"]
+    scores = pd.DataFrame({"rule": ["box", "box", "whole"], "dice": [0.9, 0.8, 0.5], "hd95": [2.0, 3.0, 9.0]})
+    dice, hd95 = plots.dice_by_rule(scores).axes
+    assert [text.get_text() for text in dice.get_yticklabels()] == [
+        "box\n0.850, 2.5 px",
+        "whole\n0.500, 9.0 px",
+    ]
+    points = [np.sort(dots.get_offsets()[:, 0]).tolist() for dots in hd95.collections]
+    assert points == [[2, 3], [9]]
 
 
 def test_dice_by_jitter_draws_the_means():
-    scores = pd.DataFrame({"pixels": [0, 0, 5, 5], "dice": [0.9, 1.0, 0.6, 0.8]})
-    axis = plots.dice_by_jitter(scores).axes[0]
-    np.testing.assert_allclose(axis.lines[0].get_xydata(), [[0, 0.95], [5, 0.7]])
+    scores = {"pixels": [0, 0, 5, 5], "dice": [0.9, 1.0, 0.6, 0.8], "hd95": [1.0, 2.0, 4.0, 8.0]}
+    dice, hd95 = plots.dice_by_jitter(pd.DataFrame(scores)).axes
+    np.testing.assert_allclose(dice.lines[0].get_xydata(), [[0, 0.95], [5, 0.7]])
+    np.testing.assert_allclose(hd95.lines[0].get_xydata(), [[0, 1.5], [5, 6]])
+
+
+def distilled(*rows) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["alpha", "temperature", "labels", "views", "dice"])
+
+
+def test_dice_by_alpha_is_a_line_a_temperature_from_the_masks_alone():
+    rows = [(0.6, 1.0, "soft", "cached", 0.9), (0.0, 1.0, "soft", "cached", 0.8)]
+    rows += [(1.0, 1.0, "soft", "cached", 0.85), (1.0, 3.0, "soft", "cached", 0.7)]
+    rows += [(0.6, 1.0, "hard", "cached", 0.75), (0.6, 1.0, "soft", "fresh", 0.95)]
+    figure = plots.dice_by_alpha(distilled(*rows), teacher=0.97)
+    warm, hot, hard, fresh, level = figure.axes[0].lines
+    np.testing.assert_allclose(warm.get_xydata(), [[0, 80], [0.6, 90], [1, 85]])
+    np.testing.assert_allclose(hot.get_xydata(), [[0, 80], [1, 70]])
+    np.testing.assert_allclose([hard.get_xydata()[0], fresh.get_xydata()[0]], [[0.6, 75], [0.6, 95]])
+    np.testing.assert_allclose(level.get_ydata(), 97)
+    assert legend(figure) == [
+        "T = 1",
+        "T = 3",
+        "hard labels",
+        "fresh views",
+        "the teacher, told the box: 97.0",
+    ]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6])
+def test_dice_by_alpha_of_one_student(alpha):
+    (line,) = plots.dice_by_alpha(distilled((alpha, 1.0, "soft", "cached", 0.8))).axes[0].lines
+    np.testing.assert_allclose(line.get_xydata(), [[alpha, 80]])
 
 
 def test_reliability_leaves_out_empty_bins():
@@ -239,3 +274,38 @@ def test_reliability_leaves_out_empty_bins():
     np.testing.assert_allclose(diagonal.get_xydata(), [[0, 0], [1, 1]])
     np.testing.assert_allclose(curve.get_xydata(), [[0.1, 0.2], [0.8, 0.7]])
     assert "0.0123" in axis.get_title()
+
+
+def test_the_map_has_a_panel_for_each_axis_and_pair_with_hollow_points_in_the_noise():
+    rows = []
+    for axis, values in (("labelled", ["10", "all"]), ("server", ["adam", "average"])):
+        for value in values:
+            for lower in ("random", "pretraining"):
+                noise = lower == "pretraining" and value == "all"
+                rows.append((axis, value, "fm", lower, 2.0, 1.0, 4.0, noise))
+    names = ["axis", "value", "higher", "lower", "gain", "low", "high", "inside_noise"]
+    figure = plots.when_it_pays(pd.DataFrame(rows, columns=names))
+    assert [axis.get_xlabel() for axis in figure.axes] == ["", "", "labelled", "server"]
+    assert [tick.get_text() for tick in figure.axes[2].get_xticklabels()] == ["10", "all"]
+    hollow = [
+        line.get_markerfacecolor() == "white"
+        for axis in figure.axes
+        for line in axis.lines
+        if line.get_marker() == plots.MARKERS["fm"]
+    ]
+    assert hollow == [False] * 4 + [False, True, False, False]
+
+
+def test_why_shows_each_measure_by_round_and_both_of_the_ground():
+    drift = pd.DataFrame(
+        [("fm", "age", seed, number, 1.0 * number, 0.5, 1.2, 3.0) for seed in (0, 1) for number in (1, 2)],
+        columns=["init", "split", "seed", "round", *plots.DRIFT],
+    )
+    starts = pd.DataFrame({"init": ["random", "fm"], "sharpness": [5.0, 2.0], "barrier": [0.3, 0.1]})
+    figure = plots.why(drift, starts, "age")
+    labels = [axis.get_ylabel() for axis in figure.axes]
+    assert labels[:4] == list(plots.DRIFT.values()) and len(labels) == 6
+    (line,) = [line for line in figure.axes[0].lines if len(line.get_xdata())]
+    assert list(line.get_ydata()) == [1.0, 2.0]
+    assert [bar.get_height() for bar in figure.axes[4].patches] == [0.3, 0.1]
+    assert plots.why(drift, starts.head(0), "age")

@@ -243,3 +243,48 @@ def test_a_broken_file_is_named(tmp_path, name, content, message):
 def test_the_same_files_give_the_same_page(tmp_path):
     study(tmp_path)
     assert report.write(tmp_path).read_bytes() == report.write(tmp_path).read_bytes()
+
+
+def test_the_further_tables_and_the_map_are_shown_where_a_study_has_them(tmp_path):
+    study(tmp_path, pictures=("fig2", "fig3", "when_it_pays", "why"))
+    assert 'id="map"' not in report.write(study_without(tmp_path)).read_text(encoding="utf-8")
+    results, per_image = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("results", "per_image"))
+    per_image = per_image.assign(age=30.0, site="here", hd95=1.0, assd=0.5)
+    analysis.speed(results, 0.8).to_csv(tmp_path / "speed.csv", index=False)
+    analysis.weakest(per_image).to_csv(tmp_path / "weakest.csv", index=False)
+    gap = pd.DataFrame([{"init": "fm"} | analysis.gap_interval(per_image, "fm", "age")])
+    gap.to_csv(tmp_path / "gap.csv", index=False)
+    (tmp_path / "gains.csv").write_text("axis,value\nlabelled,10\n")
+    page = Page(report.write(tmp_path).read_text(encoding="utf-8"))
+    assert page.open == []
+    sections = [attributes.get("id") for attributes in page.all("section")]
+    assert {"speed", "gap", "weakest", "map"} <= set(sections)
+    downloads = {attributes["download"] for attributes in page.all("a") if "download" in attributes}
+    assert {"speed.csv", "gap.csv", "weakest.csv", "when_it_pays.csv"} <= downloads
+    assert "20-29" not in page.text and "30-39 years" in page.text, "the worst age band"
+    assert "centralised random under pooled was not run" in page.text
+
+
+def study_without(directory):
+    """The same study in a folder beside it, without the map."""
+    other = directory.parent / f"{directory.name}-without"
+    other.mkdir()
+    return study(other)
+
+
+def test_the_answer_goes_between_the_marks_of_a_markdown_file_and_nowhere_else(tmp_path):
+    folder = tmp_path / "docs" / "results"
+    folder.mkdir(parents=True)
+    study(folder)
+    file = tmp_path / "README.md"
+    file.write_text(f"# Title\n{report.BEGIN}\nold words\n{report.END}\nThe end.\n")
+    for _ in range(2):  # and again, to the same text
+        text = report.write_into(file, folder).read_text()
+        assert text.startswith(f"# Title\n{report.BEGIN}\n![") and text.endswith(f"{report.END}\nThe end.\n")
+        assert "old words" not in text and "(docs/results/figures/fig3.png)" in text
+        table1 = pd.read_csv(folder / "table1.csv").set_index("init")
+        assert f"| foundation model | {table1.federated.fm:.2f} (" in text and "| 85.38 |" in text
+        assert text.count("| random |") == 1
+    (tmp_path / "other.md").write_text(f"{report.END} {report.BEGIN}")
+    with pytest.raises(UserError, match="has no place for results"):
+        report.write_into(tmp_path / "other.md", folder)

@@ -79,6 +79,37 @@ def test_holdout_falls_short_by_less_than_the_smallest_patient_left(seed):
     assert 0 <= 50 - len(parts.test) < left
 
 
+@pytest.mark.parametrize("limit", [60, 0.25])
+def test_clients_that_hold_less_leave_proxy_and_test_as_they_are(limit):
+    table = made_up_table(400, images_per_patient=4)
+    whole, less = split.holdout(table), split.holdout(table, federated=limit)
+    assert torch.equal(whole.proxy, less.proxy) and torch.equal(whole.test, less.test)
+    wanted = limit if limit >= 1 else round(limit * len(whole.federated))
+    assert wanted - 4 < len(less.federated) <= wanted
+    assert set(less.federated.tolist()) < set(whole.federated.tolist())
+    kept, left = set(less.federated.tolist()), set(whole.federated.tolist()) - set(less.federated.tolist())
+    patients = patients_of(table, [torch.tensor(sorted(kept)), torch.tensor(sorted(left))])
+    assert not patients[0] & patients[1], "a patient is held as a whole"
+
+
+def test_more_clients_images_than_there_are_is_all_of_them():
+    table = made_up_table(100)
+    assert equal(split.holdout(table, federated=1000), split.holdout(table))
+
+
+def test_a_mixture_counts_every_image_of_a_client_by_site_and_age_band():
+    table = pd.DataFrame(
+        {
+            "patient_id": list("abcde"),
+            "site": ["x", "x", "y", "y", "y"],
+            "age": [3.0, 5.0, 3.0, np.nan, 81.0],
+        }
+    )
+    found = split.mixture(table, [torch.tensor([0, 1, 2]), torch.tensor([3, 4])])
+    rows = sorted(found.itertuples(index=False, name=None))
+    assert rows == [(0, "x", "0-5", 2), (0, "y", "0-5", 1), (1, "y", "", 1), (1, "y", "80+", 1)]
+
+
 def test_holdout_gives_each_part_its_share_of_each_site_and_age_band():
     """Up to two patients: one for the stratum's start on the line, one for the rounding of the cut."""
     table = made_up_table(3000, unknown_ages=0.2)

@@ -3,6 +3,7 @@
 The studies are slow tests; what a cell leaves behind and how cells come together is tested without training.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -14,17 +15,19 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
+import torch
 from matplotlib import pyplot
 from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file
 
 import fmfl
-from fmfl import config, data, grid, models, paths, states, study, teacher
+from fmfl import config, data, grid, models, paths, split, states, study, teacher, train
 from fmfl.errors import UserError
 
 TINY = {
@@ -43,6 +46,7 @@ PER_IMAGE = ["arm", "init", "split", "seed", "client", "image_id", "patient_id",
 PER_IMAGE += ["dice", "iou", "hd95", "assd"]
 WEIGHTS = {
     *(f"init-{init}-seed0" for init in INITS),
+    "variant-alpha1-temperature1-soft-cached-seed0",
     *(f"federated-{split}-{init}-seed0" for split in SPLITS for init in INITS),
     "centralised-pooled-random-seed0",
     *(f"standalone-age-random-seed0-client{k}" for k in range(3)),
@@ -289,6 +293,67 @@ def test_a_study_killed_at_any_time_goes_on_and_ends_in_the_same_files(done, tmp
     assert list(folder.rglob(".*")) == []
 
 
+# ------------------------------------------------------------------------------------------ few masks
+
+
+def few(**given) -> tuple[config.Settings, data.Cohort, split.Holdout]:
+    tiny = {"size": 32, "num_phantoms": 60, "student": "tiny_unet", "proxy_epochs": 1}
+    cfg = config.settings(tiny | given)
+    cohort = study.load_cohort(cfg)
+    return cfg, cohort, study.hold_out(cfg, cohort)
+
+
+def test_a_smaller_budget_of_labels_lies_within_a_larger_one():
+    parts = few()[2]
+    chosen = []
+    for budget in (0, 3, 0.5, 1.0):
+        own = config.settings({"labelled": float(budget)})
+        chosen.append(set(study.labelled(own, parts.proxy).nonzero()[:, 0].tolist()))
+    n = len(parts.proxy)
+    assert [len(some) for some in chosen] == [0, 3, round(0.5 * n), n]
+    assert chosen[0] < chosen[1] < chosen[2] < chosen[3]
+    other = config.settings({"labelled": 3.0, "seed": 1})
+    assert set(study.labelled(other, parts.proxy).nonzero()[:, 0].tolist()) != chosen[1]
+    with pytest.raises(UserError, match=f"labelled is 1000, but the proxy set has {n} images"):
+        study.labelled(config.settings({"labelled": 1000.0}), parts.proxy)
+
+
+@pytest.mark.parametrize("box_rule", ["whole_image", "predicted"])
+def test_masks_outside_the_budget_are_never_looked_at(tmp_path, monkeypatch, box_rule):
+    """With boxes that need none: the starts are the same bytes whatever those masks hold."""
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    cfg, cohort, parts = few(labelled=4.0, box_rule=box_rule, run_name=str(tmp_path / "a"))
+    hidden = parts.proxy[~study.labelled(cfg, parts.proxy)]
+    inits = ("random", "pretraining", "fm")
+    one = study.initial_states(cfg, cohort, parts.proxy, inits)
+    cohort.masks[hidden] = 1 - cohort.masks[hidden]
+    cfg = replace(cfg, run=replace(cfg.run, run_name=str(tmp_path / "b")))
+    other = study.initial_states(cfg, cohort, parts.proxy, inits)
+    for init in inits:
+        assert not one[init].reused and not other[init].reused
+        assert states.state_digest(one[init].state) == states.state_digest(other[init].state)
+    seen = [one[init].fitted.images_seen for init in inits]
+    n = len(parts.proxy)
+    assert seen[0] == 0 and seen[2] == n and abs(seen[1] - n) < 4, "as many images as the other start"
+
+
+def test_where_there_is_no_mask_the_teachers_stands_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    cfg, cohort, parts = few(labelled=0.0, box_rule="whole_image", run_name=str(tmp_path / "a"))
+    taught = study.taught(cfg, cohort, parts.proxy).examples
+    stands = taught.masks[parts.proxy]
+    assert torch.equal(stands, (taught.teacher_logits > 0).to(stands.dtype))
+    assert torch.equal(taught.masks[parts.test], cohort.masks[parts.test])
+    with pytest.raises(UserError, match="labelled is 0: leave pretraining out of inits"):
+        study.initial_states(cfg, cohort, parts.proxy, ["pretraining"])
+    predicted = replace(cfg, teacher=replace(cfg.teacher, box_rule="predicted"))
+    with pytest.raises(UserError, match="needs proxy images with masks"):
+        study.initial_states(predicted, cohort, parts.proxy, ["fm"])
+    fresh = replace(cfg, distill=replace(cfg.distill, teacher_views="fresh"))
+    with pytest.raises(UserError, match="teacher_views 'fresh' needs a mask of every proxy image"):
+        study.initial_states(fresh, cohort, parts.proxy, ["fm"])
+
+
 # ------------------------------------------------------------------------------------------ cells, untrained
 
 
@@ -371,6 +436,33 @@ def test_cells_of_other_settings_are_left_out_and_named(tmp_path):
         study.collect(cfg)
 
 
+def test_variants_come_together_with_their_axis_and_the_studys_own_value(tmp_path):
+    """One that differs in two settings is no point of the map."""
+    cfg = cell(tmp_path)
+    for variant, given in (
+        ("labelled=10", {"labelled": 10.0}),
+        ("labelled=30", {"labelled": 30.0}),
+        ("server=adam", {"server": "adam"}),
+        ("num_clients=4", {"num_clients": 4, "server": "adam"}),
+    ):
+        cell(study.variant_dir(cfg, variant), **given)
+    found = study.collect_variants(cfg)
+    rows = set(found[["axis", "value", "own"]].itertuples(index=False, name=None))
+    assert rows == {("labelled", "10", "all"), ("labelled", "30", "all"), ("server", "adam", "average")}
+    assert study.collect_variants(cell(tmp_path / "alone")).empty
+
+
+def test_a_cell_made_before_a_parameter_came_had_it_at_its_default(tmp_path):
+    cfg = cell(tmp_path)
+    file = tmp_path / "cells" / "04_federate-age-seed0" / "cell.json"
+    about = json.loads(file.read_text())
+    del about["settings"]["labelled"]
+    file.write_text(json.dumps(about))
+    assert len(study.collect(cfg)[0]) == 2
+    with pytest.raises(UserError, match="no results of these settings"):
+        study.collect(config.settings({"run_name": tmp_path, "num_rounds": 1, "labelled": 5.0}))
+
+
 def test_no_results_of_these_settings_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"holds no results of these settings: run 04_federate first"):
         study.collect(config.settings({"run_name": tmp_path}))
@@ -426,6 +518,133 @@ def test_the_commit_is_that_of_the_checkout(monkeypatch, tmp_path):
         assert study.commit().removesuffix("+changes") == head.stdout.strip()
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     assert study.commit() == "", "outside git"
+
+
+# ------------------------------------------------------------------------------------------ distillations
+
+
+def distillations(**given) -> list[tuple]:
+    """Alpha, temperature, labels and views of what is compared, after the run's own."""
+    own, *others = study.variants(config.settings({"alpha_sweep": ""} | given))
+    assert own == config.settings(given).distill
+    return [(how.alpha, how.temperature, how.teacher_labels, how.teacher_views) for how in others]
+
+
+def test_the_compared_distillations_are_those_asked_for():
+    usual = ("soft", "cached")
+    assert distillations() == []
+    assert distillations(alpha_sweep="0,0.6,1") == [(0, 1, *usual), (1, 1, *usual)]
+    assert distillations(temperature_sweep="1,3") == [(0.6, 3, *usual)]
+    assert distillations(alpha_sweep="0.5,1", temperature_sweep="1,3") == [
+        *((0.5, 1, *usual), (1, 1, *usual)),
+        *((0.5, 3, *usual), (1, 3, *usual)),
+    ]
+    assert distillations(variants="kl_only,dice_only,hard,fresh,soft,cached") == [
+        *((1, 1, *usual), (0, 1, *usual)),
+        *((0.6, 1, "hard", "cached"), (0.6, 1, "soft", "fresh")),
+    ]
+    assert distillations(temperature=2.0, teacher_labels="hard", variants="soft") == [
+        (0.6, 2, "soft", "cached")
+    ]
+
+
+def test_without_the_teachers_share_his_temperature_labels_and_views_are_all_one():
+    assert distillations(alpha_sweep="0", temperature_sweep="1,2,3") == [(0, 1, "soft", "cached")]
+    assert distillations(alpha=0.0, temperature_sweep="1,2,3", variants="hard,fresh") == []
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[int]:
+    """How many images each call of an image encoder has seen."""
+    found = []
+    embed = teacher.Teacher._embed
+    monkeypatch.setattr(
+        teacher.Teacher, "_embed", lambda self, images: (found.append(len(images)), embed(self, images))[1]
+    )
+    return found
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[float]:
+    """The learning rate of each training."""
+    found = []
+    fit = train.fit
+
+    def counted(*args, **given):
+        found.append(given["optimizer"].param_groups[0]["lr"])
+        return fit(*args, **given)
+
+    monkeypatch.setattr(train, "fit", counted)
+    return found
+
+
+def test_a_sweep_asks_the_teacher_once_and_again_not_at_all(tmp_path, monkeypatch, asked, trained):
+    monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(
+        teacher, "cached_logits", functools.partial(teacher.cached_logits, cache=tmp_path / "cache")
+    )
+    sweep = {"alpha_sweep": "0,0.5,1", "temperature_sweep": "1,2", "variants": "hard", "proxy_epochs": 1}
+    cfg = config.settings(TINY | sweep | {"run_name": tmp_path / "run", "alpha": 0.5})
+    cohort = study.load_cohort(cfg)
+    proxy = study.hold_out(cfg, cohort).proxy
+    starts = study.initial_states(cfg, cohort, proxy, INITS)
+    first = study.distilled(cfg, cohort, proxy)
+    assert sum(asked) == len(proxy), "once, for all students together"
+    # random is not trained but built; of the sweep, alpha 0 and 0.5 at T = 1 are starts already.
+    assert len(first) == 6 and len(trained) == 3 + 4
+    asked.clear()
+    trained.clear()
+    again = study.distilled(cfg, cohort, proxy)
+    assert asked == [] == trained
+    digests = [states.state_digest(start.state) for _, start in first]
+    assert digests == [states.state_digest(start.state) for _, start in again]
+    assert len(set(digests)) == 6
+    for (how, start), init in ((first[0], "fm"), (first[1], "pretraining")):
+        assert (how.alpha > 0) == (init == "fm")
+        assert states.state_digest(start.state) == states.state_digest(starts[init].state)
+
+
+def test_fresh_views_are_asked_in_every_epoch_and_the_others_not(tmp_path, asked):
+    given = {"run_name": tmp_path / "run", "alpha_sweep": "", "variants": "fresh", "proxy_epochs": 2}
+    cfg = config.settings(TINY | given)
+    cohort = study.load_cohort(cfg)
+    proxy = study.hold_out(cfg, cohort).proxy
+    study.initial_states(cfg, cohort, proxy, ["fm"])
+    asked.clear()
+    (_, own), (how, fresh) = study.distilled(cfg, cohort, proxy)
+    assert sum(asked) == 2 * len(proxy)
+    assert how.teacher_views == "fresh"
+    assert states.state_digest(own.state) != states.state_digest(fresh.state)
+
+
+def test_without_masks_there_is_no_student_of_masks_alone(tmp_path):
+    given = {"run_name": tmp_path / "run", "alpha_sweep": "0,1", "labelled": 0.0, "proxy_epochs": 1}
+    cfg = config.settings(TINY | given)
+    cohort = study.load_cohort(cfg)
+    found = study.distilled(cfg, cohort, study.hold_out(cfg, cohort).proxy)
+    assert [how.alpha for how, _ in found] == [0.6, 1]
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def test_a_tasks_memory_is_what_it_takes_and_gives_back():
+    """64 MiB, written so that they are really there; twice, because freed memory may be kept."""
+    device = torch.device("cpu")
+    for _ in range(2):
+        found = study.working_memory(lambda: torch.ones(2**24), device)
+        if found is None:
+            pytest.skip("this system does not tell")
+        assert 0.9 * 2**26 < found < 2 * 2**26
+    assert study.working_memory(lambda: None, device) < 2**24
+
+
+def test_memory_that_is_not_told_is_none(monkeypatch):
+    def refused(what: str) -> int:
+        raise FileNotFoundError(what)
+
+    monkeypatch.setattr(study, "_of_this_process", refused)
+    assert study.working_memory(lambda: None, torch.device("cpu")) is None
 
 
 def test_the_machines_memory_is_told_where_the_system_tells_it(monkeypatch):

@@ -561,3 +561,14 @@ def test_the_shipped_teacher_knows_lungs_it_has_not_seen():
     dice = metrics.dice(who.logits(images, prompt(masks)) > 0, masks)
     assert dice.mean() > 0.95
     assert dice.min() > 0.8
+
+
+def test_noise_makes_a_worse_teacher_the_same_each_time():
+    exact, noisy, again = (teacher.load("builtin", noise=noise) for noise in (0.0, 0.3, 0.3))
+    for name, weight in noisy.sam.named_parameters():
+        assert torch.equal(weight, again.sam.get_parameter(name))
+        if weight.numel() > 1000:
+            before = exact.sam.get_parameter(name)
+            added = (weight - before).std() / before.std()
+            assert added == pytest.approx(0.3, rel=0.15), name
+    assert noisy.about()["noise"] == 0.3 and "noise" not in exact.about()

@@ -557,3 +557,49 @@ def test_predictions_are_the_same_whatever_the_number_of_cores():
     torch.set_num_threads(before)
     assert found[0].shape == images.shape and not found[0].requires_grad
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+# ------------------------------------------------------------------------------------------ few masks
+
+
+def test_passes_show_as_many_images_however_few_there_are():
+    assert [train.passes(15, 40, number) for number in (40, 20, 10, 7)] == [15, 30, 60, 86]
+    assert abs(train.passes(15, 40, 7) * 7 - 15 * 40) < 7
+
+
+def test_predicted_masks_from_some_masks_look_at_no_others(monkeypatch):
+    """The unknown masks may hold anything; the known ones come back as they are."""
+    plain, cfg = examples(), DistillConfig(student="micro", proxy_epochs=2)
+    patients = [f"p{k}" for k in range(len(plain))]
+    known = torch.arange(len(plain)) < 4
+    given = dict(batch_size=4, seed=0, known=known)
+    masks, seconds = train.predicted_masks(plain, patients, cfg, **given)
+    spoiled = dataclasses.replace(plain, masks=plain.masks.clone())
+    spoiled.masks[spoiled.indices[~known]] = 7
+    again, _ = train.predicted_masks(spoiled, patients, cfg, **given)
+    assert torch.equal(masks, again) and seconds > 0
+    assert torch.equal(masks[known], plain.masks[plain.indices[known]])
+    with pytest.raises(UserError, match="needs proxy images with masks"):
+        train.predicted_masks(plain, patients, cfg, **given | {"known": torch.zeros_like(known)})
+
+
+def test_starts_from_files_are_the_files_and_made_anew_when_these_change(tmp_path):
+    file, kept = tmp_path / "given.safetensors", tmp_path / "init.safetensors"
+    cfg = DistillConfig(student="micro", init_file=str(file))
+
+    def begin() -> train.InitialState:
+        return train.initial_state("file", examples(), cfg, batch_size=4, seed=0, file=kept)
+
+    for seed in (1, 2):
+        given = models.build("micro", seed=seed).state_dict()
+        states.write_state(file, given)
+        found = begin()
+        assert equal(found.state, given) and not found.reused
+        assert found.fitted.images_seen == 0 and begin().reused
+    with pytest.raises(UserError, match="start 'imagenet' needs a file of weights, but none is named"):
+        train.initial_state("imagenet", examples(), cfg, batch_size=4, seed=0)
+    file.unlink()
+    with pytest.raises(
+        UserError, match=r"start 'file' .*given\.safetensors is not there: set init_file to one"
+    ):
+        begin()

@@ -140,6 +140,20 @@ def test_results_are_compared_row_by_row(tmp_path, one, tolerance, expected):
     )
 
 
+def test_bytes_are_left_aside_between_engines_and_nothing_else_is(tmp_path, one):
+    """Flower's are measured, with what stands around the weights."""
+    for dice in (0.75, 1.0):
+        other = a_study(tmp_path / f"other{dice}", dice=dice, settings={"engine": "flower", "num_rounds": 2})
+        table = pd.read_csv(other / "results.csv")
+        table.assign(bytes_up=9, bytes_down=10).to_csv(other / "results.csv", index=False)
+        lines, equal = verify.compare(one, other)
+        assert equal == (dice == 0.75)
+        assert "settings.engine: None | flower" in lines and "as the engines differ" in lines[-1]
+    other = a_study(tmp_path / "other")
+    pd.read_csv(other / "results.csv").assign(bytes_up=9).to_csv(other / "results.csv", index=False)
+    assert not verify.compare(one, other)[1], "the same engine has to give the same bytes"
+
+
 def test_the_last_bit_of_a_score_counts(tmp_path, one):
     nearly = float(torch.nextafter(torch.tensor(0.75, dtype=torch.float64), torch.tensor(1.0).double()))
     assert not verify.compare(one, a_study(tmp_path / "other", dice=nearly))[1]

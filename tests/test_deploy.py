@@ -1,0 +1,364 @@
+"""Real processes on loopback: a SuperLink with TLS and keys, three SuperNodes each with its own folder."""
+
+import contextlib
+import csv
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from fmfl import config, data, federate, models, phantom, states, train
+from fmfl.cli import main
+from fmfl.engines import deploy
+from fmfl.errors import UserError
+from fmfl.train import Examples, Fitted, InitialState
+
+SIZE, IMAGES, CLIENTS, ROUNDS = 64, 6, 3, 3
+
+
+def run_cli(*arguments: object) -> int:
+    """The exit code of ``fmfl`` with these arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fmfl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return ended.value.code or 0
+
+
+# ------------------------------------------------------------------------------------------ keys
+
+
+def test_keys_are_apart_and_the_certificate_names_the_server(tmp_path):
+    deploy.keys(tmp_path / "keys", ["fl.example.org", "10.1.2.3"], 2)
+    folders = {p.name: {f.name for f in p.iterdir()} for p in (tmp_path / "keys").iterdir()}
+    assert folders == {
+        "server": {"ca.pem", "server.pem", "server.key", "client-0.pub", "client-1.pub"},
+        "client-0": {"ca.pem", "client.key"},
+        "client-1": {"ca.pem", "client.key"},
+    }
+    server = x509.load_pem_x509_certificate((tmp_path / "keys/server/server.pem").read_bytes())
+    ca = x509.load_pem_x509_certificate((tmp_path / "keys/client-1/ca.pem").read_bytes())
+    server.verify_directly_issued_by(ca)
+    names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["fl.example.org", "localhost"]
+    assert [str(a) for a in names.get_values_for_type(x509.IPAddress)] == ["10.1.2.3", "127.0.0.1"]
+    for k in range(2):
+        private = serialization.load_ssh_private_key(
+            (tmp_path / f"keys/client-{k}/client.key").read_bytes(), None
+        )
+        public = (tmp_path / f"keys/server/client-{k}.pub").read_bytes().strip()
+        made = private.public_key().public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
+        assert made == public
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_private_keys_are_their_owners_alone(tmp_path):
+    deploy.keys(tmp_path / "keys", ["localhost"], 1)
+    for file in (tmp_path / "keys").rglob("*.key"):
+        assert file.stat().st_mode & 0o077 == 0
+
+
+def test_keys_are_not_written_over(tmp_path, capsys):
+    assert run_cli("flower", "keys", tmp_path / "keys") == 0
+    assert run_cli("flower", "keys", tmp_path / "keys") == 2
+    assert "holds something already" in capsys.readouterr().err
+
+
+def test_what_a_person_can_get_wrong_is_one_sentence(tmp_path, capsys):
+    deploy.keys(tmp_path / "keys", ["localhost"], 1)
+    server, client = tmp_path / "keys/server", tmp_path / "keys/client-0"
+    whole = ("flower", "client", "--number", 0, "--server", "localhost:1")
+    for arguments, says in (
+        ((*whole, "--keys", client, "--data", tmp_path / "none"), "there is no such folder"),
+        ((*whole, "--keys", server, "--data", tmp_path), "client.key is not there"),
+        (("flower", "server", "--keys", client), "server.pem is not there"),
+        (("flower", "server", "--keys", server, "-p", "numrounds=3"), "did you mean num_rounds?"),
+        (("flower", "server", "--keys", server, "-p", "alpha=0.5"), "not one of a run on Flower"),
+        (("flower", "server", "--keys", server, "-p", "run_name=x"), "use --out"),
+    ):
+        assert run_cli(*arguments) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_said(tmp_path):
+    deploy.keys(tmp_path / "keys", ["localhost"], 1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(UserError, match=f"127.0.0.1:{port} cannot be listened on"),
+            deploy.superlink(tmp_path / "keys/server", tmp_path / "home", host="127.0.0.1", port=port),
+        ):
+            pass
+
+
+# ------------------------------------------------------------------------------------------ the deployment
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def a_hospital(folder: Path, k: int) -> Path:
+    """A folder with images, masks and a table whose texts occur nowhere else."""
+    images, masks, table = phantom.generate(IMAGES, SIZE, 10 + k)
+    names = [f"xray-of-hospital-{k}-{i}" for i in range(IMAGES)]
+    for part, arrays in (("images", images), ("masks", masks * 255)):
+        (folder / part).mkdir(parents=True)
+        for name, array in zip(names, arrays, strict=True):
+            cv2.imwrite(str(folder / part / f"{name}.png"), array.squeeze())
+    table = table[["age", "sex"]].assign(
+        image_id=names, patient_id=[f"Jane-Doe-{k}-{i}" for i in range(IMAGES)]
+    )
+    table.to_csv(folder / "metadata.csv", index=False)
+    return folder
+
+
+class Listener:
+    """Between SuperNodes and SuperLink, with the server's own certificate: keeps every byte, deciphered."""
+
+    def __init__(self, keys: Path, port: int):
+        self.port, self.kept = free_port(), {"up": [], "down": []}
+        self.inward = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.inward.load_cert_chain(keys / "server.pem", keys / "server.key")
+        self.outward = ssl.create_default_context(cafile=str(keys / "ca.pem"))
+        self.there = ("127.0.0.1", port)
+        self.socket = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def crossed(self, way: str) -> bytes:
+        return b"".join(bytes(stream) for stream in self.kept[way])
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                plain, _ = self.socket.accept()
+                threading.Thread(target=self.connect, args=(plain,), daemon=True).start()
+
+    def connect(self, plain):
+        try:
+            near = self.inward.wrap_socket(plain, server_side=True)
+            far = self.outward.wrap_socket(socket.create_connection(self.there), server_hostname="localhost")
+        except OSError:
+            plain.close()
+            return
+        threading.Thread(target=self.copy, args=(near, far, "up"), daemon=True).start()
+        self.copy(far, near, "down")
+
+    def copy(self, source, target, way):
+        stream = bytearray()  # one a connection, so that no other's bytes come in between
+        self.kept[way].append(stream)
+        with contextlib.suppress(OSError):
+            while piece := source.recv(65536):
+                stream += piece
+                target.sendall(piece)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self.socket.close()
+
+
+def wait_for(what, seconds: float, why: str):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if found := what():
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"waited {seconds:.0f} s in vain for {why}")
+
+
+def scored_rounds(out: Path) -> int:
+    file = out / "results.csv"
+    return len(file.read_text().splitlines()) - 2 if file.exists() else -1
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory):
+    """Three rounds of three hospitals, a listener between; the third is killed in round 2; and a stranger."""
+    at = tmp_path_factory.mktemp("deployment")
+    keys, out, port = at / "keys", at / "out", free_port()
+    deploy.keys(keys, ["localhost"], CLIENTS + 1)
+    (keys / "server" / f"client-{CLIENTS}.pub").unlink()  # so the server does not know the last one
+    folders = [a_hospital(at / f"hospital-{k}", k) for k in range(CLIENTS + 1)]
+    own = a_hospital(at / "server-own", 9)
+    listener = Listener(keys / "server", port)
+    logs = {name: (at / f"{name}.log").open("w+") for name in ("server", "stranger", "plain", "0", "1", "2")}
+    processes: dict[str, subprocess.Popen] = {}
+
+    def start(name: str, command: list[str]) -> subprocess.Popen:
+        env = deploy.environment(at / "home" / name) | {
+            "FMFL_CACHE": str(at / "cache"),
+            "OMP_NUM_THREADS": "1",
+        }
+        processes[name] = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=logs[name], stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        return processes[name]
+
+    def node(name: str, k: int, address: str) -> list[str]:
+        return deploy.client_command(
+            str(folders[k]), address, keys / f"client-{k}", k, CLIENTS, port=free_port()
+        )
+
+    def log_of(name: str) -> str:
+        return Path(logs[name].name).read_text()
+
+    found = {"folders": folders, "out": out, "listener": listener}
+    try:
+        given = {
+            "student": "tiny_unet", "size": SIZE, "num_rounds": ROUNDS, "batch_size": 3, "device": "cpu",
+            "round_timeout": 90, "min_clients": 2,
+        }  # fmt: skip
+        options = [part for name, value in given.items() for part in ("-p", f"{name}={value}")]
+        fmfl = [sys.executable, "-c", "import sys; from fmfl.cli import main; sys.argv[0] = 'fmfl'; main()"]
+        command = [*fmfl, "flower", "server", "--keys", keys / "server", "--out", out, "--test-data", own]
+        start("server", [*map(str, command), "--host", "127.0.0.1", "--port", str(port), *options])
+        log = out / "flower" / "superlink.log"
+        wait_for(
+            lambda: log.exists() and log.read_text().count("Created node_id") == CLIENTS, 240, "the keys"
+        )
+        for k in range(CLIENTS):
+            start(str(k), node(str(k), k, f"localhost:{listener.port}"))
+        start("stranger", node("stranger", CLIENTS, f"localhost:{port}"))
+        wait_for(lambda: scored_rounds(out) >= 1, 300, "the first round")
+        # The third hospital gets its message for the second round, and dies.
+        receiving = "Receiving: train"
+        wait_for(lambda: log_of("2").count(receiving) >= 2, 60, "the second round at the third hospital")
+        deploy.end_group(processes["2"])
+        processes["server"].wait(400)
+        processes["stranger"].wait(60)
+    finally:
+        for process in processes.values():
+            deploy.end_group(process)
+        listener.close()
+    found |= {"code": processes["server"].returncode, "logs": {name: log_of(name) for name in logs}}
+    found["stranger"] = processes["stranger"].returncode
+    found["superlink"] = log.read_text()
+    return found
+
+
+@pytest.mark.slow
+def test_a_hospital_that_is_killed_costs_the_others_no_round(deployment):
+    assert deployment["code"] == 0, deployment["logs"]["server"][-3000:]
+    table = pd.read_csv(deployment["out"] / "results.csv")
+    assert list(table["round"]) == [0, 1, 2, 3] and table.dice.between(0, 1).all()
+    seen = table.images_seen.diff()[1:].tolist()
+    assert seen == [3 * IMAGES, 2 * IMAGES, 2 * IMAGES]
+    record = states.read_record(deployment["out"] / "weights" / "federated-age-random-seed0.safetensors")
+    assert [done["clients"] for done in record["rounds"]] == [[], [0, 1, 2], [0, 1], [0, 1]]
+    with (deployment["out"] / "faults.csv").open() as file:
+        faults = [(int(row["round"]), int(row["client"])) for row in csv.DictReader(file)]
+    assert faults == [(2, 2), (3, 2)]
+    assert "round 2: client 2 " in deployment["logs"]["server"]
+
+
+@pytest.mark.slow
+def test_the_rounds_end_in_the_local_engines_bytes(deployment, tmp_path):
+    """With all hospitals, and with the two that are left."""
+    record = states.read_record(deployment["out"] / "weights" / "federated-age-random-seed0.safetensors")
+    cfg = config.settings(
+        {"run_name": tmp_path, "num_rounds": ROUNDS, "batch_size": 3, "student": "tiny_unet"}
+    )
+    held = [data.load(folder, size=SIZE, progress=False) for folder in deployment["folders"][:CLIENTS]]
+    clients = {k: Examples(c.images, c.masks, torch.arange(len(c))) for k, c in enumerate(held)}
+    start = InitialState("random", models.build("tiny_unet", seed=0).state_dict(), Fitted())
+    test = torch.arange(2)
+    server = federate.Server.start_or_resume(
+        tmp_path, start, clients, cfg.federate, student="tiny_unet", cohort=held[0], test=test
+    )
+    with train.one_thread(torch.device("cpu")):
+        for number in server.remaining_rounds():
+            updates = [federate.train_client(server, k) for k in record["rounds"][number]["clients"]]
+            server.finish_round(federate.aggregate(updates), held[0], test)
+    assert [done["sha256"] for done in server.rounds] == [done["sha256"] for done in record["rounds"]]
+
+
+@pytest.mark.slow
+def test_a_node_with_a_key_that_the_server_does_not_know_is_refused(deployment):
+    assert deployment["stranger"] not in (0, None)
+    assert deploy.REFUSED in deployment["logs"]["stranger"]
+    assert "SuperNode ID" not in deployment["logs"]["stranger"] and "SuperNode ID" in deployment["logs"]["0"]
+    assert f"client {CLIENTS}" not in deployment["logs"]["server"]
+
+
+@pytest.mark.slow
+def test_nothing_of_a_hospitals_data_leaves_it(deployment):
+    """All that crossed, deciphered: the weights are in it, so an image would be found."""
+    up, down = (deployment["listener"].crossed(way) for way in ("up", "down"))
+    start = models.build("tiny_unet", seed=0).state_dict()
+    first = max((v for k, v in start.items() if v.is_floating_point()), key=lambda v: v.numel())
+    assert first.numpy().tobytes()[:4096] in down and b"tiny_unet" in down
+    for k, folder in enumerate(deployment["folders"]):
+        for secret in (f"xray-of-hospital-{k}", f"Jane-Doe-{k}", f"hospital-{k}"):
+            assert secret.encode() not in up + down
+        for file in [*sorted((folder / "images").iterdir())[:3], *sorted((folder / "masks").iterdir())[:3]]:
+            assert file.read_bytes()[60:200] not in up
+            pixels = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
+            rows = [row for row in pixels if len(np.unique(row)) > 1][10:13]
+            for row in rows:
+                for form in (
+                    row,
+                    (row > 127).astype(np.uint8),
+                    row.astype(np.float32),
+                    np.float32(row / 255),
+                ):
+                    assert form.tobytes() not in up
+    weights = models.num_bytes(start)
+    # Up: three updates, then two, and what a killed one had sent; each a message with little around it.
+    assert 7 * weights < len(up) < 8 * 1.05 * weights + 100_000
+
+
+@pytest.mark.slow
+def test_the_bytes_in_the_results_are_those_that_crossed(deployment):
+    table = pd.read_csv(deployment["out"] / "results.csv")
+    up = len(deployment["listener"].crossed("up"))
+    assert table.bytes_up.iloc[-1] == pytest.approx(up, rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_plain_text_connection_is_refused(tmp_path):
+    deploy.keys(tmp_path / "keys", ["localhost"], 1)
+    port = free_port()
+    with deploy.superlink(tmp_path / "keys/server", tmp_path / "home", host="127.0.0.1", port=port):
+        with (
+            pytest.raises((OSError, ValueError)),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10),
+        ):
+            pass
+        node = [deploy.program("flower-supernode"), "--insecure", "--superlink", f"127.0.0.1:{port}"]
+        node += ["--port", str(free_port()), "--max-retries", "1"]
+        process = subprocess.Popen(
+            node, env=deploy.environment(tmp_path / "node"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.wait(120)
+        finally:
+            deploy.end_group(process)
+        said = process.stdout.read()
+        assert process.returncode != 0 and "SuperNode ID" not in said
+    assert "Activated node_id" not in (tmp_path / "home" / "superlink.log").read_text()
+    assert process.returncode != -signal.SIGKILL

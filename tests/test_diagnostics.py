@@ -1,0 +1,71 @@
+"""The ground at a start: lines, barriers and sharpness where they are known."""
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from fmfl import config, diagnostics, study
+from fmfl.states import state_digest
+
+
+def squares(logits, masks, _):
+    """A loss whose Hessian is known: half the squares, summed."""
+    return (logits - masks).square().sum() / 2
+
+
+def test_the_state_half_way_is_the_mean_and_counts_stay():
+    one = {"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(3)}
+    other = {"w": torch.tensor([1.0, 4.0]), "n": torch.tensor(5)}
+    middle = diagnostics.line(one, other, 0.5)
+    assert middle["w"].tolist() == [0.5, 3.0] and middle["n"] == 3
+    assert torch.equal(diagnostics.line(one, other, 1.0)["w"], other["w"])
+
+
+@pytest.mark.parametrize(
+    ("along", "height"),
+    [([1, 2, 3], 0), ([1, 5, 3], 3), ([0, 1, 4, 0], 4), ([2, 0, 2], 0), ([4, 3.5, 1], 1)],
+)
+def test_a_barrier_is_the_rise_above_the_line_between_the_ends(along, height):
+    assert diagnostics.barrier(along) == pytest.approx(height)
+
+
+def test_losses_between_two_models_begin_and_end_at_theirs():
+    torch.manual_seed(0)
+    model, images = nn.Conv2d(1, 1, 1), torch.rand(2, 1, 4, 4)
+    masks = (images > 0.5).float()
+    one = {"weight": torch.full((1, 1, 1, 1), 9.0), "bias": torch.tensor([-4.5])}
+    other = {"weight": torch.full((1, 1, 1, 1), -9.0), "bias": torch.tensor([4.5])}
+    along = diagnostics.losses_between(model, one, other, images, masks, points=3)
+    # Half way every weight is zero and every pixel 1/2: 1 - (2 s/2 + 1) / (n/2 + s + 1) for s pixels of n.
+    pixels = masks.flatten(1).sum(1)
+    expected = (1 - (pixels + 1) / (8 + pixels + 1)).mean()
+    assert along[1] == pytest.approx(float(expected), abs=1e-6)
+    assert along[0] < 0.2 and along[2] > along[0]
+
+
+def test_sharpness_is_the_largest_eigenvalue_of_the_hessian():
+    """Of a linear model under squares the Hessian is sum x x^T, whose eigenvalues NumPy's solver knows."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 1).double()
+    x, y = torch.randn(40, 6).double() * torch.arange(1, 7), torch.randn(40, 1).double()
+    with_one = torch.cat([x, torch.ones(40, 1)], 1)
+    largest = float(torch.linalg.eigvalsh(with_one.T @ with_one)[-1])
+    before = state_digest(model.state_dict())
+    found = diagnostics.sharpness(model, x, y, loss=squares, steps=200, tolerance=1e-10)
+    assert found == pytest.approx(largest, rel=1e-4)
+    assert state_digest(model.state_dict()) == before
+
+
+def test_the_ground_is_looked_at_without_changing_a_run(tmp_path):
+    tiny = {"run_name": tmp_path, "size": 32, "num_phantoms": 40, "student": "tiny_unet", "proxy_epochs": 1}
+    cfg = config.settings(tiny | {"inits": "random,pretraining", "num_rounds": 1})
+    cohort, results = study.load_cohort(cfg), []
+    for init in ("random", "pretraining"):
+        results.append({"arm": "federated", "init": init, "split": "age", "seed": 0})
+    servers = study.first_servers(cfg, cohort, pd.DataFrame(results))
+    before = [(state_digest(server.state), server.round_number) for server in servers]
+    found = diagnostics.of_starts(servers, cohort, images=4)
+    assert found.init.tolist() == ["random", "pretraining"]
+    assert (found.barrier >= 0).all() and found.sharpness.notna().all()
+    assert [(state_digest(server.state), server.round_number) for server in servers] == before

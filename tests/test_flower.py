@@ -1,0 +1,594 @@
+"""The study behind Flower's messages: the same bytes, faults that cost no round, nothing of the data sent."""
+
+import dataclasses
+import json
+import math
+import tomllib
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from scipy.integrate import quad
+from scipy.stats import norm
+from torch import nn
+
+from fmfl import config, federate, grid, models, states, study
+from fmfl.data import Cohort
+from fmfl.engines import deploy, flower
+from fmfl.errors import UserError
+from fmfl.federate import Server
+from fmfl.train import Fitted, InitialState
+
+SIZE = 32
+TEST = torch.tensor([12, 13])
+PARTS = [torch.arange(3), torch.arange(3, 8), torch.arange(8, 12)]
+
+
+@pytest.fixture(autouse=True)
+def _micro_student(monkeypatch):
+    """A student that trains in milliseconds, with BatchNorm and its integer buffers; on one thread."""
+    monkeypatch.setitem(
+        models.STUDENTS,
+        "micro",
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1)
+        ),
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def a_cohort() -> Cohort:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(20, 120, (14, 1, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+    masks = torch.zeros_like(images)
+    for i in range(14):
+        masks[i, :, 6 + i % 4 : 20 + i % 5, 5 + i % 3 : 24] = 1
+    images[masks == 1] += 100
+    table = pd.DataFrame(
+        {
+            "image_id": [f"picture-of-{i}" for i in range(14)],
+            "patient_id": [f"Jane-Doe-{i}" for i in range(14)],
+            "site": "Saint Nowhere",
+            "age": np.arange(14) + 0.8125,
+        }
+    )
+    return Cohort(images, masks, table, pd.DataFrame(), fingerprint="cohort")
+
+
+def settings(folder, **given) -> config.Settings:
+    usual = {"num_rounds": 3, "batch_size": 4, "learning_rate": 1e-2, "student": "micro", "size": SIZE}
+    quick = {"round_timeout": 1.0, "join_timeout": 0.0, "engine": "flower", "device": "cpu"}
+    return config.settings(usual | quick | {"run_name": folder} | given)
+
+
+def serve(cfg: config.Settings, parts=PARTS) -> Server:
+    cohort = a_cohort()
+    model = models.build("micro", batch_norm=cfg.federate.batch_norm)
+    return Server.start_or_resume(
+        cfg.run_dir,
+        InitialState("random", model.state_dict(), Fitted()),
+        federate.clients_of(cohort, parts),
+        cfg.federate,
+        student="micro",
+        cohort=cohort,
+        test=TEST,
+        engine=study.engine_key(cfg),
+    )
+
+
+def run(server: Server, nodes: flower.Nodes | None = None, rounds: int | None = None) -> Server:
+    """The notebook's loop, to the end or stopped after some rounds."""
+    cohort = a_cohort()
+    for number in server.remaining_rounds():
+        if nodes:
+            updates = nodes.train(server)
+        else:
+            updates = (federate.train_client(server, k) for k in server.participants())
+        server.finish_round(federate.aggregate(updates), cohort, TEST)
+        if number == rounds:
+            break
+    return server
+
+
+def digests(server: Server) -> list[str]:
+    return [done["sha256"] for done in server.rounds]
+
+
+# ------------------------------------------------------------------------------------------ the same study
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"optimizer_state": "keep", "local_epochs": 2},
+        {"batch_norm": "local"},
+        {"batch_norm": "group", "server": "adam"},
+        {"participation": 0.6, "proximal": 0.1, "client_weights": "uniform"},
+    ],
+)
+def test_the_rounds_are_the_local_engines_to_the_last_bit(tmp_path, given):
+    local = run(serve(settings(tmp_path / "local", engine="local", num_rounds=5, **given)))
+    cfg = settings(tmp_path / "flower", num_rounds=5, **given)
+    server = serve(cfg)
+    run(server, flower.simulated(cfg, server))
+    assert digests(server) == digests(local) and len(set(digests(server))) == 6
+    compared = ["dice", "iou", "hd95", "images_seen"]
+    assert pd.DataFrame(server.history)[compared].equals(pd.DataFrame(local.history)[compared])
+    assert list(pd.DataFrame(server.history)) == list(pd.DataFrame(local.history))
+
+
+@pytest.mark.parametrize("given", [{}, {"optimizer_state": "keep"}, {"batch_norm": "local"}])
+def test_a_run_that_was_stopped_goes_on_in_the_same_bytes(tmp_path, given):
+    whole_cfg, cfg = settings(tmp_path / "whole", **given), settings(tmp_path / "stopped", **given)
+    whole = serve(whole_cfg)
+    run(whole, flower.simulated(whole_cfg, whole))
+    first = serve(cfg)
+    run(first, flower.simulated(cfg, first), rounds=2)
+    again = serve(cfg)
+    assert again.round_number == 2
+    run(again, flower.simulated(cfg, again))
+    assert digests(again) == digests(whole)
+
+
+def test_an_engine_does_not_take_the_others_rounds_for_its_own(tmp_path):
+    """Its bytes are measured, the local engine's reckoned."""
+    run(serve(settings(tmp_path, engine="local")))
+    assert serve(settings(tmp_path)).round_number == 0
+
+
+def test_the_study_puts_flower_between_the_federated_runs_alone(tmp_path):
+    cfg = settings(tmp_path)
+    server = serve(cfg)
+    assert isinstance(study.nodes(cfg, server), flower.Nodes)
+    assert study.nodes(cfg, dataclasses.replace(server, arm="centralised")) is None
+    assert study.nodes(settings(tmp_path, engine="local"), server) is None
+    with pytest.raises(UserError, match="privacy 'dp' comes with the engine flower"):
+        study.nodes(settings(tmp_path, engine="local", privacy="dp"), server)
+
+
+@pytest.mark.slow
+def test_the_notebook_gives_the_same_results_with_either_engine(tmp_path):
+    """All columns, but for what is measured: the bytes, and the seconds."""
+    tables = {}
+    for engine in ("local", "flower"):
+        given = {"size": 32, "num_phantoms": 40, "num_rounds": 2, "proxy_epochs": 1, "inits": "random"}
+        cfg = config.settings(
+            given | {"student": "tiny_unet", "run_name": str(tmp_path / engine), "engine": engine}
+        )
+        (cell,) = [c for c in grid.plan(cfg, [0], ["iid"]) if c.notebook == "04_federate"]
+        assert cell.parameters["engine"] == engine and "min_clients" in cell.parameters
+        grid.execute_plain(cell, tmp_path / engine / "out.ipynb")
+        tables[engine] = pd.read_csv(tmp_path / engine / "cells" / cell.name / "results.csv")
+    measured = ["seconds", "bytes_up", "bytes_down"]
+    local, flowers = tables["local"], tables["flower"]
+    assert list(local) == list(flowers) and set(local.arm) == {"federated", "centralised", "standalone"}
+    assert local.drop(columns=measured).equals(flowers.drop(columns=measured))
+    last = local["round"] == 2
+    assert (flowers.bytes_up[last & (local.arm == "federated")] > local.bytes_up[last].max()).all()
+    assert (flowers.bytes_up[local.arm != "federated"] == 0).all()
+
+
+# ------------------------------------------------------------------------------------------ what crosses
+
+
+class Recorded(flower.InProcess):
+    """Keeps every byte that crosses, both ways."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.crossed = []
+
+    def push_messages(self, messages):
+        ids = super().push_messages(messages)
+        self.crossed += [self.posted[name] for name in ids]
+        return ids
+
+    def pull_messages(self, message_ids):
+        replies = super().pull_messages(message_ids)
+        self.crossed += [flower.message_to_proto(reply).SerializeToString() for reply in replies]
+        return replies
+
+
+def grid_of(nodes: flower.Nodes, kind=flower.InProcess, **given):
+    """The same nodes behind another kind of grid."""
+    nodes.grid = kind(nodes.grid.app, nodes.grid.contexts.values(), **given)
+    return nodes.grid
+
+
+def test_no_image_no_mask_and_no_row_of_the_table_crosses(tmp_path):
+    cfg = settings(tmp_path)
+    server = serve(cfg)
+    nodes = flower.simulated(cfg, server)
+    grid = grid_of(nodes, Recorded)
+    start = server.state["0.weight"].numpy().tobytes()
+    run(server, nodes)
+    crossed = b"".join(grid.crossed)
+    assert start in crossed, "weights are found, so an image would be"
+    cohort = a_cohort()
+    for i in range(14):
+        row = cohort.images[i, 0, SIZE // 2]
+        for form in (row, row.float(), row.float() / 255, row.half(), row.to(torch.int64)):
+            assert form.numpy().tobytes()[:64] not in crossed
+        mask = cohort.masks[i, 0]
+        for form in (mask[8:12], mask[8:12].bool(), mask[8:12].float()):
+            assert form.numpy().tobytes() not in crossed
+        assert np.packbits(mask[8:16].numpy()).tobytes() not in crossed
+        for name in ("image_id", "patient_id", "site"):
+            assert cohort.table[name][i].encode() not in crossed
+        assert np.float64(cohort.table.age[i]).tobytes() not in crossed
+
+
+def test_bytes_are_those_of_the_messages_and_hardly_more_than_the_weights(tmp_path):
+    given = {"student": "tiny_unet", "num_rounds": 1}
+    cfg = settings(tmp_path, **given)
+    cohort = a_cohort()
+    model = models.build("tiny_unet")
+    server = Server.start_or_resume(
+        tmp_path, InitialState("random", model.state_dict(), Fitted()), federate.clients_of(cohort, PARTS),
+        cfg.federate, student="tiny_unet", cohort=cohort, test=TEST,
+    )  # fmt: skip
+    nodes = flower.simulated(cfg, server)
+    grid = grid_of(nodes, Recorded)
+    run(server, nodes)
+    weights = 3 * models.num_bytes(model.state_dict())
+    row = server.history[-1]
+    assert weights < row["bytes_up"] < 1.01 * weights and weights < row["bytes_down"] < 1.01 * weights
+    asking = sum(len(sent) for sent in grid.crossed if len(sent) < 10_000)
+    whole = sum(map(len, grid.crossed)) - asking
+    assert row["bytes_up"] + row["bytes_down"] == pytest.approx(whole, abs=200), "but for the messages' names"
+
+
+def test_a_state_is_packed_and_unpacked_bit_by_bit():
+    state = models.build("tiny_unet").state_dict()
+    found = flower.unpack(flower.pack(state), state)
+    assert list(found) == list(state) and states.state_digest(found) == states.state_digest(state)
+    assert len(flower.pack(state)) == 2, "two arrays cross instead of hundreds"
+
+
+# ------------------------------------------------------------------------------------------ faults
+
+
+class Faulty(flower.InProcess):
+    """Nodes of which one answers otherwise, from some round on."""
+
+    def __init__(self, *given, client=1, since=2, tamper=None):
+        super().__init__(*given)
+        self.client, self.since, self.tamper = client, since, tamper
+
+    def pull_messages(self, message_ids):
+        found = []
+        for name in list(message_ids):
+            message = flower.message_from_proto(flower.MessageProto.FromString(self.posted[name]))
+            group = message.metadata.group_id
+            faulty = message.metadata.dst_node_id == 1000 + self.client and group
+            if faulty and int(group) >= self.since:
+                if self.tamper is None:  # hangs
+                    continue
+                (reply,) = super().pull_messages([name])
+                found.append(self.tamper(reply))
+            else:
+                found += super().pull_messages([name])
+        return found
+
+
+def with_records(**records):
+    """Puts other records into a reply."""
+
+    def tamper(reply: Message) -> Message:
+        for name, change in records.items():
+            reply.content[name] = change(reply.content[name])
+        return reply
+
+    return tamper
+
+
+def spoilt(value: float):
+    def change(record: ArrayRecord) -> ArrayRecord:
+        numbers = record["float32"].numpy().copy()
+        numbers[7] = value
+        return ArrayRecord({**record, "float32": Array(numbers)})
+
+    return change
+
+
+def no_images(record: MetricRecord) -> MetricRecord:
+    return MetricRecord({**record, "weight": 0})
+
+
+def shorter(record: ArrayRecord) -> ArrayRecord:
+    return ArrayRecord({**record, "float32": Array(record["float32"].numpy()[:-1].copy())})
+
+
+def other_names(record: ConfigRecord) -> ConfigRecord:
+    return ConfigRecord({**record, "layout": "another"})
+
+
+def somebody_else(record: ConfigRecord) -> ConfigRecord:
+    return ConfigRecord({**record, "client": 0})
+
+
+FAULTS = {
+    "hangs": (None, "gave no answer within 1 s"),
+    "NaN": (with_records(weights=spoilt(math.nan)), "weights that are not finite"),
+    "infinite": (with_records(weights=spoilt(math.inf)), "weights that are not finite"),
+    "shape": (with_records(weights=shorter), "not as many numbers"),
+    "kind": (with_records(weights=lambda r: ArrayRecord({"float32": r["float32"]})), "no int64 numbers"),
+    "empty": (with_records(weights=lambda _: ArrayRecord()), "no float32 numbers"),
+    "names": (with_records(about=other_names), "tensors of other names"),
+    "no images": (with_records(numbers=no_images), "with weight 0"),
+    "somebody else": (with_records(about=somebody_else), "answers as client 0"),
+}
+
+
+@pytest.mark.parametrize(("tamper", "says"), FAULTS.values(), ids=list(FAULTS))
+def test_a_round_goes_on_without_a_client_that_fails(tmp_path, caplog, tamper, says):
+    """It ends where the others alone would have brought it."""
+    cfg = settings(tmp_path / "faulty", num_rounds=2)
+    server = serve(cfg)
+    nodes = flower.simulated(cfg, server)
+    grid_of(nodes, Faulty, tamper=tamper)
+    run(server, nodes)
+    assert [done["clients"] for done in server.rounds] == [[], [0, 1, 2], [0, 2]]
+    assert list(server.rounds[2]["faults"]) == [1] and says in server.rounds[2]["faults"][1]
+    assert "client 1" in caplog.text and says in caplog.text
+    stored = states.read_record(server.file)["rounds"][2]
+    assert says in stored["faults"]["1"], "JSON's keys are texts"
+
+    local = run(serve(settings(tmp_path / "local", engine="local", num_rounds=2)), rounds=1)
+    updates = [federate.train_client(local, k) for k in (0, 2)]
+    local.finish_round(federate.aggregate(updates), a_cohort(), TEST)
+    assert digests(server) == digests(local)
+    assert server.images_seen == 12 + 7
+
+
+def test_a_client_whose_training_raises_is_left_out_with_its_own_words(tmp_path):
+    cfg = settings(tmp_path, num_rounds=1)
+    server = serve(cfg)
+    nodes = flower.simulated(cfg, server)
+    server.clients[2].images = torch.empty(0, 1, SIZE, SIZE, dtype=torch.uint8)  # its folder was emptied
+    run(server, nodes)
+    assert server.rounds[1]["clients"] == [0, 1]
+    assert "failed: index" in server.rounds[1]["faults"][2] and "<class" not in server.rounds[1]["faults"][2]
+
+
+def test_too_few_good_updates_stop_the_run_and_it_goes_on_at_that_round(tmp_path):
+    cfg = settings(tmp_path, min_clients=3)
+    server = serve(cfg)
+    nodes = flower.simulated(cfg, server)
+    grid_of(nodes, Faulty, tamper=with_records(weights=spoilt(math.nan)))
+    with pytest.raises(UserError, match=r"round 2 has 2 good updates and min_clients asks for 3 \(client 1 "):
+        run(server, nodes)
+    again = serve(cfg)
+    assert again.round_number == 1
+    run(again, flower.simulated(cfg, again))
+    whole = run(serve(settings(tmp_path / "local", engine="local")))
+    assert digests(again) == digests(whole)
+
+
+def test_one_client_alone_needs_no_second(tmp_path):
+    cfg = settings(tmp_path, num_rounds=1, num_clients=1)
+    server = serve(cfg, PARTS[:1])
+    run(server, flower.simulated(cfg, server))
+    assert server.rounds[1]["clients"] == [0]
+
+
+class Arriving(flower.InProcess):
+    """Nodes that come and go: round -> those who are there from its beginning on."""
+
+    def __init__(self, *given, there):
+        super().__init__(*given)
+        self.there, self.round_number = there, 1
+
+    def get_node_ids(self):
+        return [1000 + k for k in self.there[min(self.round_number, max(self.there))]]
+
+
+def test_a_client_that_joins_late_takes_part_from_then_on_and_one_that_leaves_is_missed(tmp_path):
+    cfg = settings(tmp_path, num_rounds=4, join_timeout=0.3)
+    server = serve(cfg)
+    nodes = flower.simulated(cfg, server)
+    grid = grid_of(nodes, Arriving, there={1: [0, 1], 2: [0, 1, 2], 3: [1, 2], 4: [0, 1, 2]})
+    for number in server.remaining_rounds():
+        grid.round_number = number
+        server.finish_round(federate.aggregate(nodes.train(server)), a_cohort(), TEST)
+    assert [done["clients"] for done in server.rounds[1:]] == [[0, 1], [0, 1, 2], [1, 2], [0, 1, 2]]
+    assert [done.get("faults") for done in server.rounds[1:]] == [
+        {2: "is not there"}, None, {0: "is not there"}, None,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "says"),
+    [
+        (7, None, "client 7, and there is none of that number"),
+        (0, None, "client 0, who is there already"),
+        (1, "other code", "another version of fmfl"),
+    ],
+)
+def test_a_node_is_not_taken_in(tmp_path, caplog, number, code, says):
+    """One that claims another's number would push the other out."""
+    cfg = settings(tmp_path, num_rounds=1)
+    server = serve(cfg)
+    nodes = flower.simulated(cfg, server)
+    inner = nodes.grid.app
+
+    def app(message: Message, context: Context) -> Message:
+        reply = inner(message, context)
+        if context.node_id == 1001 and "about" in reply.content and "weights" not in reply.content:
+            about = {**reply.content["about"], "client": number}
+            reply.content["about"] = ConfigRecord(about | ({"code": code} if code else {}))
+        return reply
+
+    nodes.grid.app = app
+    run(server, nodes)
+    assert server.rounds[1]["clients"] == [0, 2] and server.rounds[1]["faults"] == {1: "is not there"}
+    assert says in caplog.text
+
+
+# ------------------------------------------------------------------------------------------ a client's images
+
+
+def test_a_nodes_own_part_is_the_studys(tmp_path):
+    given = {"num_phantoms": 40, "num_clients": 2, "split": "iid"}
+    cfg = settings(tmp_path, **given)
+    cohort = study.load_cohort(cfg)
+    expected = study.partition(cohort, study.hold_out(cfg, cohort).federated, cfg.federate)
+    for k in range(2):
+        context = Context(1, 2, {"partition-id": k, "num-partitions": 2}, RecordDict(), {})
+        held = flower.own_images(context, cfg)
+        assert held.number == k and torch.equal(held.examples.indices, expected[k])
+        assert torch.equal(held.examples.images, cohort.images)
+
+
+@pytest.mark.parametrize("number", [None, -1, 3, "one"])
+def test_a_node_without_a_number_is_told_so(tmp_path, number):
+    context = Context(1, 2, {} if number is None else {"partition-id": number}, RecordDict(), {})
+    with pytest.raises(UserError, match=r"partition-id is .*: give it a number from 0 to 2"):
+        flower.own_images(context, settings(tmp_path))
+
+
+def test_what_a_client_keeps_stays_in_its_context():
+    context = Context(1, 2, {}, RecordDict(), {})
+    kept = {
+        "adam-0": {"0/exp_avg": torch.randn(2, 3), "0/step": torch.tensor(4.0)},
+        "norm-0": {"a": torch.ones(1)},
+    }
+    assert flower._kept(context) == {}
+    flower._keep(context, kept)
+    found = flower._kept(context)
+    assert {k: states.state_digest(v) for k, v in found.items()} == {
+        k: states.state_digest(v) for k, v in kept.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------ the app's folder
+
+
+def test_the_apps_folder_lists_every_parameter_at_its_default():
+    listed = tomllib.loads((deploy.APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    assert listed == flower.run_config()
+    assert set(listed) >= {"num_rounds", "batch_norm", "start", "test_data", "min_clients", "privacy", "size"}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"numrounds": 3}, "parameter 'numrounds' is unknown: did you mean num_rounds?"),
+        ({"num_rounds": "3"}, "num_rounds must be a whole number"),
+        ({"min_clients": 0}, "min_clients is 0"),
+    ],
+)
+def test_flowers_run_config_is_under_the_contract_of_parameters(given, says):
+    with pytest.raises(UserError, match=says):
+        flower.settings_of(Context(1, 2, {}, RecordDict(), flower.run_config() | given))
+
+
+@pytest.mark.parametrize("test_data", ["held_out", ""])
+def test_a_deployments_results_have_the_columns_of_every_study(tmp_path, test_data):
+    """From a start in a file, with the server's own test images or without any."""
+    cfg = settings(tmp_path, num_phantoms=40, student="tiny_unet", num_rounds=2, test_data=test_data)
+    start = tmp_path / "init-fm-seed0.safetensors"
+    state = models.build("tiny_unet", seed=5).state_dict()
+    fitted = {"losses": [], "images_seen": 11, "seconds": 2.5}
+    states.write_state(start, state, init="fm", fitted=fitted)
+    cfg = dataclasses.replace(cfg, flower=dataclasses.replace(cfg.flower, start=str(start)))
+    cohort = study.load_cohort(cfg)
+    clients = study.partition(cohort, study.hold_out(cfg, cohort).federated, cfg.federate)
+    held = federate.clients_of(cohort, clients)
+    app = flower.make_client_app(
+        lambda c, _: flower.Held(c.node_config["partition-id"], held[c.node_config["partition-id"]])
+    )
+    contexts = [Context(1, k, {"partition-id": k}, RecordDict(), cfg.flat()) for k in held]
+    server = flower.serve(flower.InProcess(app, contexts), cfg)
+
+    table = pd.read_csv(tmp_path / "results.csv")
+    assert list(table) == [
+        *("arm", "init", "split", "seed", "round", "dice", "iou", "hd95", "seconds"),
+        *("bytes_up", "bytes_down", "images_seen"),
+    ]
+    assert list(table["init"]) == ["fm"] * 3 and table.images_seen[0] == 11
+    assert table.dice.notna().all() == bool(test_data)
+    assert server.rounds[0]["sha256"] == states.state_digest(state)
+    assert (tmp_path / "per_image.csv").exists() == bool(test_data)
+    assert list(pd.read_csv(tmp_path / "faults.csv")) == ["round", "client", "fault"]
+    assert flower.serve(flower.InProcess(app, contexts), cfg).rounds == server.rounds, "nothing is left to do"
+
+
+@pytest.mark.parametrize(
+    ("student", "says"), [("micro", "does not hold the weights of student"), (None, "missing")]
+)
+def test_a_start_that_does_not_fit_is_refused(tmp_path, student, says):
+    file = tmp_path / "start.safetensors"
+    if student:
+        states.write_state(file, models.build(student).state_dict())
+    cfg = settings(tmp_path, student="tiny_unet", start=str(file))
+    with pytest.raises(UserError, match=says):
+        flower.serve(flower.InProcess(None, []), cfg)
+
+
+# ------------------------------------------------------------------------------------------ privacy
+
+
+def dp(folder, **given) -> config.Settings:
+    return settings(folder, privacy="dp", batch_norm="group", client_weights="uniform", **given)
+
+
+@pytest.mark.parametrize(("noise", "rounds", "delta"), [(1.0, 1, 1e-5), (2.0, 5, 1e-5), (8.0, 20, 1e-3)])
+def test_epsilon_is_the_exact_one_of_the_gaussian_mechanism(noise, rounds, delta):
+    """By its definition: delta is the mass of one output's density above e^epsilon times the other's."""
+    e = flower.epsilon(noise, rounds, delta)
+    mu = rounds**0.5 / noise
+
+    def beyond(x: float) -> float:
+        return max(0.0, norm.pdf(x, mu) - math.exp(e) * norm.pdf(x, 0))
+
+    crossing = e / mu + mu / 2
+    mass, _ = quad(beyond, crossing, crossing + 40, limit=200)
+    assert mass == pytest.approx(delta, rel=1e-4)
+
+
+def test_an_update_is_clipped_at_the_client_and_the_average_is_noised_as_said(tmp_path):
+    clipping, noise = 0.05, 2.0
+    cfg = dp(tmp_path, dp_clipping=clipping, dp_noise=noise, num_rounds=1)
+    server = serve(cfg)
+    nodes = flower.simulated(cfg, server)
+    grid = grid_of(nodes, Recorded)
+    before = server.state
+    average = federate.aggregate(nodes.train(server))
+    sent = [flower.message_from_proto(flower.MessageProto.FromString(raw)) for raw in grid.crossed]
+    ups = [m.content["weights"]["float32"].numpy() for m in sent if "numbers" in m.content]
+    start = flower.pack(before)["float32"].numpy()
+    lengths = [np.linalg.norm(up.astype(np.float64) - start) for up in ups]
+    assert len(ups) == 3 and lengths == pytest.approx([clipping] * 3, rel=1e-4), "a step is far longer"
+    quiet = np.mean(ups, axis=0)
+    away = flower.pack(average)["float32"].numpy() - quiet
+    expected = noise * clipping / 3
+    number = len(away)
+    assert np.mean(away**2) ** 0.5 == pytest.approx(expected, rel=4 / (2 * number) ** 0.5)
+
+
+def test_privacy_is_refused_where_it_would_not_hold(tmp_path):
+    for given, says in (
+        ({"batch_norm": "group"}, "needs client_weights 'uniform'"),
+        ({"client_weights": "uniform"}, "needs batch_norm 'group'"),
+    ):
+        cfg = settings(tmp_path, privacy="dp", **given)
+        with pytest.raises(UserError, match=says):
+            flower.simulated(cfg, serve(cfg))
+
+
+def test_a_private_deployment_states_what_it_has_spent(tmp_path):
+    cfg = dp(tmp_path, num_rounds=2, dp_noise=4.0)
+    cohort = a_cohort()
+    held = federate.clients_of(cohort, PARTS)
+    app = flower.make_client_app(lambda c, _: flower.Held(c.node_id, held[c.node_id]))
+    contexts = [Context(1, k, {}, RecordDict(), cfg.flat()) for k in held]
+    flower.serve(flower.InProcess(app, contexts), cfg)
+    said = json.loads((tmp_path / "privacy.json").read_text())
+    assert said["epsilon"] == pytest.approx(flower.epsilon(4.0, 2, 1e-5)) and said["rounds"] == 2
