@@ -152,6 +152,11 @@ def server_step(
     return average | {name: weight.detach() for name, weight in weights.items()}, _moments(optimizer)
 
 
+def _flat(state: State, names: Iterable[str]) -> Tensor:
+    """Some tensors' numbers as one float32 vector of its own."""
+    return torch.cat([state[name].flatten().float() for name in names])
+
+
 class Drift:
     """How far a round's clients went from the global state, and how much they agree.
 
@@ -169,21 +174,28 @@ class Drift:
 
     def __init__(self) -> None:
         self.clients = self.weight = self.norms = self.squares = 0.0
-        self.mean: Tensor | float = 0.0
-        self.units: Tensor | float = 0.0
+        self.before: Tensor | None = None
 
     def add(self, before: State, after: State, names: Iterable[str], weight: float) -> None:
-        """A client's update of the weights in ``names``; the device is not waited for."""
-        update = torch.cat([(after[name].float() - before[name].float()).flatten() for name in names])
+        """A client's update of the weights in ``names``; the device is not waited for.
+
+        Args:
+            before: the same for all clients; it is looked at once.
+        """
+        names = list(names)
+        if self.before is None:
+            self.before = _flat(before, names)
+            self.mean, self.units = torch.zeros_like(self.before), torch.zeros_like(self.before)
+        update = _flat(after, names).sub_(self.before)
         norm = torch.linalg.vector_norm(update)
         counts = norm.isfinite().to(norm.dtype)
-        update, norm = update.nan_to_num(0, 0, 0) * counts, norm.nan_to_num(0, 0, 0)
+        update, norm = update.nan_to_num_(0, 0, 0).mul_(counts), norm.nan_to_num(0, 0, 0)
         self.clients += counts
         self.weight += weight * counts
         self.norms += norm
         self.squares += weight * norm**2
-        self.mean = self.mean + weight * update
-        self.units = self.units + update / norm.clamp_min(1e-30)
+        self.mean.add_(update, alpha=weight)
+        self.units.add_(update.div_(norm.clamp_min(1e-30)))
 
     def measures(self) -> dict[str, float | None]:
         """The three by name; None where there are not two clients, or where nobody has moved."""

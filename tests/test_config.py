@@ -141,7 +141,7 @@ def test_no_variant_may_be_chosen():
     assert config.checked("variants", "") == ""
 
 
-@pytest.mark.parametrize("value", ["", " , ", "random,imagenet", "random,random", "fm, fm"])
+@pytest.mark.parametrize("value", ["", " , ", "random,magic", "random,random", "fm, fm"])
 def test_no_choice_a_wrong_one_and_one_twice_are_refused(value):
     refused("inits", value)
 

@@ -293,6 +293,28 @@ def test_a_study_killed_at_any_time_goes_on_and_ends_in_the_same_files(done, tmp
     assert list(folder.rglob(".*")) == []
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be handled")
+def test_two_processes_that_share_a_study_and_are_stopped_end_in_the_files_of_one(done, tmp_path):
+    """One is killed inside a cell, the other goes on, a third comes to help; then nothing is left to run."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", "from fmfl.cli import main; main()", "study", "--plain"]
+    command += ["--profile", "smoke", "--out", str(folder), "--splits", ",".join(SPLITS)]
+    command += [part for name, value in TINY.items() for part in ("-p", f"{name}={value}")]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **quiet) as one, subprocess.Popen(command, **quiet) as other:
+        while not (folder / "weights" / "init-random-seed0.safetensors").exists():
+            assert one.poll() is None and other.poll() is None, "it ended too soon"
+            time.sleep(0.01)
+        os.kill(one.pid, signal.SIGKILL)
+        with subprocess.Popen(command, **quiet) as third:
+            for process in (other, third):
+                assert process.wait(300) == 0, process.stderr.read()
+    assert_same_study(folder, done)
+    assert not (folder / "claims").exists() and list(folder.rglob(".*")) == []
+    assert run(folder) == []
+
+
 # ------------------------------------------------------------------------------------------ few masks
 
 

@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import os
+import threading
+import time
 
 import pytest
 import torch
@@ -519,6 +521,42 @@ def test_predicted_masks_come_from_a_student_that_has_not_seen_the_patient(monke
     assert sorted(i for _, indices in answered for i in indices) == plain.indices.tolist()
     with pytest.raises(UserError, match="two patients"):
         train.predicted_masks(plain, ["one"] * len(plain), cfg, batch_size=4, seed=0)
+
+
+def test_the_last_run_has_the_cores_of_those_that_have_ended(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    cpu, together, seen = torch.device("cpu"), threading.Barrier(2), {}
+
+    def beside_another(number: int) -> None:
+        together.wait(10)
+        seen[number] = len(train.places(cpu))
+        together.wait(10)
+
+    train.side_by_side(beside_another, [0, 1], cpu)
+    assert seen == {0: 1, 1: 1}
+
+    def last(number: int) -> None:
+        if number:
+            time.sleep(0.3)
+            seen["last"] = len(train.places(cpu))
+
+    train.side_by_side(last, [0, 1], cpu)
+    assert seen["last"] == 2
+    assert len(train.places(cpu)) == 2, "outside, a run has all cores"
+
+
+def test_predictions_are_the_same_whatever_the_number_of_cores():
+    model = models.build("tiny_unet")
+    images = torch.randint(0, 255, (40, 1, 64, 64), dtype=torch.uint8)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(train.predict(model, images, torch.arange(40)))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert found[0].shape == images.shape and not found[0].requires_grad
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 # ------------------------------------------------------------------------------------------ few masks
