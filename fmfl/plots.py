@@ -561,26 +561,24 @@ def why(drift: pd.DataFrame, starts: pd.DataFrame, split: str) -> Figure:
         axis = next(panels)
         for init, color in palette.items():
             mean = runs[runs.init == init].groupby("round")[name].mean()
-            axis.plot(
-                mean.index,
-                mean,
-                color=color,
-                marker=MARKERS.get(init, "X"),
-                markersize=4,
-                label=NAMES.get(init, init),
-            )
-        axis.set(xlabel="round", ylabel=label)
+            marker, label_of = MARKERS.get(init, "X"), NAMES.get(init, init)
+            axis.plot(mean.index, mean, color=color, marker=marker, markersize=4, label=label_of)
+        axis.set_xlabel("round", fontsize=10)
+        axis.set_ylabel(label, fontsize=10)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    for name, label in (
-        ("barrier", "barrier between two clients\n(Dice loss)"),
-        ("sharpness", "sharpness of the start\n(top eigenvalue)"),
-    ):
+    ground = {
+        "barrier": "barrier between two clients\n(Dice loss)",
+        "sharpness": "sharpness of the start\n(top eigenvalue)",
+    }
+    names = [NAMES.get(init, init).replace(" ", "\n") for init in starts.init]
+    for name, label in ground.items():
         axis = next(panels)
-        axis.bar(range(len(starts)), starts[name], color=[palette[init] for init in starts.init])
-        axis.set_xticks(
-            range(len(starts)), [NAMES.get(init, init).replace(" ", "\n") for init in starts.init], fontsize=9
-        )
-        axis.set_ylabel(label)
+        bars = axis.bar(range(len(starts)), starts[name], color=[palette[init] for init in starts.init])
+        axis.bar_label(bars, fmt="%.2g", fontsize=9)  # a barrier of 0 has no bar to be seen
+        if len(starts) and starts[name].max() <= 0:
+            axis.set_ylim(0, 1)
+        axis.set_xticks(range(len(starts)), names, fontsize=9)
+        axis.set_ylabel(label, fontsize=10)
     _legend_above(figure, grid.flat[0])
     return figure
 
