@@ -296,7 +296,7 @@ def flower_server(
     deploy = _deploy()
     own = {"run_name": "--out", "start": "--start", "test_data": "--test-data"}
     given: dict[str, object] = {name: config.parse(name, text) for name, text in _pairs("-p", p, own)}
-    folders = [_absolute(part) for part in config.several(test_data)]
+    folders = [part if part == "held_out" else _absolute(part) for part in config.several(test_data)]
     given |= {"start": start and _absolute(start), "test_data": ",".join(folders)}
     deploy.serve(keys, Path(_absolute(out)), given, host=host, port=port)
     typer.echo(f"results: {out / 'results.csv'}")
