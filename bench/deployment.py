@@ -24,7 +24,9 @@ FMFL = [sys.executable, "-c", "import sys; from fmfl.cli import main; sys.argv[0
 
 def in_process(folder: Path, engine: str, given: dict[str, Any]) -> tuple[list[float], list[str]]:
     """Seconds of each round in this process on one thread, and each state's digest."""
-    cfg = config.settings(given | {"engine": engine, "run_name": str(folder), "arms": "federated"})
+    cfg = config.settings(
+        given | {"engine": engine, "run_name": str(folder), "arms": "federated", "inits": "random"}
+    )
     cohort = study.load_cohort(cfg)
     parts = study.hold_out(cfg, cohort)
     clients = study.partition(cohort, parts.federated, cfg.federate)
