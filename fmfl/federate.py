@@ -554,8 +554,9 @@ def train_clients(
     home = next(server.model.parameters()).device
     places = list(devices or train.places(home))[: len(numbers)]
     if len(places) < 2:
-        for number in numbers:
-            yield train_client(server, number)
+        with train.one_thread(home):  # as side by side, so that the bytes do not depend on the cores
+            for number in numbers:
+                yield train_client(server, number)
         return
     models_at = {0: server.model} | {
         place: server.replicas.setdefault(place, copy.deepcopy(server.model).to(device))
