@@ -1,5 +1,6 @@
 """Real processes on loopback: a SuperLink with TLS and keys, three SuperNodes each with its own folder."""
 
+import asyncio
 import contextlib
 import csv
 import os
@@ -135,49 +136,60 @@ def a_hospital(folder: Path, k: int) -> Path:
 
 
 class Listener:
-    """Between SuperNodes and SuperLink, with the server's own certificate: keeps every byte, deciphered."""
+    """Between SuperNodes and SuperLink, with the server's own certificate: keeps every byte, deciphered.
+
+    One thread with an event loop: two threads that read and write one SSL connection at once crash Python.
+    """
 
     def __init__(self, keys: Path, port: int):
-        self.port, self.kept = free_port(), {"up": [], "down": []}
+        self.there, self.kept = port, {"up": [], "down": []}
         self.inward = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.inward.load_cert_chain(keys / "server.pem", keys / "server.key")
         self.outward = ssl.create_default_context(cafile=str(keys / "ca.pem"))
-        self.there = ("127.0.0.1", port)
-        self.socket = socket.create_server(("127.0.0.1", self.port))
-        threading.Thread(target=self.accept, daemon=True).start()
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self.server = self.wait(asyncio.start_server(self.connect, "127.0.0.1", 0, ssl=self.inward))
+        self.port = self.server.sockets[0].getsockname()[1]
+
+    def wait(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
 
     def crossed(self, way: str) -> bytes:
         return b"".join(bytes(stream) for stream in self.kept[way])
 
-    def accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                plain, _ = self.socket.accept()
-                threading.Thread(target=self.connect, args=(plain,), daemon=True).start()
-
-    def connect(self, plain):
+    async def connect(self, reader, writer):
         try:
-            near = self.inward.wrap_socket(plain, server_side=True)
-            far = self.outward.wrap_socket(socket.create_connection(self.there), server_hostname="localhost")
+            far = await asyncio.open_connection(
+                "127.0.0.1", self.there, ssl=self.outward, server_hostname="localhost"
+            )
         except OSError:
-            plain.close()
+            writer.close()
             return
-        threading.Thread(target=self.copy, args=(near, far, "up"), daemon=True).start()
-        self.copy(far, near, "down")
+        await asyncio.gather(self.copy(reader, far[1], "up"), self.copy(far[0], writer, "down"))
 
-    def copy(self, source, target, way):
+    async def copy(self, source, target, way):
         stream = bytearray()  # one a connection, so that no other's bytes come in between
         self.kept[way].append(stream)
         with contextlib.suppress(OSError):
-            while piece := source.recv(65536):
+            while piece := await source.read(65536):
                 stream += piece
-                target.sendall(piece)
-        for end in (source, target):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+                target.write(piece)
+                await target.drain()
+        target.close()
 
     def close(self):
-        self.socket.close()
+        async def end():
+            self.server.close()
+            rest = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in rest:
+                task.cancel()
+            await asyncio.gather(*rest, return_exceptions=True)
+
+        self.wait(end())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(30)
+        self.loop.close()
 
 
 def wait_for(what, seconds: float, why: str):
