@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import os
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -42,13 +43,17 @@ def fingerprint(*parts: object) -> str:
 #: Modules that decide what training computes: a state trained by other code is another state.
 TRAINING_CODE = ("augment.py", "losses.py", "models.py", "train.py", "federate.py")
 
+_ONE_TREE = threading.Lock()
+
 
 @cache
 def code_digest(files: tuple[str, ...] = TRAINING_CODE) -> str:
     """SHA-256 of what modules of this package do: comments, docstrings and layout left out."""
     found = []
     for name in files:
-        tree = ast.parse((paths.PACKAGE / name).read_text(encoding="utf-8"))
+        # Trainings ask side by side; threads of Python 3.11 that build trees at once end in a SystemError.
+        with _ONE_TREE:
+            tree = ast.parse((paths.PACKAGE / name).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
             if documented and ast.get_docstring(node) is not None:

@@ -1,7 +1,10 @@
 """States come back from their files bit by bit, damaged files are recognised, digests see every change."""
 
+import gc
 import os
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -172,3 +175,22 @@ def test_the_digest_of_code_sees_what_it_does_and_not_how_it_is_explained(tmp_pa
 def test_the_modules_that_decide_what_training_computes_are_there():
     for name in states.TRAINING_CODE:
         assert (paths.PACKAGE / name).is_file()
+
+
+def test_threads_may_ask_for_the_codes_digest_at_once():
+    """The parser lets another thread in when the garbage collector runs Python; here it always does."""
+
+    def let_others_in(phase, info):
+        time.sleep(1e-4)
+
+    def ask(depth):  # threads ask from frames of different depth
+        return ask(depth - 1) if depth else states.code_digest(("losses.py",))
+
+    alone = ask(0)
+    states.code_digest.cache_clear()
+    gc.callbacks.append(let_others_in)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert set(pool.map(ask, (0, 5, 10, 15))) == {alone}
+    finally:
+        gc.callbacks.remove(let_others_in)
