@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,7 @@ TURNS: dict[str, Callable[..., tuple[State, int]]] = {"tuned": tuned_client, "qu
 
 
 def flower_side(how: dict[str, Any], out: str, turn: str) -> dict[str, float]:
-    """The rounds under Flower's simulation, with FedAvg as it is and no evaluation."""
+    """The rounds under Flower's simulation, without evaluation; ``quickstart`` with FedAvg as it is."""
     os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
@@ -197,12 +197,27 @@ def flower_side(how: dict[str, Any], out: str, turn: str) -> dict[str, float]:
     text = json.dumps(how)
     client_app, server_app, clock = ClientApp(), ServerApp(), Clock()
 
+    class InOrder(FedAvg):
+        """FedAvg that sums in float64 and in the clients' order.
+
+        Flower's own sums in float32 and as replies come: after one round that is a last bit, of which Adam
+        makes steps of its own size in the next ones.
+        """
+
+        def aggregate_train(
+            self, server_round: int, replies: Iterable[Message]
+        ) -> tuple[ArrayRecord, MetricRecord]:
+            told = {message.content["metrics"]["client"]: message.content for message in replies}
+            updates = ((told[k]["arrays"], told[k]["metrics"]["num-examples"]) for k in sorted(told))
+            state = federate.aggregate((arrays.to_torch_state_dict(), images) for arrays, images in updates)
+            return ArrayRecord(state), MetricRecord()
+
     @client_app.train()
     def train_one(message: Message, context: Context) -> Message:
         state = message.content["arrays"].to_torch_state_dict()
         number, round_number = context.node_config["partition-id"], message.content["config"]["server-round"]
         state, images = TURNS[turn](text, int(number), int(round_number), state)
-        metrics = MetricRecord({"num-examples": images})
+        metrics = MetricRecord({"num-examples": images, "client": int(number)})
         return Message(RecordDict({"arrays": ArrayRecord(state), "metrics": metrics}), reply_to=message)
 
     @server_app.main()
@@ -214,7 +229,9 @@ def flower_side(how: dict[str, Any], out: str, turn: str) -> dict[str, float]:
                 write_state(first_round(out), dict(arrays.to_torch_state_dict()))
 
         every = how["clients"]
-        strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=every, min_available_nodes=every)
+        strategy = {"tuned": InOrder, "quickstart": FedAvg}[turn](
+            fraction_evaluate=0.0, min_train_nodes=every, min_available_nodes=every
+        )
         initial = ArrayRecord(models.build(how["student"]).state_dict())
         found = strategy.start(
             grid, initial, num_rounds=how["rounds"], train_config=ConfigRecord(), evaluate_fn=ended
@@ -290,7 +307,6 @@ def run(
                             "bench.flower", function, how=how, out=str(files[side]), **more
                         )
                     )
-            # Flower averages in float32, fmfl in float64; Adam makes of the last bit a step of its own size.
             ends = [files[side] for side in ("fmfl", "Flower")]
             found[f"{scenario}_difference_after_one_round"] = apart(*(first_round(str(end)) for end in ends))
             found[f"{scenario}_difference_at_the_end"] = apart(*ends)
