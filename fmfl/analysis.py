@@ -31,7 +31,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
 from fmfl.split import age_bands
 
@@ -285,8 +285,8 @@ def bootstrap_mean(
         num_patients, np.full(num_patients, 1 / num_patients), resamples
     )
     means = (drawn @ sums) / (drawn @ counts)
-    t = stats.t.ppf((1 + level) / 2, num_patients - 1)
-    tail = stats.norm.cdf(-t * np.sqrt(num_patients / (num_patients - 1)))
+    t = scipy.stats.t.ppf((1 + level) / 2, num_patients - 1)
+    tail = scipy.stats.norm.cdf(-t * np.sqrt(num_patients / (num_patients - 1)))
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 
@@ -296,7 +296,7 @@ def seed_interval(values: Iterable[float], *, level: float = 0.95) -> tuple[floa
     values = np.asarray(list(values), dtype=float)
     if len(values) < 2:
         return np.nan, np.nan
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    half = scipy.stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     return float(values.mean() - half), float(values.mean() + half)
 
 
@@ -363,7 +363,7 @@ def contrast(
     patients = per_image.drop_duplicates("image_id").set_index("image_id").patient_id.reindex(by_image.index)
     low, high = bootstrap_mean(by_image.to_numpy(), patients, resamples=resamples, seed=seed)
     by_patient = by_image.groupby(patients.to_numpy()).mean().to_numpy()
-    p = stats.wilcoxon(by_patient).pvalue if np.any(by_patient) else 1.0
+    p = scipy.stats.wilcoxon(by_patient).pvalue if np.any(by_patient) else 1.0
     spread = by_patient.std(ddof=1) if len(by_patient) > 1 else np.nan
     by_seed = total.mean()
     seed_low, seed_high = seed_interval(by_seed)

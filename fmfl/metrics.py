@@ -15,8 +15,8 @@ import math
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
-from scipy.spatial import KDTree
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -159,7 +159,8 @@ def _surface_scores(predicted: Tensor, masks: Tensor) -> Tensor:
     for i, (ours, theirs) in enumerate(surfaces):
         ours, theirs = np.argwhere(ours), np.argwhere(theirs)
         if len(ours) and len(theirs):
-            there, back = KDTree(theirs).query(ours)[0], KDTree(ours).query(theirs)[0]
+            there = scipy.spatial.KDTree(theirs).query(ours)[0]
+            back = scipy.spatial.KDTree(ours).query(theirs)[0]
             scores[i, 0] = max(np.percentile(there, 95), np.percentile(back, 95))
             scores[i, 1] = np.concatenate((there, back)).mean()
         elif len(ours) or len(theirs):

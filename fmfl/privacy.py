@@ -3,8 +3,7 @@
 import math
 from typing import Any
 
-from scipy.optimize import brentq
-from scipy.stats import norm
+import scipy  # its parts are loaded when they are first used
 
 from fmfl.config import FlowerConfig
 
@@ -30,15 +29,17 @@ def epsilon(noise: float, rounds: int, delta: float) -> float:
         return 0.0
     mu = rounds**0.5 / noise
 
+    normal = scipy.stats.norm
+
     def beyond(e: float) -> float:
-        return norm.cdf(mu / 2 - e / mu) - math.exp(e + norm.logcdf(-mu / 2 - e / mu)) - delta
+        return normal.cdf(mu / 2 - e / mu) - math.exp(e + normal.logcdf(-mu / 2 - e / mu)) - delta
 
     if beyond(0.0) <= 0:
         return 0.0
     high = 1.0
     while beyond(high) > 0:
         high *= 2
-    return float(brentq(beyond, 0.0, high, xtol=1e-10))
+    return float(scipy.optimize.brentq(beyond, 0.0, high, xtol=1e-10))
 
 
 def spent(cfg: FlowerConfig, rounds: int) -> dict[str, Any]:

@@ -17,9 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
-from scipy.spatial.distance import jensenshannon
-from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from fmfl.errors import UserError
@@ -257,8 +256,9 @@ def skew(table: pd.DataFrame, clients: Sequence[Tensor]) -> dict[str, float]:
         raise ValueError(f"skew needs clients that hold images, got sizes {sizes}")
     ages = [table.age.iloc[_rows(table, indices)].dropna().to_numpy(dtype=float) for indices in clients]
     pairs = list(combinations([client for client in ages if len(client)], 2))
-    shannon = [jensenshannon(_age_histogram(a), _age_histogram(b), base=2) for a, b in pairs] or [math.nan]
-    wasserstein = [wasserstein_distance(a, b) for a, b in pairs] or [math.nan]
+    apart = scipy.spatial.distance.jensenshannon
+    shannon = [apart(_age_histogram(a), _age_histogram(b), base=2) for a, b in pairs] or [math.nan]
+    wasserstein = [scipy.stats.wasserstein_distance(a, b) for a, b in pairs] or [math.nan]
     return {
         "jensen_shannon_mean": float(np.mean(shannon)),
         "jensen_shannon_max": float(np.max(shannon)),

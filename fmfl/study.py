@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 import fmfl
@@ -32,6 +31,9 @@ from fmfl.federate import Server
 from fmfl.split import Holdout
 from fmfl.teacher import CachedLogits, Teacher
 from fmfl.train import Examples, InitialState
+
+if TYPE_CHECKING:  # a client of Flower imports this module for each message, and draws nothing
+    from matplotlib.figure import Figure
 
 # ---------------------------------------------------------------------------------------------------
 # The stages' inputs, as the settings name them
@@ -461,7 +463,7 @@ _drawn: set[str] = set()
 """Figures drawn since the last cell was saved: the cell's own."""
 
 
-def save_figure(cfg: Settings, name: str, figure: Figure) -> Figure:
+def save_figure(cfg: Settings, name: str, figure: "Figure") -> "Figure":
     """Keep a figure under ``figures/{name}.png`` and give it back to be shown."""
     folder = cfg.run_dir / "figures"
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import psutil
+import scipy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -523,11 +523,11 @@ def _parts(masks: Tensor, per_image: str) -> Iterator[tuple[int, list[np.ndarray
         if per_image == "one":
             yield number, [mask]
             continue
-        labels, count = ndimage.label(mask)
+        labels, count = scipy.ndimage.label(mask)
         areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
         # A speck left by resizing is not a lung: a part counts from a twentieth of the largest on.
         kept = [k for k in np.argsort(-areas, kind="stable")[:2] if areas[k] >= areas.max() / 20]
-        corners = ndimage.find_objects(labels)
+        corners = scipy.ndimage.find_objects(labels)
         kept.sort(key=lambda k: (corners[k][1].start, corners[k][0].start))
         yield number, [labels == k + 1 for k in kept]
 
@@ -567,7 +567,7 @@ def points_from_masks(masks: Tensor, *, per_image: str = "per_lung") -> Tensor:
     for number, parts in _parts(masks, per_image):
         for slot, part in enumerate(parts):
             # Padded, because the image's edge is a border too.
-            depth = ndimage.distance_transform_edt(np.pad(part, 1))[1:-1, 1:-1]
+            depth = scipy.ndimage.distance_transform_edt(np.pad(part, 1))[1:-1, 1:-1]
             y, x = np.unravel_index(depth.argmax(), depth.shape)
             found[number, slot] = x, y
     return torch.from_numpy(found).to(masks.device)

@@ -39,8 +39,12 @@ PORT = 8000
 NODE_PORT = 9094
 """Where a SuperNode talks with its own processes, on the loopback device; client k takes this plus k."""
 
-#: Nothing is told to Flower's makers, and nothing is installed at run time.
-ENVIRONMENT = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+#: Nothing is told to Flower's makers, and a message that has come is not left waiting for a second.
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+}
 
 
 def environment(home: Path) -> dict[str, str]:
