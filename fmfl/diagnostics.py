@@ -6,9 +6,12 @@ a model between two others has none that belong to it (Jordan et al. 2023, arXiv
 clients go and how much they agree is measured while they train: :class:`fmfl.federate.Drift`.
 """
 
+import copy
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 import pandas as pd
 import torch
@@ -118,40 +121,44 @@ def _unit(vector: list[Tensor]) -> list[Tensor]:
     return [part / norm for part in vector]
 
 
-def of_starts(servers: Iterable[Server], cohort: Cohort, *, images: int = 16) -> pd.DataFrame:
+def of_starts(
+    servers: Iterable[Server], cohort: Cohort, *, images: int = 16, clients: int = 6
+) -> pd.DataFrame:
     """Each federated run's start, and the ground between the clients' models after the first round.
 
-    Every client trains its first round again; the runs stay as they are.
+    Clients train their first round again; the runs stay as they are.
 
     Args:
         servers: the runs; those of other arms are passed over.
         cohort: their images.
         images: of the clients' own, evenly taken, that the losses are measured on.
+        clients: at most, evenly taken: all of their pairs are looked at.
 
     Returns:
         One row a run: init; sharpness at the start; barrier between two clients' models, in units of the Dice
         loss (mean over pairs; NaN with one client).
     """
-    rows = []
-    for server in servers:
-        if server.arm != "federated":
-            continue
+    runs = [server for server in servers if server.arm == "federated"]
+    trained = []  # each run's clients beside each other, as in its own first round
+    for server in runs:
+        fresh = replace(server, state=server.initial, round_number=0, kept={}, drift=federate.Drift())
+        asked = list(server.clients)[:: math.ceil(len(server.clients) / clients)]
+        trained.append([state for state, _ in federate.train_clients(fresh, asked)])
+
+    def look(at: tuple[Server, list[State]]) -> dict[str, Any]:
+        server, ends = at
         held = torch.cat([examples.indices for examples in server.clients.values()]).sort().values
         some = held[torch.linspace(0, len(held) - 1, min(images, len(held))).long()]
         x = augment.to_float(train.fetch(cohort.images, some, cohort.device))
         y = train.fetch(cohort.masks, some, cohort.device).float()
-        fresh = replace(server, state=server.initial, round_number=0, kept={}, drift=federate.Drift())
-        clients = [federate.train_client(fresh, number) for number in fresh.clients]
-        lines = [
-            losses_between(fresh.model, one, other, x, y, points=5)
-            for (one, _), (other, _) in combinations(clients, 2)
-        ]
-        fresh.model.load_state_dict(server.initial)
-        rows.append(
-            {
-                "init": server.init,
-                "sharpness": sharpness(fresh.model, x, y),
-                "barrier": float(pd.Series([barrier(along) for along in lines], dtype=float).mean()),
-            }
-        )
-    return pd.DataFrame(rows)
+        model = copy.deepcopy(server.model)
+        lines = [losses_between(model, one, other, x, y, points=5) for one, other in combinations(ends, 2)]
+        model.load_state_dict(server.initial)
+        return {
+            "init": server.init,
+            "sharpness": sharpness(model, x, y),
+            "barrier": float(pd.Series([barrier(along) for along in lines], dtype=float).mean()),
+        }
+
+    zipped = zip(runs, trained, strict=True)
+    return pd.DataFrame(train.side_by_side(look, zipped, cohort.device))

@@ -69,3 +69,5 @@ def test_the_ground_is_looked_at_without_changing_a_run(tmp_path):
     assert found.init.tolist() == ["random", "pretraining"]
     assert (found.barrier >= 0).all() and found.sharpness.notna().all()
     assert [(state_digest(server.state), server.round_number) for server in servers] == before
+    alone = diagnostics.of_starts(servers, cohort, images=4, clients=1)
+    assert alone.barrier.isna().all() and alone.sharpness.equals(found.sharpness)
