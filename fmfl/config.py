@@ -182,7 +182,7 @@ class AnalysisConfig:
 
     target_dice: float = _in(0.9, 0, 1)  # rounds, bytes and seconds are counted up to this Dice
     reference_split: str = _one_of("age", *SPLITS)  # of Table 1
-    diagnostics: bool = True  # each client trains its first round again, to look at the ground there
+    diagnostics: bool = True  # clients train their first round again, to look at the ground there
 
 
 STAGES: dict[str, type] = {
