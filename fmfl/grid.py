@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import threading
 import time
 import traceback
@@ -527,26 +528,39 @@ def execute(cell: Cell, output: Path) -> None:
         raise UserError("papermill is not installed: install it, or run with --plain") from None
     from jupyter_client.kernelspec import NoSuchKernel
     from papermill.exceptions import PapermillExecutionError
-    from traitlets.config import Config
 
     # It warns of every setting that a notebook does not name itself; each one is checked there all the same.
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    # Sockets in the file system instead of TCP ports: nobody else on the machine can listen in.
-    private = {"config": Config({"KernelManager": {"transport": "ipc"}})} if os.name == "posix" else {}
-
     output.parent.mkdir(parents=True, exist_ok=True)
     source = paths.NOTEBOOKS / f"{cell.notebook}.ipynb"
     # A bar would fill the notebook with its every state; figures belong into it, whatever the shell says.
     try:
-        with _environment(NO_BARS | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}):
+        inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+        with _environment(NO_BARS | inline), _private_sockets() as private:
             papermill.execute_notebook(
                 str(source), str(output), cell.parameters, kernel_name="python3", cwd=str(paths.NOTEBOOKS),
-                progress_bar=False, log_output=False, **private,
+                progress_bar=False, log_output=False, config=private,
             )  # fmt: skip
     except PapermillExecutionError as error:
         raise _failure(output, error.ename, error.evalue) from None
     except (RuntimeError, NoSuchKernel) as error:  # the kernel died, or there is none
         raise _failure(output, type(error).__name__, str(error)) from None
+
+
+@contextlib.contextmanager
+def _private_sockets() -> Iterator[Any]:
+    """Jupyter's settings for a kernel's sockets in a folder of its own, where nobody else can listen.
+
+    Left to itself, Jupyter gives the sockets of every kernel in a folder one name: two that start at once
+    would get each other's messages.
+    """
+    from traitlets.config import Config
+
+    if os.name != "posix":  # TCP ports
+        yield Config()
+        return
+    with tempfile.TemporaryDirectory(prefix="fmfl-", ignore_cleanup_errors=True) as folder:
+        yield Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
 
 
 @contextlib.contextmanager

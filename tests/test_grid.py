@@ -510,6 +510,29 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path, notebooks):
     assert not half.exists()
 
 
+SOCKETS = """
+import json, pathlib
+from ipykernel import get_connection_file
+about = json.loads(pathlib.Path(get_connection_file()).read_text())
+assert about["transport"] == "ipc" and pathlib.Path(about["ip"]).parent.stat().st_mode & 0o777 == 0o700
+assert list(pathlib.Path(about["ip"]).parent.iterdir()) and not list(pathlib.Path.cwd().glob("*ipc*"))
+with open({file!r}, "a") as file:
+    print(about["ip"], file=file)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="TCP ports elsewhere")
+def test_each_kernel_has_sockets_of_its_own(tmp_path, notebooks):
+    """Those of two processes that start a kernel at the same instant had one name."""
+    file = tmp_path / "ips"
+    for name in ("01_data", "02_teacher"):
+        notebooks.write(name, SOCKETS.format(file=str(file)) + LEAVE[name])
+    assert run(settings(tmp_path / "run"), plain=False) == ALL
+    one, other = (Path(line) for line in file.read_text().split())
+    assert one.parent != other.parent and not one.parent.exists() and not other.parent.exists()
+
+
 # ------------------------------------------------------------------------------------------ when it fails
 
 
