@@ -2,10 +2,10 @@
 
 import typer
 
-from bench import deployment, flower, hosts, kills, memory, rounds, scale, teachers, threads
+from bench import deployment, flower, hosts, kills, memory, rounds, scale, steps, teachers, threads
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
-for module in (threads, rounds, scale, memory, flower, deployment, hosts, teachers, kills):
+for module in (threads, steps, rounds, scale, memory, flower, deployment, hosts, teachers, kills):
     app.command(module.__name__.rpartition(".")[2])(module.run)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import kills, memory, scale
+from bench import kills, memory, scale, steps
 from bench.__main__ import app
 
 
@@ -28,6 +28,20 @@ def test_rounds_compares_loops_that_end_in_the_same_weights(tmp_path):
     for ratio in ("fmfl_over_plain_cpu", "plain_over_bare_cpu", "fmfl_over_plain_wall"):
         assert 0 < found[ratio]["low"] <= found[ratio]["median"] <= found[ratio]["high"]
     assert json.loads((tmp_path / "rounds.json").read_text()) == found
+
+
+def test_steps_measures_each_way_of_each_student_against_the_one_that_is_used(monkeypatch):
+    """Compiling takes a minute, and not every network can be: here none can."""
+
+    def cannot(images):
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch, "compile", lambda model, mode: cannot)
+    small = ("--size", 32, "--batch-size", 2, "--students", "tiny_unet", "--steps", 1, "--repeats", 3)
+    found = result("steps", *small)
+    assert [row["way"] for row in found["rows"]] == ["float32", "bfloat16", "contiguous"]
+    assert found["rows"][0]["over_float32"] == 1 and found["rows"][1]["over_float32"] > 0
+    assert found["tiny_unet compiled"] == "fails with NotImplementedError"
 
 
 @pytest.mark.slow
