@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import kills, memory, scale, steps
+from bench import kills, memory, scale
 from bench.__main__ import app
 
 
