@@ -33,10 +33,10 @@ BEGINS = "begins: "
 def announced() -> None:
     """The command ``fmfl``, which also says when a notebook begins: so a kill knows what it has hit."""
 
-    def telling(execute: Callable[[grid.Cell, Path], None]) -> Callable[[grid.Cell, Path], None]:
-        def told(cell: grid.Cell, output: Path) -> None:
+    def telling(execute: Callable[..., None]) -> Callable[..., None]:
+        def told(cell: grid.Cell, *how: Any) -> None:
             print(BEGINS + cell.name, flush=True)
-            execute(cell, output)
+            execute(cell, *how)
 
         return told
 
@@ -189,7 +189,7 @@ def run(
     settings = {key: value for key, value in locals().items() if key != "out"}
     if not hasattr(os, "killpg"):
         raise UserError("this system has no kill -9: run the kill test on Linux or macOS")
-    arguments = [*SMALL, "--splits", splits, *([] if jupyter else ["--plain"])]
+    arguments = [*SMALL, "--splits", splits, *(("--jobs", "1") if jupyter else ("--plain",))]
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         whole = Study(Path(folder) / "undisturbed", arguments)

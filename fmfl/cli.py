@@ -121,6 +121,9 @@ def study(
     plain: Annotated[
         bool, typer.Option(help="run the notebooks' code in this process, without Jupyter")
     ] = False,
+    jobs: Annotated[
+        int, typer.Option(min=0, help="how many notebooks may run at once; 0: two on a CPU, one on a GPU")
+    ] = 0,
     dry_run: Annotated[bool, typer.Option(help="say what would run and what it costs, and stop")] = False,
     progress: Annotated[bool, typer.Option(help="show a bar with the time left")] = True,
 ) -> None:
@@ -148,7 +151,7 @@ def study(
     if dry_run:
         _say_cost(cells, grid.estimate(cells))
         return
-    ran, done = grid.run(cells, plain=plain, progress=progress and sys.stderr.isatty())
+    ran, done = grid.run(cells, plain=plain, progress=progress and sys.stderr.isatty(), jobs=jobs)
     typer.echo(f"{ran} notebooks run, {done} were done already")
     typer.echo(f"report: {cfg.run_dir / 'report.html'}")
 

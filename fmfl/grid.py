@@ -19,11 +19,14 @@ import logging
 import os
 import re
 import shutil
+import signal
 import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,7 +253,12 @@ def check(cells: list[Cell]) -> dict[str, str]:
 
 
 def run(
-    cells: list[Cell], *, plain: bool = False, progress: bool = True, say: Callable[[str], None] = tqdm.write
+    cells: list[Cell],
+    *,
+    plain: bool = False,
+    progress: bool = True,
+    jobs: int = 0,
+    say: Callable[[str], None] = tqdm.write,
 ) -> tuple[int, int]:
     """Run what is not done yet.
 
@@ -258,6 +266,7 @@ def run(
         cells: from :func:`plan`.
         plain: execute the notebooks' code in this process, without Jupyter.
         progress: show bars, the study's with the time left, counted in federated rounds.
+        jobs: how many notebooks may run at once; 0: what suits the device, see :func:`usual_jobs`.
         say: takes one line for each cell.
 
     Returns:
@@ -265,49 +274,102 @@ def run(
 
     Raises:
         UserError: the study cannot begin (see :func:`check`), or a notebook failed: the sentence names it
-            and where its outputs are kept.
+            and where its outputs are kept. Notebooks that run beside it are let come to their end first.
     """
+    if plain and jobs > 1:
+        raise UserError(f"--jobs {jobs} needs Jupyter: with --plain the notebooks run one after the other")
+    jobs = 1 if plain else jobs or usual_jobs(cells[0].cfg)
     with _environment({} if progress else NO_BARS):
-        return _run(cells, check(cells), plain, progress, say)
-
-
-def _run(
-    cells: list[Cell], inputs: dict[str, str], plain: bool, progress: bool, say: Callable[[str], None]
-) -> tuple[int, int]:
-    root = cells[0].cfg.run_dir
-    check_folder(root)
-    keys = _fingerprints(cells, inputs)
-    held = Claims(root)
-    held.sweep()
-    done: set[str] = set()
-    ran = 0
-
-    def ready(cell: Cell) -> bool:
-        return cell.key not in done and done.issuperset(cell.needs)
-
-    with _bar(cells, sum(cell.rounds for cell in cells), progress) as tick:
-        while True:
-            done.update(cell.key for cell in cells if cell.key not in done and _is_done(cell, keys[cell.key]))
-            if len(done) == len(cells):
-                break
-            # What another process has finished since is seen before it can be taken.
-            cell = held.take(filter(ready, cells), lambda cell: _is_done(cell, keys[cell.key]))
-            if cell is None:
-                time.sleep(POLL_SECONDS)  # others hold what is left
-                continue
-            try:
-                seconds = _run_cell(cell, keys[cell.key], plain)
-            finally:
-                held.release(cell)
-            ran += 1
-            tick()
-            say(f"{cell.key}: {seconds:.0f} s")
-    held.forget()
+        inputs = check(cells)
+        root = cells[0].cfg.run_dir
+        check_folder(root)
+        keys = _fingerprints(cells, inputs)
+        Claims(root).sweep()
+        with _bar(cells, sum(cell.rounds for cell in cells), progress) as tick:
+            work = _Work(cells, keys, plain, jobs, lambda line: (tick(), say(line)))
+            ran = work.by_several() if jobs > 1 else work.alone()
+        Claims(root).forget()
     return ran, len(cells) - ran
 
 
+def usual_jobs(cfg: Settings) -> int:
+    """Two on a CPU with two cores or more: while one notebook starts, loads or draws, the other one trains.
+
+    On a GPU one, whose memory belongs to it.
+    """
+    return 2 if train.device_of(cfg.run).type == "cpu" and (os.cpu_count() or 1) > 1 else 1
+
+
+class _Work:
+    """The cells that are to be run, by one worker or by several side by side.
+
+    A worker takes a cell that nobody holds, as a process of its own would: see :class:`Claims`.
+    """
+
+    def __init__(
+        self,
+        cells: list[Cell],
+        keys: dict[str, str],
+        plain: bool,
+        jobs: int,
+        tell: Callable[[str], object],
+    ) -> None:
+        self.cells, self.keys, self.plain, self.jobs, self.tell = cells, keys, plain, jobs, tell
+        self.given_up = False
+        self.changed = threading.Condition()  # a cell of this process has ended
+
+    def alone(self) -> int:
+        """Run cells until all are done or one fails; returns how many were run."""
+        held, ran = Claims(self.cells[0].cfg.run_dir), 0
+        done: set[str] = set()
+
+        def is_done(cell: Cell) -> bool:
+            return _is_done(cell, self.keys[cell.key])
+
+        def ready(cell: Cell) -> bool:
+            return cell.key not in done and done.issuperset(cell.needs)
+
+        while not self.given_up:
+            done.update(cell.key for cell in self.cells if cell.key not in done and is_done(cell))
+            if len(done) == len(self.cells):
+                break
+            open_cells = list(filter(ready, self.cells))  # those in work too
+            # What another worker has finished since is seen before it can be taken.
+            cell = held.take(open_cells, is_done)
+            if cell is None:  # others hold what is left
+                with self.changed:
+                    self.changed.wait(POLL_SECONDS)
+                continue
+            try:
+                seconds = _run_cell(
+                    cell, self.keys[cell.key], self.plain, share=min(self.jobs, len(open_cells))
+                )
+            finally:
+                held.release(cell)
+                with self.changed:
+                    self.changed.notify_all()
+            ran += 1
+            self.tell(f"{cell.key}: {seconds:.0f} s")
+        return ran
+
+    def by_several(self) -> int:
+        """As :meth:`alone`, by several workers; each waits for its own kernel most of the time."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            workers = [pool.submit(self.alone) for _ in range(self.jobs)]
+            try:
+                wait(workers, return_when=FIRST_EXCEPTION)
+                self.given_up = True  # if one has failed, the others begin nothing new
+                wait(workers)
+            except BaseException:  # Ctrl-C
+                self.given_up = True
+                while wait(workers, timeout=POLL_SECONDS).not_done:
+                    _kill_kernels()  # again, for one that was only starting
+                raise
+        return sum(worker.result() for worker in workers)
+
+
 POLL_SECONDS = 1.0
-"""Between two looks at cells that other processes hold."""
+"""Between two looks at cells that other workers or processes hold."""
 
 
 def _fingerprints(cells: list[Cell], inputs: dict[str, str]) -> dict[str, str]:
@@ -325,13 +387,20 @@ def _fingerprints(cells: list[Cell], inputs: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def _run_cell(cell: Cell, fingerprint: str, plain: bool) -> float:
-    """Execute a cell and mark it done; returns the seconds that it took."""
+def _run_cell(cell: Cell, fingerprint: str, plain: bool, share: int = 1) -> float:
+    """Execute a cell and mark it done; returns the seconds that it took.
+
+    Args:
+        share: how many notebooks share the cores while it runs.
+    """
     folder, marker = cell.cfg.run_dir, _marker(cell)
     executed = folder / "notebooks" / f"{cell.name}.ipynb"
     marker.unlink(missing_ok=True)
     started = time.perf_counter()
-    (execute_plain if plain else execute)(cell, executed)
+    if plain:
+        execute_plain(cell, executed)
+    else:
+        execute(cell, executed, share)
     if missing := _missing(cell):
         raise UserError(f"{executed} ran but left no {', '.join(missing)} in {folder}: look into it")
     seconds = round(time.perf_counter() - started, 1)
@@ -520,12 +589,17 @@ def _rounds_done(cells: list[Cell]) -> int:
     return int(done + 1e-6)  # thirds do not add up to whole numbers
 
 
-def execute(cell: Cell, output: Path) -> None:
-    """Run a notebook through papermill; its outputs are kept even if it fails."""
+def execute(cell: Cell, output: Path, share: int = 1) -> None:
+    """Run a notebook through papermill; its outputs are kept even if it fails.
+
+    Args:
+        share: how many notebooks share the cores; no number depends on it.
+    """
     try:
         import papermill
     except ImportError:
         raise UserError("papermill is not installed: install it, or run with --plain") from None
+    from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import NoSuchKernel
     from papermill.exceptions import PapermillExecutionError
 
@@ -534,12 +608,22 @@ def execute(cell: Cell, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     source = paths.NOTEBOOKS / f"{cell.notebook}.ipynb"
     # A bar would fill the notebook with its every state; figures belong into it, whatever the shell says.
+    own = NO_BARS | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    if share > 1:
+        own["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // share))
+
+    class Manager(AsyncKernelManager):
+        """Jupyter's own; this process's environment and folder stay as they are, whoever else runs here."""
+
+        async def start_kernel(self, **options: Any) -> None:
+            await super().start_kernel(**options | {"env": os.environ | own, "cwd": str(paths.NOTEBOOKS)})
+            _kernels.add(self)
+
     try:
-        inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-        with _environment(NO_BARS | inline), _private_sockets() as private:
+        with _private_sockets() as private:
             papermill.execute_notebook(
-                str(source), str(output), cell.parameters, kernel_name="python3", cwd=str(paths.NOTEBOOKS),
-                progress_bar=False, log_output=False, config=private,
+                str(source), str(output), cell.parameters, kernel_name="python3", progress_bar=False,
+                log_output=False, kernel_manager_class=Manager, config=private,
             )  # fmt: skip
     except PapermillExecutionError as error:
         raise _failure(output, error.ename, error.evalue) from None
@@ -561,6 +645,19 @@ def _private_sockets() -> Iterator[Any]:
         return
     with tempfile.TemporaryDirectory(prefix="fmfl-", ignore_cleanup_errors=True) as folder:
         yield Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
+
+
+_kernels: "weakref.WeakSet[Any]" = weakref.WeakSet()
+"""Managers of the kernels that were started here."""
+
+
+def _kill_kernels() -> None:
+    """End the kernels, and with them the wait of those who run notebooks in them."""
+    for manager in list(_kernels):
+        pid = getattr(manager.provisioner, "pid", None)
+        if manager.has_kernel and pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -6,11 +6,15 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
+import torch
 from matplotlib import pyplot
 
 from fmfl import config, data, grid, paths, states, study, teacher
@@ -528,7 +532,7 @@ def test_each_kernel_has_sockets_of_its_own(tmp_path, notebooks):
     file = tmp_path / "ips"
     for name in ("01_data", "02_teacher"):
         notebooks.write(name, SOCKETS.format(file=str(file)) + LEAVE[name])
-    assert run(settings(tmp_path / "run"), plain=False) == ALL
+    assert sorted(run(settings(tmp_path / "run"), plain=False, jobs=2)) == sorted(ALL)
     one, other = (Path(line) for line in file.read_text().split())
     assert one.parent != other.parent and not one.parent.exists() and not other.parent.exists()
 
@@ -553,7 +557,7 @@ def test_a_notebook_that_fails_is_named_with_its_outputs(tmp_path, notebooks, pl
     cfg = settings(tmp_path / "run")
     notebooks.write("02_teacher", "print('so far')\nx = 1 / 0\nprint('never')")
     with pytest.raises(UserError) as caught:
-        run(cfg, plain=plain)
+        run(cfg, plain=plain, jobs=1)
     sentence, output = str(caught.value), cfg.run_dir / "notebooks" / "02_teacher.ipynb"
     assert "notebook 02_teacher failed with ZeroDivisionError: division by zero" in sentence
     assert str(output) in sentence and "\n" not in sentence
@@ -594,8 +598,89 @@ def test_a_kernel_that_dies_is_one_sentence(tmp_path, notebooks):
     cfg = settings(tmp_path / "run")
     notebooks.write("01_data", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(UserError, match=r"^notebook 01_data failed with DeadKernelError: .*01_data.ipynb$"):
-        run(cfg, plain=False)
+        run(cfg, plain=False, jobs=1)
     assert not list(cfg.run_dir.rglob("done.json"))
+
+
+MEET = """
+import pathlib, time
+def there(name, seconds=60):
+    until = time.monotonic() + seconds
+    while not pathlib.Path({folder!r}, name).exists():
+        assert time.monotonic() < until, name + " did not come"
+        time.sleep(0.05)
+def here(name):
+    pathlib.Path({folder!r}, name).touch()
+"""
+
+
+@pytest.mark.slow
+def test_two_notebooks_run_at_once(tmp_path, notebooks):
+    """Each waits for the other, so one after the other they would never end."""
+    cfg, meet = settings(tmp_path / "run"), MEET.format(folder=str(tmp_path))
+    cores = (
+        f"\nimport torch; pathlib.Path({str(tmp_path)!r}, 'NAME').write_text(str(torch.get_num_threads()))"
+    )
+    meeting = {"01_data": ("first", "second"), "02_teacher": ("second", "first")}
+    for name, (mine, others) in meeting.items():
+        end = LEAVE[name] + cores.replace("NAME", name)
+        notebooks.write(name, f"{meet}\nhere({mine!r})\nthere({others!r})\n" + end)
+    notebooks.write("05_analysis", meet + LEAVE["05_analysis"] + cores.replace("NAME", "05_analysis"))
+    environment, folder = dict(os.environ), os.getcwd()
+    assert sorted(run(cfg, plain=False, jobs=2)) == sorted(ALL)
+    assert os.getcwd() == folder and dict(os.environ) == environment
+    threads = {name: int((tmp_path / name).read_text()) for name in (*meeting, "05_analysis")}
+    shared, whole = max(1, torch.get_num_threads() // 2), torch.get_num_threads()
+    assert threads == {"01_data": shared, "02_teacher": shared, "05_analysis": whole}
+
+    assert run(cfg) == []
+
+
+@pytest.mark.slow
+def test_what_runs_beside_a_failure_comes_to_its_end_and_nothing_new_begins(tmp_path, notebooks):
+    cfg, meet = settings(tmp_path / "run"), MEET.format(folder=str(tmp_path))
+    notebooks.write("01_data", f"{meet}\nhere('first')\nx = 1 / 0")
+    late = f"{meet}\nthere('first')\ntime.sleep(3)\n"
+    notebooks.write("02_teacher", late + LEAVE["02_teacher"])
+    with pytest.raises(UserError, match=r"^notebook 01_data failed with ZeroDivisionError"):
+        run(cfg, plain=False, jobs=2)
+    assert [file.parent.name for file in cfg.run_dir.rglob("done.json")] == ["02_teacher"]
+    assert hidden(cfg.run_dir) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_ends_the_kernels_too(tmp_path, notebooks, jobs):
+    cfg, meet = settings(tmp_path / "run"), MEET.format(folder=str(tmp_path))
+    for name in ("01_data", "02_teacher"):
+        pid = f"pathlib.Path({str(tmp_path)!r}, '{name}.pid').write_text(str(os.getpid()))"
+        notebooks.write(name, f"{meet}\nimport os\n{pid}\nhere('{name}')\ntime.sleep(600)")
+
+    def stop() -> None:
+        until = time.monotonic() + 60
+        while len(list(tmp_path.glob("0*_*"))) < 2 * jobs and time.monotonic() < until:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop, daemon=True).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(cfg, plain=False, jobs=jobs)
+    assert time.monotonic() - started < 90
+    pids = [int(file.read_text()) for file in tmp_path.glob("*.pid")]
+    assert len(pids) == jobs
+    until = time.monotonic() + 10
+    while any(map(psutil.pid_exists, pids)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(psutil.pid_exists, pids))
+    notebooks.write("01_data", LEAVE["01_data"])
+    notebooks.write("02_teacher", LEAVE["02_teacher"])
+    assert run(cfg) == ALL
+
+
+def test_plain_has_one_job(tmp_path, notebooks):
+    with pytest.raises(UserError, match="--jobs 2 needs Jupyter"):
+        run(settings(tmp_path / "run"), jobs=2)
 
 
 def test_without_papermill_the_way_out_is_named(tmp_path, notebooks, monkeypatch):
