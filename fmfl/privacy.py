@@ -42,8 +42,13 @@ def epsilon(noise: float, rounds: int, delta: float) -> float:
     return float(scipy.optimize.brentq(beyond, 0.0, high, xtol=1e-10))
 
 
-def spent(cfg: FlowerConfig, rounds: int) -> dict[str, Any]:
-    """What a run's record says of privacy: empty without it."""
+def spent(cfg: FlowerConfig, rounds: int, runs: int = 1) -> dict[str, Any]:
+    """What a run's record says of privacy: empty without it.
+
+    Args:
+        rounds: of one run.
+        runs: how many runs with the same clients are published, each with noise of its own.
+    """
     if cfg.privacy == "none":
         return {}
     return {
@@ -53,4 +58,6 @@ def spent(cfg: FlowerConfig, rounds: int) -> dict[str, Any]:
         "noise": cfg.dp_noise,
         "clipping": cfg.dp_clipping,
         "rounds": rounds,
+        "runs": runs,
+        "epsilon_of_all_runs": epsilon(cfg.dp_noise, rounds * runs, cfg.dp_delta),
     }

@@ -111,6 +111,66 @@ def test_a_port_that_is_taken_is_said(tmp_path):
             pass
 
 
+def test_anothers_key_is_refused(tmp_path):
+    deploy.keys(tmp_path / "keys", ["localhost"], 2)
+    with pytest.raises(UserError, match="are client 1's, and --number is 0"):
+        deploy.client(str(tmp_path), "localhost:1", tmp_path / "keys/client-1", 0, 2)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_client_that_is_stopped_takes_its_supernode_with_it(tmp_path, monkeypatch, name):
+    """A terminal that closes hangs up on the command alone: the SuperNode has a group of its own."""
+    pid = tmp_path / "pid"
+    monkeypatch.setattr(deploy, "_known", lambda *_: (Path("ca"), Path("key")))
+    write = (
+        f"import os, time, pathlib; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    )
+    monkeypatch.setattr(deploy, "client_command", lambda *_: [sys.executable, "-c", write])
+
+    def stop():
+        wait_for(pid.exists, 60, "the node")
+        os.kill(os.getpid(), getattr(signal, name))
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(SystemExit):
+        deploy.client("data", "localhost:1", tmp_path, 0, 1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_a_supernode_that_its_server_has_forgotten_is_started_anew(tmp_path, monkeypatch):
+    """It had been taken in. What ends at once is not tried again; what is turned away is, for a time."""
+    ran = []
+
+    def node(ends):
+        def run(*_):
+            ran.append(next(ends))
+            time.sleep(ran[-1][0])
+            return 1, ran[-1][1], ran[-1][2]
+
+        return run
+
+    monkeypatch.setattr(deploy, "SETTLED_SECONDS", 0.2)
+    monkeypatch.setattr(deploy, "client_command", lambda *_: [])
+    monkeypatch.setattr(deploy, "AGAIN_SECONDS", 0.01)
+    away, taken_in, at_once, stopped = (
+        (0, True, False),
+        (0.3, False, False),
+        (0, False, False),
+        (0, False, True),
+    )
+    for ends in ([away, taken_in, taken_in, at_once], [taken_in, away, stopped], [at_once]):
+        ran.clear()
+        monkeypatch.setattr(deploy, "_run_node", node(iter(ends)))
+        with pytest.raises(SystemExit):
+            deploy.client("data", "localhost:1", tmp_path, 0, 1)
+        assert ran == ends
+    monkeypatch.setattr(deploy, "_run_node", node(iter([away] * 1000)))
+    with pytest.raises(UserError, match="does not know the key"):
+        deploy.client("data", "localhost:1", tmp_path, 0, 1, patience=0.05)
+
+
 # ------------------------------------------------------------------------------------------ the deployment
 
 

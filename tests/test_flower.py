@@ -530,6 +530,32 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path, student, says):
         flower.serve(flower.InProcess(None, []), cfg)
 
 
+def test_a_start_with_batchnorm_is_no_start_of_a_network_with_groupnorm(tmp_path):
+    """It holds tensors of all the names that GroupNorm has, and statistics that would be dropped."""
+    file = tmp_path / "start.safetensors"
+    states.write_state(file, models.build("unet").state_dict())
+    cfg = settings(tmp_path, student="unet", start=str(file), batch_norm="group")
+    with pytest.raises(UserError, match="with batch_norm 'group': choose the student and the batch_norm"):
+        flower.serve(flower.InProcess(None, []), cfg)
+
+
+def nodes_of(cfg: config.Settings) -> flower.InProcess:
+    held = federate.clients_of(a_cohort(), PARTS)
+    app = flower.make_client_app(lambda c, _: flower.Held(c.node_id, held[c.node_id]))
+    return flower.InProcess(app, [Context(1, k, {}, RecordDict(), cfg.flat()) for k in held])
+
+
+def test_a_run_with_other_settings_is_not_written_over(tmp_path):
+    cfg = settings(tmp_path, num_rounds=1)
+    first = flower.serve(nodes_of(cfg), cfg)
+    before = first.file.read_bytes()
+    for changed in ({"num_rounds": 2}, {"learning_rate": 1e-3}):
+        other = settings(tmp_path, **{"num_rounds": 1} | changed)
+        with pytest.raises(UserError, match=r"holds 1 rounds made with other settings.*--out"):
+            flower.serve(nodes_of(other), other)
+    assert first.file.read_bytes() == before
+
+
 # ------------------------------------------------------------------------------------------ privacy
 
 
@@ -567,12 +593,47 @@ def test_privacy_is_refused_where_it_would_not_hold(tmp_path):
             flower.simulated(cfg, serve(cfg))
 
 
-def test_a_private_deployment_states_what_it_has_spent(tmp_path):
+def test_a_private_deployment_states_what_it_has_spent(tmp_path, monkeypatch):
+    """After each round, for a run that is stopped has spent it too; nothing else is said of the updates."""
     cfg = dp(tmp_path, num_rounds=2, dp_noise=4.0)
-    cohort = a_cohort()
-    held = federate.clients_of(cohort, PARTS)
-    app = flower.make_client_app(lambda c, _: flower.Held(c.node_id, held[c.node_id]))
-    contexts = [Context(1, k, {}, RecordDict(), cfg.flat()) for k in held]
-    flower.serve(flower.InProcess(app, contexts), cfg)
+    after, finish = [], Server.finish_round
+
+    def finished(*arguments):
+        after.append((tmp_path / "privacy.json").exists())
+        finish(*arguments)
+
+    monkeypatch.setattr(Server, "finish_round", finished)
+    server = flower.serve(nodes_of(cfg), cfg)
+    assert after == [False, True]
+    assert [done["update_norm"] for done in server.rounds[1:]] == [None, None]
     said = json.loads((tmp_path / "privacy.json").read_text())
     assert said["epsilon"] == pytest.approx(privacy.epsilon(4.0, 2, 1e-5)) and said["rounds"] == 2
+
+
+def test_what_was_spent_does_not_lie_beside_weights_without_noise(tmp_path):
+    (tmp_path / "privacy.json").write_text("{}")
+    cfg = settings(tmp_path, num_rounds=1)
+    flower.serve(nodes_of(cfg), cfg)
+    assert not (tmp_path / "privacy.json").exists()
+
+
+def test_an_update_that_has_not_moved_needs_no_clipping(tmp_path):
+    cfg = dp(tmp_path, num_rounds=1, learning_rate=0.0)
+    server = serve(cfg)
+    nodes = flower.simulated(cfg, server)
+    assert len(nodes.train(server)) == 3 and server.exchange.faults == {}
+
+
+@pytest.mark.parametrize("client_weights", ["images", "uniform"])
+def test_a_client_cannot_choose_its_weight(tmp_path, client_weights):
+    def heavier(record: MetricRecord) -> MetricRecord:
+        return MetricRecord({**record, "weight": 10**9})
+
+    cfg = settings(tmp_path, num_rounds=2, client_weights=client_weights)
+    server = serve(cfg)
+    nodes = flower.simulated(cfg, server)
+    grid_of(nodes, Faulty, tamper=with_records(numbers=heavier))
+    run(server, nodes)
+    assert server.rounds[2]["clients"] == [0, 2]
+    due = 5 if client_weights == "images" else 1
+    assert server.rounds[2]["faults"] == {1: f"asks for weight 1000000000 where it has {due}"}

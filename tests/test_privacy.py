@@ -38,3 +38,10 @@ def test_a_record_without_privacy_says_nothing_of_it():
     assert privacy.spent(FlowerConfig(), 5) == {}
     said = privacy.spent(FlowerConfig(privacy="dp", dp_noise=2.0, dp_delta=1e-4), 7)
     assert said["epsilon"] == privacy.epsilon(2.0, 7, 1e-4) and said["rounds"] == 7
+
+
+def test_runs_with_the_same_clients_compose_as_their_rounds_do():
+    cfg = FlowerConfig(privacy="dp", dp_noise=4.0)
+    said = privacy.spent(cfg, 5, runs=9)
+    assert said["epsilon"] == privacy.spent(cfg, 5)["epsilon"] < said["epsilon_of_all_runs"]
+    assert said["epsilon_of_all_runs"] == privacy.spent(cfg, 45)["epsilon"]

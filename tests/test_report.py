@@ -178,10 +178,11 @@ def test_methods_say_what_the_manifest_says_and_nothing_else():
 
 
 def test_methods_state_epsilon_where_there_was_noise():
-    spent = privacy.spent(config.FlowerConfig(privacy="dp", dp_noise=4.0, dp_clipping=0.5), 5)
+    spent = privacy.spent(config.FlowerConfig(privacy="dp", dp_noise=4.0, dp_clipping=0.5), 5, runs=9)
     text = " ".join(report.methods(MANIFEST | {"privacy": spent}))
     assert "clipped to length 0.5 " in text and "deviation 4" in text and "over 5 rounds" in text
     assert f"epsilon is {int(spent['epsilon'])}." in text
+    assert f"The 9 federated runs here come together to {int(spent['epsilon_of_all_runs'])}." in text
     assert "epsilon" not in " ".join(
         report.methods(MANIFEST | {"privacy": privacy.spent(config.FlowerConfig(), 5)})
     )

@@ -10,6 +10,7 @@ import datetime
 import ipaddress
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -194,7 +195,10 @@ def serve(keys: Path, out: Path, given: dict[str, Any], *, host: str = "0.0.0.0"
         started = flwr(home, "run", str(APP), "fmfl", "--run-config", str(listed), "--format", "json")
         number = json.loads(started)["run-id"]
         _stream(home, number)
-        if (status := run_status(home, number)) != "finished:completed":
+        while not (status := run_status(home, number)).startswith("finished"):
+            time.sleep(2)  # the log has broken off, and the run goes on
+            _stream(home, number)
+        if status != "finished:completed":
             raise UserError(
                 f"the run ended as {status}: what stopped it stands above; the same command goes on at the "
                 "round that is not finished"
@@ -321,34 +325,48 @@ def client(
     """Run a client's SuperNode until it is stopped; it waits for a server that is not there.
 
     A server that has just been started learns the clients' keys one by one: a client that comes earlier is
-    turned away and tries again.
+    turned away and tries again. A server that was started again does not know the nodes that were there:
+    their SuperNodes end, and are started anew.
 
     Args:
         patience: seconds for which a client that is turned away tries again.
 
     Raises:
-        UserError: the server does not take this client's key.
-        SystemExit: the SuperNode ended by itself.
+        UserError: the server does not take this client's key, or it is another client's.
+        SystemExit: the SuperNode was stopped, or could not begin.
     """
+    if (whose := re.fullmatch(r"client-(\d+)", keys.name)) and int(whose[1]) != number:
+        raise UserError(f"--keys {keys} are client {whose[1]}'s, and --number is {number}: name the same one")
     command = client_command(data, server, keys, number, clients, port)
     env = environment(paths.CACHE / "flower" / f"client-{number}")
     until = time.monotonic() + patience
     while True:
-        code, refused = _run_node(command, env)
-        if not refused:
+        began = time.monotonic()
+        code, refused, stopped = _run_node(command, env)
+        if time.monotonic() - began > SETTLED_SECONDS:
+            until = time.monotonic() + patience  # it was taken in
+        elif not refused:
+            stopped = True
+        if stopped:
             raise SystemExit(code)
         if time.monotonic() > until:
             raise UserError(f"the server at {server} does not know the key in {keys}: ask for its public key")
-        time.sleep(5)
+        time.sleep(AGAIN_SECONDS)
 
+
+AGAIN_SECONDS = 5.0
+"""Between a SuperNode that has ended and the next one."""
+
+SETTLED_SECONDS = 20.0
+"""A SuperNode that has run for longer had been taken in: what it cannot do ends it sooner."""
 
 REFUSED = "[code: 2004]"
 """What a SuperNode says where the SuperLink does not know its key."""
 
 
-def _run_node(command: list[str], env: dict[str, str]) -> tuple[int, bool]:
-    """Run a SuperNode; its exit code, and whether it was turned away."""
-    refused = threading.Event()
+def _run_node(command: list[str], env: dict[str, str]) -> tuple[int, bool, bool]:
+    """Run a SuperNode; its exit code, whether it was turned away, and whether it was stopped from here."""
+    refused, stopped = threading.Event(), threading.Event()
     # A group of its own: a SuperNode that is turned away leaves its helper behind.
     node = subprocess.Popen(
         command,
@@ -368,17 +386,25 @@ def _run_node(command: list[str], env: dict[str, str]) -> tuple[int, bool]:
 
     reader = threading.Thread(target=show, daemon=True)
     reader.start()
-    before = signal.signal(signal.SIGTERM, lambda *_: node.terminate())
+
+    def stop(*_: object) -> None:
+        stopped.set()
+        node.terminate()
+
+    # A terminal that closes hangs up; the SuperNode, in its own group, would not notice.
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in signals}
     try:
         node.wait()
     except KeyboardInterrupt:
-        node.terminate()
+        stop()
         node.wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         end_group(node)
     reader.join(5)
-    return node.returncode, refused.is_set()
+    return node.returncode, refused.is_set(), stopped.is_set()
 
 
 def end_group(process: subprocess.Popen, *, patience: float = 20.0) -> None:

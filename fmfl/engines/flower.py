@@ -164,7 +164,7 @@ def make_client_app(holds: Callable[[Context, Settings], Held]) -> ClientApp:
     def who(message: Message, context: Context) -> Message:
         """Number and images of this client, and the code that it would train with."""
         held = holds(context, settings_of(context))
-        about = {"client": held.number, "images": len(held.examples), "code": states.code_digest()}
+        about = {"client": held.number, "images": len(held.examples), "code": node_code()}
         return Message(RecordDict({"about": ConfigRecord(about)}), reply_to=message)
 
     @app.train(mods=[_clip])
@@ -212,11 +212,19 @@ def make_client_app(holds: Callable[[Context, Settings], Held]) -> ClientApp:
     return app
 
 
+def node_code() -> str:
+    """What a node and its server must have in common: the code of training, of images and of messages."""
+    return states.code_digest((*states.TRAINING_CODE, "data.py", "engines/flower.py"))
+
+
 def _clip(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
     """Flower's clipping of the update, where the server asks for it."""
     if KEY_CLIPPING_NORM not in message.content["config"]:
         return call_next(message, context)
-    return fixedclipping_mod(message, context, call_next)
+    reply = call_next(message, context)
+    if reply.content.array_records == message.content.array_records:
+        return reply  # nothing has moved, and Flower would divide by its length
+    return fixedclipping_mod(message, context, lambda *_: reply)
 
 
 def _kept(context: Context) -> dict[str, State]:
@@ -281,6 +289,7 @@ class Nodes:
     def __init__(self, grid: Grid, cfg: Settings, *, poll: float = 0.25):
         self.grid, self.cfg, self.poll = grid, cfg, poll
         self.node_of: dict[int, int] = {}
+        self.images_of: dict[int, object] = {}  # client -> how many it has said that it holds
         self._asked: dict[str, int] = {}  # message -> node that has not said yet who it is
         self._refused: dict[int, float] = {}  # node -> when it was
         self._first = True
@@ -342,8 +351,9 @@ class Nodes:
             updates = {
                 k: (self._noised(state, len(updates)), weight) for k, (state, weight) in updates.items()
             }
-        for state, weight in updates.values():
-            server.drift.add(server.state, state, server.trained_keys, weight)
+        else:  # of noised updates it would tell more than their average does, which is what epsilon covers
+            for state, weight in updates.values():
+                server.drift.add(server.state, state, server.trained_keys, weight)
         return list(updates.values())
 
     def _message(self, content: RecordDict, node: int, kind: str, group: str = "") -> Message:
@@ -388,9 +398,9 @@ class Nodes:
             return f"it says that it is client {k!r}, and there is none of that number"
         if k in self.node_of:
             return f"it says that it is client {k}, who is there already"
-        if about.get("code") != states.code_digest():
+        if about.get("code") != node_code():
             return f"client {k} has another version of fmfl: install the server's"
-        self.node_of[k] = node
+        self.node_of[k], self.images_of[k] = node, about.get("images")
         log.info("client %d is there with %s images", k, about.get("images"))
         return ""
 
@@ -428,6 +438,9 @@ class Nodes:
         weight, images, seconds = (numbers.get(name) for name in ("weight", "images_seen", "seconds"))
         if not isinstance(weight, int) or weight <= 0 or not isinstance(images, int) or images <= 0:
             raise ValueError(f"has trained on {images!r} images with weight {weight!r}")
+        due = 1 if self.cfg.federate.client_weights == "uniform" else self.images_of.get(k)
+        if weight != due:  # a wrong one could make this client the average, or thin its noise
+            raise ValueError(f"asks for weight {weight} where it has {due}")
         try:
             state = unpack(records.array_records.get("weights", ArrayRecord()), sent)
         except ValueError as error:
@@ -552,10 +565,11 @@ def simulated(cfg: Settings, server: Server) -> Nodes:
 def serve(grid: Grid, cfg: Settings) -> Server:
     """All rounds of a deployment, from its start state or its last checkpoint; the results go to its folder.
 
-    ``results.csv`` and ``faults.csv`` are written after each round, ``per_image.csv`` at the end.
+    ``results.csv``, ``faults.csv`` and ``privacy.json`` are written after each round, ``per_image.csv`` at
+    the end.
 
     Raises:
-        UserError: a setting does not fit, or a round had too few good updates.
+        UserError: a setting does not fit, the folder holds another run, or a round had too few good updates.
     """
     cohort, test = _test_images(cfg)
     initial = _start(cfg, cohort.device)
@@ -571,6 +585,13 @@ def serve(grid: Grid, cfg: Settings) -> Server:
         precision=train.precision_of(cfg.run),
         engine=study.engine_key(cfg),
     )
+    held = states.read_record(server.file)
+    if held.get("round_number") and held.get("fingerprint") != server.fingerprint:
+        raise UserError(
+            f"{server.file} holds {held['round_number']} rounds made with other settings, test images or "
+            "version of fmfl: name another folder with --out, or the same settings to go on"
+        )
+    (cfg.run_dir / "per_image.csv").unlink(missing_ok=True)
     log.info("start %s, round %d of %d", server.init, server.round_number, cfg.federate.num_rounds)
     nodes = Nodes(grid, cfg)
     for number in server.remaining_rounds():
@@ -585,10 +606,19 @@ def serve(grid: Grid, cfg: Settings) -> Server:
         log.info("round %d: %s", number, _said(server))
     if len(test):
         study.write_text(cfg.run_dir / "per_image.csv", server.per_image(cohort, test).to_csv(index=False))
-    if spent := privacy.spent(cfg.flower, server.round_number):
+    if spent := _write_privacy(cfg, server):
         log.info("privacy: %s", spent)
-        study.write_text(cfg.run_dir / "privacy.json", json.dumps(spent, indent=1) + "\n")
     return server
+
+
+def _write_privacy(cfg: Settings, server: Server) -> dict[str, Any]:
+    """What the rounds so far have spent, beside their weights; no file where nothing is noised."""
+    file = cfg.run_dir / "privacy.json"
+    if spent := privacy.spent(cfg.flower, server.round_number):
+        study.write_text(file, json.dumps(spent, indent=1) + "\n")
+    else:
+        file.unlink(missing_ok=True)
+    return spent
 
 
 def _said(server: Server) -> str:
@@ -600,6 +630,7 @@ def _said(server: Server) -> str:
 
 def _write(cfg: Settings, server: Server, stopped: int = 0) -> None:
     """The rounds so far, and what was wrong in them; ``stopped`` is a round that could not be finished."""
+    _write_privacy(cfg, server)
     study.write_text(cfg.run_dir / "results.csv", pd.DataFrame(server.history).to_csv(index=False))
     rounds = list(enumerate(done.get("faults", {}) for done in server.rounds))
     if stopped and server.exchange:
@@ -636,10 +667,11 @@ def _start(cfg: Settings, device: torch.device) -> InitialState:
     if (found := states.read_state(file, device=device)) is None:
         raise UserError(f"start {file} is missing or damaged: name a file of safetensors, such as an init-*")
     state, record = found
-    if layout({name: state[name] for name in random if name in state}) != layout(random):
+    own = {name: value for name, value in state.items() if not name.startswith(federate.KEPT)}
+    if layout(own) != layout(random):  # one with BatchNorm has all names of one with GroupNorm, and more
         raise UserError(
-            f"start {file} does not hold the weights of student {cfg.distill.student!r}: choose the student "
-            "that it was made with"
+            f"start {file} does not hold the weights of student {cfg.distill.student!r} with batch_norm "
+            f"{cfg.federate.batch_norm!r}: choose the student and the batch_norm that it was made with"
         )
     spent = Fitted(**record["fitted"]) if "fitted" in record else Fitted()
     return InitialState(record.get("init", file.stem), {name: state[name] for name in random}, spent)
