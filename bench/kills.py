@@ -189,7 +189,7 @@ def run(
     settings = {key: value for key, value in locals().items() if key != "out"}
     if not hasattr(os, "killpg"):
         raise UserError("this system has no kill -9: run the kill test on Linux or macOS")
-    arguments = [*SMALL, "--splits", splits, *(("--jobs", "1") if jupyter else ("--plain",))]
+    arguments = [*SMALL, "--splits", splits, *([] if jupyter else ["--plain"])]
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         whole = Study(Path(folder) / "undisturbed", arguments)

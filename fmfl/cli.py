@@ -121,9 +121,7 @@ def study(
     plain: Annotated[
         bool, typer.Option(help="run the notebooks' code in this process, without Jupyter")
     ] = False,
-    jobs: Annotated[
-        int, typer.Option(min=0, help="how many notebooks may run at once; 0: two on a CPU, one on a GPU")
-    ] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="how many notebooks may run at once")] = 1,
     dry_run: Annotated[bool, typer.Option(help="say what would run and what it costs, and stop")] = False,
     progress: Annotated[bool, typer.Option(help="show a bar with the time left")] = True,
 ) -> None:

@@ -257,7 +257,7 @@ def run(
     *,
     plain: bool = False,
     progress: bool = True,
-    jobs: int = 0,
+    jobs: int = 1,
     say: Callable[[str], None] = tqdm.write,
 ) -> tuple[int, int]:
     """Run what is not done yet.
@@ -266,7 +266,8 @@ def run(
         cells: from :func:`plan`.
         plain: execute the notebooks' code in this process, without Jupyter.
         progress: show bars, the study's with the time left, counted in federated rounds.
-        jobs: how many notebooks may run at once; 0: what suits the device, see :func:`usual_jobs`.
+        jobs: how many notebooks may run at once. On two cores, which one notebook's trainings fill already,
+            two take 0.91 of the time; what 02_teacher says of speed is then of a shared machine.
         say: takes one line for each cell.
 
     Returns:
@@ -278,7 +279,6 @@ def run(
     """
     if plain and jobs > 1:
         raise UserError(f"--jobs {jobs} needs Jupyter: with --plain the notebooks run one after the other")
-    jobs = 1 if plain else jobs or usual_jobs(cells[0].cfg)
     with _environment({} if progress else NO_BARS):
         inputs = check(cells)
         root = cells[0].cfg.run_dir
@@ -290,14 +290,6 @@ def run(
             ran = work.by_several() if jobs > 1 else work.alone()
         Claims(root).forget()
     return ran, len(cells) - ran
-
-
-def usual_jobs(cfg: Settings) -> int:
-    """Two on a CPU with two cores or more: while one notebook starts, loads or draws, the other one trains.
-
-    On a GPU one, whose memory belongs to it.
-    """
-    return 2 if train.device_of(cfg.run).type == "cpu" and (os.cpu_count() or 1) > 1 else 1
 
 
 class _Work:
