@@ -585,7 +585,7 @@ def execute(cell: Cell, output: Path, share: int = 1) -> None:
     """Run a notebook through papermill; its outputs are kept even if it fails.
 
     Args:
-        share: how many notebooks share the cores; no number depends on it.
+        share: how many notebooks share the cores.
     """
     try:
         import papermill

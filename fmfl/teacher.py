@@ -7,6 +7,7 @@ by this project (``python -m fmfl.teacher_training``, recorded in data/README.md
 runs the real path without a download.
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from fmfl import checkpoints, paths, sam, states
+from fmfl import checkpoints, paths, sam, states, train
 from fmfl.checkpoints import Fit, State
 from fmfl.errors import UserError
 from fmfl.sam import Convention
@@ -292,10 +293,14 @@ class Teacher:
             if boxes.shape[2] == 2 and self.name == "builtin":
                 raise UserError("the built-in teacher was trained on boxes alone: choose another box_rule")
         found: list[list[Tensor]] = [[] for _ in prompts]
-        for rows in torch.arange(len(images), device=images.device).split(batch_size or self.batch_size):
-            embeddings = self._embed(images[rows])
-            for boxes, parts in zip(prompts, found, strict=True):
-                parts.append(self._decode(embeddings, boxes[rows.to(boxes.device)], *images.shape[-2:]))
+        # The built-in teacher is small enough to give the same bytes on any number of cores; the published
+        # ones would take minutes an image.
+        alone = train.one_thread(self.device) if self.name == "builtin" else contextlib.nullcontext()
+        with alone:
+            for rows in torch.arange(len(images), device=images.device).split(batch_size or self.batch_size):
+                embeddings = self._embed(images[rows])
+                for boxes, parts in zip(prompts, found, strict=True):
+                    parts.append(self._decode(embeddings, boxes[rows.to(boxes.device)], *images.shape[-2:]))
         return [torch.cat(parts) for parts in found]
 
     def _embed(self, images: Tensor) -> Tensor:

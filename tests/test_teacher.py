@@ -572,3 +572,18 @@ def test_noise_makes_a_worse_teacher_the_same_each_time():
             added = (weight - before).std() / before.std()
             assert added == pytest.approx(0.3, rel=0.15), name
     assert noisy.about()["noise"] == 0.3 and "noise" not in exact.about()
+
+
+def test_the_built_in_teacher_gives_the_same_bytes_on_any_number_of_cores():
+    images, masks, _ = phantom.generate(32, 96, 0)
+    images = torch.as_tensor(images).reshape(-1, 1, 96, 96)
+    boxes = prompt(torch.as_tensor(masks).reshape(-1, 1, 96, 96), "ground_truth")
+    who, threads, found = teacher.load("builtin"), torch.get_num_threads(), []
+    try:
+        for cores in (1, 2, 3):
+            torch.set_num_threads(cores)
+            found.append(who.logits(images, boxes))
+            assert torch.get_num_threads() == cores
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
