@@ -486,7 +486,7 @@ def write_text(file: Path, text: str) -> None:
 #: Settings in which the cells of one study may differ.
 FREE = (
     *("run_name", "device", "cohort_device"),
-    *("split", "seed", "arms", "inits", "target_dice", "reference_split"),
+    *("split", "seed", "arms", "inits", "target_dice", "reference_split", "diagnostics"),
     *("alpha_sweep", "temperature_sweep", "variants"),
 )
 

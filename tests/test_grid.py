@@ -97,6 +97,12 @@ def test_a_cell_gets_the_settings_it_depends_on_and_no_others(tmp_path):
     assert set(cells["05_analysis"]) == everything
 
 
+def test_what_a_federation_does_not_know_of_its_analysis_may_differ(tmp_path):
+    """05 takes a federation's results where all settings agree that the federation was given."""
+    (cell,) = [c for c in grid.plan(settings(tmp_path), [0], ["iid"]) if c.notebook == "04_federate"]
+    assert set(config.defaults()) - set(cell.parameters) <= set(study.FREE)
+
+
 def test_every_injected_value_is_accepted(tmp_path):
     for cell in grid.plan(settings(tmp_path), [0, 7], SPLITS):
         assert {k: config.checked(k, v) for k, v in cell.parameters.items()} == cell.parameters
