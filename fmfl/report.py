@@ -107,10 +107,11 @@ METHODS = (  # paragraphs of sentences; {a.b} is the manifest's value, and a sen
         "A local step of Adam took {settings.batch_size} images at learning rate {settings.learning_rate}.",
         "Each client's update was clipped to length {privacy.clipping} and their sum was noised with "
         "deviation {privacy.noise} times that: epsilon is {privacy.epsilon} for a client at delta "
-        "{privacy.delta}, over {privacy.rounds} rounds of one run. The {privacy.runs} federated runs "
-        "here come together to {privacy.epsilon_of_all_runs} for a client who took part in all; centralised "
-        "and standalone training, the curves and the scores are not noised. What it cost in Dice is the "
-        "difference from the same study without it (--vary privacy=none puts both on the map).",
+        "{privacy.delta}, over {privacy.rounds} rounds of one run. Centralised and standalone training and "
+        "the scores are not noised. What it cost in Dice is the difference from the same study without it "
+        "(--vary privacy=none puts both on the map).",
+        "The {privacy.runs} federated runs here come together to epsilon {privacy.epsilon_of_all_runs} for a "
+        "client who took part in all of them.",
         "Partitions: {settings.splits}.",
         "Starts: {settings.inits}.",
         "Seeds: {settings.seeds}.",

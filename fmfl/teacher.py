@@ -293,8 +293,8 @@ class Teacher:
             if boxes.shape[2] == 2 and self.name == "builtin":
                 raise UserError("the built-in teacher was trained on boxes alone: choose another box_rule")
         found: list[list[Tensor]] = [[] for _ in prompts]
-        # The built-in teacher is small enough to give the same bytes on any number of cores; the published
-        # ones would take minutes an image.
+        # On one thread sums have one order, so the bytes do not depend on the cores. The published networks
+        # are too large to leave all cores but one idle.
         alone = train.one_thread(self.device) if self.name == "builtin" else contextlib.nullcontext()
         with alone:
             for rows in torch.arange(len(images), device=images.device).split(batch_size or self.batch_size):

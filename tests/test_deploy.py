@@ -266,6 +266,9 @@ def scored_rounds(out: Path) -> int:
     return len(file.read_text().splitlines()) - 2 if file.exists() else -1
 
 
+FMFL = [sys.executable, "-c", "import sys; from fmfl.cli import main; sys.argv[0] = 'fmfl'; main()"]
+
+
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory):
     """Three rounds of three hospitals, a listener between; the third is killed in round 2; and a stranger."""
@@ -305,8 +308,7 @@ def deployment(tmp_path_factory):
             "round_timeout": 90, "min_clients": 2,
         }  # fmt: skip
         options = [part for name, value in given.items() for part in ("-p", f"{name}={value}")]
-        fmfl = [sys.executable, "-c", "import sys; from fmfl.cli import main; sys.argv[0] = 'fmfl'; main()"]
-        command = [*fmfl, "flower", "server", "--keys", keys / "server", "--out", out, "--test-data", own]
+        command = [*FMFL, "flower", "server", "--keys", keys / "server", "--out", out, "--test-data", own]
         start("server", [*map(str, command), "--host", "127.0.0.1", "--port", str(port), *options])
         log = out / "flower" / "superlink.log"
         wait_for(
@@ -434,3 +436,68 @@ def test_a_plain_text_connection_is_refused(tmp_path):
         assert process.returncode != 0 and "SuperNode ID" not in said
     assert "Activated node_id" not in (tmp_path / "home" / "superlink.log").read_text()
     assert process.returncode != -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="kill -9 of a group of processes")
+def test_a_server_that_is_killed_and_started_again_finds_its_clients(tmp_path):
+    """The commands of the clients are left alone."""
+    keys, out, port = tmp_path / "keys", tmp_path / "out", free_port()
+    deploy.keys(keys, ["localhost"], 2)
+    given = {
+        "student": "tiny_unet",
+        "size": SIZE,
+        "num_rounds": 3,
+        "num_clients": 2,
+        "batch_size": 3,
+        "device": "cpu",
+    }
+    options = [part for name, value in given.items() for part in ("-p", f"{name}={value}")]
+    server = [
+        "server",
+        "--keys",
+        keys / "server",
+        "--out",
+        out,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+        *options,
+    ]
+    own = a_hospital(tmp_path / "own", 9)
+    processes: list[subprocess.Popen] = []
+
+    def start(name: str, *arguments: object) -> subprocess.Popen:
+        env = deploy.environment(tmp_path / "home" / name)
+        env |= {"FMFL_CACHE": str(tmp_path / "cache" / name), "OMP_NUM_THREADS": "1"}
+        with (tmp_path / f"{name}.log").open("a") as log:
+            process = subprocess.Popen(
+                [*FMFL, "flower", *map(str, arguments)], env=env, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        processes.append(process)
+        return process
+
+    try:
+        first = start("server", *server, "--test-data", own)
+        clients = [
+            start(
+                f"client-{k}", "client", "--data", a_hospital(tmp_path / f"hospital-{k}", k), "--number", k,
+                "--keys", keys / f"client-{k}", "--clients", 2, "--server", f"localhost:{port}",
+                "--port", free_port(),
+            )
+            for k in range(2)
+        ]  # fmt: skip
+        wait_for(lambda: scored_rounds(out) >= 1, 240, "the first round")
+        deploy.end_group(first, patience=0)  # kill -9
+        before = scored_rounds(out)
+        again = start("server", *server, "--test-data", own)
+        assert again.wait(300) == 0, (tmp_path / "server.log").read_text()[-3000:]
+        assert before < 3 and [client.poll() for client in clients] == [None, None]
+    finally:
+        for process in processes[::-1]:
+            deploy.end_group(process)
+    assert pd.read_csv(out / "results.csv")["round"].tolist() == [0, 1, 2, 3]
+    record = states.read_record(out / "weights" / "federated-age-random-seed0.safetensors")
+    assert [done["clients"] for done in record["rounds"]] == [[], [0, 1], [0, 1], [0, 1]]

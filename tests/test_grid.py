@@ -638,7 +638,6 @@ def test_two_notebooks_run_at_once(tmp_path, notebooks):
     threads = {name: int((tmp_path / name).read_text()) for name in (*meeting, "05_analysis")}
     shared, whole = max(1, torch.get_num_threads() // 2), torch.get_num_threads()
     assert threads == {"01_data": shared, "02_teacher": shared, "05_analysis": whole}
-
     assert run(cfg) == []
 
 

@@ -182,7 +182,10 @@ def test_methods_state_epsilon_where_there_was_noise():
     text = " ".join(report.methods(MANIFEST | {"privacy": spent}))
     assert "clipped to length 0.5 " in text and "deviation 4" in text and "over 5 rounds" in text
     assert f"epsilon is {int(spent['epsilon'])}." in text
-    assert f"The 9 federated runs here come together to {int(spent['epsilon_of_all_runs'])}." in text
+    assert f"The 9 federated runs here come together to epsilon {int(spent['epsilon_of_all_runs'])}." in text
+    before = {key: value for key, value in spent.items() if not key.startswith(("runs", "epsilon_of"))}
+    older = " ".join(report.methods(MANIFEST | {"privacy": before}))
+    assert f"epsilon is {int(spent['epsilon'])}." in older, "what an older manifest states stays stated"
     assert "epsilon" not in " ".join(
         report.methods(MANIFEST | {"privacy": privacy.spent(config.FlowerConfig(), 5)})
     )

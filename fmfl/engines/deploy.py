@@ -343,12 +343,11 @@ def client(
     while True:
         began = time.monotonic()
         code, refused, stopped = _run_node(command, env)
-        if time.monotonic() - began > SETTLED_SECONDS:
-            until = time.monotonic() + patience  # it was taken in
-        elif not refused:
-            stopped = True
-        if stopped:
+        was_in = time.monotonic() - began > SETTLED_SECONDS
+        if stopped or not (was_in or refused):
             raise SystemExit(code)
+        if was_in:
+            until = time.monotonic() + patience
         if time.monotonic() > until:
             raise UserError(f"the server at {server} does not know the key in {keys}: ask for its public key")
         time.sleep(AGAIN_SECONDS)
