@@ -1,6 +1,7 @@
 """What holds for every test: figures without a display, caches of its own, no network."""
 
 import os
+import signal
 import socket
 import tempfile
 
@@ -27,3 +28,16 @@ def _no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect_locally)
+
+
+@pytest.fixture
+def handled():
+    """Sets what a signal does for the length of a test, whatever started the tests."""
+    before = {}
+
+    def handle(number, handler):
+        before.setdefault(number, signal.signal(number, handler))
+
+    yield handle
+    for number, handler in before.items():
+        signal.signal(number, handler)

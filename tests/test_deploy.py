@@ -117,26 +117,38 @@ def test_anothers_key_is_refused(tmp_path):
         deploy.client(str(tmp_path), "localhost:1", tmp_path / "keys/client-1", 0, 2)
 
 
+@pytest.mark.parametrize("nohup", [False, True])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_a_client_that_is_stopped_takes_its_supernode_with_it(tmp_path, monkeypatch, name):
-    """A terminal that closes hangs up on the command alone: the SuperNode has a group of its own."""
+def test_a_client_that_is_stopped_takes_its_supernode_with_it(tmp_path, monkeypatch, handled, name, nohup):
+    """A terminal that closes hangs up on the command alone: the SuperNode has a group of its own.
+
+    With nohup the client outlives it, and is stopped otherwise.
+    """
     pid = tmp_path / "pid"
     monkeypatch.setattr(deploy, "_known", lambda *_: (Path("ca"), Path("key")))
     write = (
         f"import os, time, pathlib; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(600)"
     )
     monkeypatch.setattr(deploy, "client_command", lambda *_: [sys.executable, "-c", write])
+    handled(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    survived = []
 
     def stop():
-        wait_for(pid.exists, 60, "the node")
+        wait_for(lambda: pid.exists() and pid.read_text(), 60, "the node")
         os.kill(os.getpid(), getattr(signal, name))
+        if nohup and name == "SIGHUP":
+            time.sleep(1)
+            os.kill(int(pid.read_text()), 0)  # raises where it is gone
+            survived.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
     with pytest.raises(SystemExit):
         deploy.client("data", "localhost:1", tmp_path, 0, 1)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+    assert survived == [True] * (nohup and name == "SIGHUP")
 
 
 def test_a_supernode_that_its_server_has_forgotten_is_started_anew(tmp_path, monkeypatch):

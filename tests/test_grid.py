@@ -655,7 +655,8 @@ def test_what_runs_beside_a_failure_comes_to_its_end_and_nothing_new_begins(tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_ctrl_c_ends_the_kernels_too(tmp_path, notebooks, jobs):
+def test_ctrl_c_ends_the_kernels_too(tmp_path, notebooks, handled, jobs):
+    handled(signal.SIGINT, signal.default_int_handler)  # a shell's background command ignores it
     cfg, meet = settings(tmp_path / "run"), MEET.format(folder=str(tmp_path))
     for name in ("01_data", "02_teacher"):
         pid = f"pathlib.Path({str(tmp_path)!r}, '{name}.pid').write_text(str(os.getpid()))"

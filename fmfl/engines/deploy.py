@@ -390,9 +390,10 @@ def _run_node(command: list[str], env: dict[str, str]) -> tuple[int, bool, bool]
         stopped.set()
         node.terminate()
 
-    # A terminal that closes hangs up; the SuperNode, in its own group, would not notice.
+    # A terminal that closes hangs up; the SuperNode, in its own group, would not notice. nohup ignores that.
     signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, stop) for number in signals}
+    heeded = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heeded}
     try:
         node.wait()
     except KeyboardInterrupt:
