@@ -1,7 +1,9 @@
 """One optimizer step of each student in other ways than fmfl's: precision, memory layout, compiled."""
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,21 @@ def a_step(
     return step
 
 
+@contextmanager
+def no_compiler_cache() -> Iterator[None]:
+    """Let PyTorch's compiler begin with nothing: else a second run would find what the first has made."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.pop(name, None)
+    with tempfile.TemporaryDirectory() as empty:
+        os.environ[name] = empty
+        try:
+            yield
+        finally:
+            del os.environ[name]
+            if before is not None:
+                os.environ[name] = before
+
+
 def run(
     students: str = "mobile_unet,unet",
     size: int = 96,
@@ -64,12 +81,11 @@ def run(
 ) -> None:
     """Milliseconds a step, and how many steps it takes until a slow first one (compiling) has paid."""
     settings = {key: value for key, value in locals().items() if key != "out"}
-    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # else a second run would find what the first made
     where = measure.the_device(device)
     cohort = measure.a_cohort(batch_size, size, where)
     batch = augment.to_float(cohort.images), cohort.masks.float()
     rows, found = [], {}
-    with train.one_thread(where):  # as a study trains on a CPU
+    with no_compiler_cache(), train.one_thread(where):  # one thread, as a study trains on a CPU
         for student in students.split(","):
             sides: dict[str, Callable[[], object]] = {}
             first: dict[str, float] = {}
