@@ -35,7 +35,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from fmfl import config, models, paths, states, study, train
+from fmfl import config, models, paths, states, study, syntax, train
 from fmfl.config import Settings, several
 from fmfl.errors import UserError
 from fmfl.split import Holdout
@@ -58,7 +58,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
 WHERE = ("run_name", "device", "cohort_device")
 
 #: Modules whose code no number depends on.
-NO_NUMBERS = ("cli.py", "engines/deploy.py", "grid.py", "teacher_training.py", "verify.py")
+NO_NUMBERS = ("cli.py", "engines/deploy.py", "grid.py", "syntax.py", "teacher_training.py", "verify.py")
 
 NO_BARS = {"TQDM_DISABLE": "1"}
 """An environment without progress bars, see :func:`fmfl.study.show_bars`."""
@@ -712,7 +712,7 @@ def _run_plain(source: str, namespace: dict[str, Any], part: dict[str, Any]) -> 
         cell["id"] = part["id"]
     try:
         with contextlib.redirect_stdout(printed):
-            tree = ast.parse(source)
+            tree = syntax.parse(source)
             shown = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
             exec(compile(tree, "<cell>", "exec"), namespace)
             if shown is not None:

@@ -4,7 +4,6 @@ import ast
 import hashlib
 import json
 import os
-import threading
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fmfl import paths
+from fmfl import paths, syntax
 
 State = dict[str, Tensor]
 """A model's ``state_dict``: what travels between server and clients."""
@@ -43,17 +42,13 @@ def fingerprint(*parts: object) -> str:
 #: Modules that decide what training computes: a state trained by other code is another state.
 TRAINING_CODE = ("augment.py", "losses.py", "models.py", "train.py", "federate.py")
 
-_ONE_TREE = threading.Lock()
-
 
 @cache
 def code_digest(files: tuple[str, ...] = TRAINING_CODE) -> str:
     """SHA-256 of what modules of this package do: comments, docstrings and layout left out."""
     found = []
     for name in files:
-        # Trainings ask side by side; threads of Python 3.11 that build trees at once end in a SystemError.
-        with _ONE_TREE:
-            tree = ast.parse((paths.PACKAGE / name).read_text(encoding="utf-8"))
+        tree = syntax.parse((paths.PACKAGE / name).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
             if documented and ast.get_docstring(node) is not None:

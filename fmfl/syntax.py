@@ -1,0 +1,26 @@
+"""Syntax trees of Python source: of this package's modules and of notebooks' cells."""
+
+import ast
+import threading
+
+_ONE_TREE = threading.RLock()
+
+
+def parse(source: str) -> ast.Module:
+    """The tree of Python source, also where other trees are built meanwhile.
+
+    CPython 3.11 and some later versions keep one count of depth for all trees that are being built. Another
+    thread's tree, or one that a finalizer builds when garbage is collected (writing a traceback to a log is
+    enough), disturbs it, and a sound tree ends in a SystemError. Threads wait for each other here; a tree
+    that was disturbed from elsewhere is built again.
+
+    Raises:
+        SyntaxError: the source is no Python.
+    """
+    with _ONE_TREE:
+        for _ in range(9):
+            try:
+                return ast.parse(source)
+            except SystemError:
+                continue
+        return ast.parse(source)
