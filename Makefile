@@ -19,7 +19,7 @@ paper: .venv/installed  ## the paper's sizes and rounds (hours on a GPU); data a
 	$(BIN)/fmfl study --profile paper --out runs/paper $(ARGS)
 
 lab: .venv/installed  ## the notebooks in JupyterLab
-	$(BIN)/jupyter-lab notebooks/01_data.ipynb
+	$(BIN)/jupyter-lab --ServerApp.root_dir=. notebooks/01_data.ipynb
 
 test: .venv/installed  ## every check: style, tests (the slow ones too), notebooks
 	$(BIN)/ruff check
