@@ -541,9 +541,12 @@ def gains(
 
     Returns:
         One row an (axis, value, pair): axis, value, higher, lower and `compare`'s columns; the study's own
-        value among the others. All of them are one family for Holm's correction.
+        value among the others, and no pair with a start that was run nowhere. All of them are one family for
+        Holm's correction.
     """
     family, scores = {}, [per_image.assign(axis="", value="")]
+    known = {init for table in (per_image, variants) for init in table.init[table.arm == "federated"]}
+    pairs = [pair for pair in MAP_PAIRS if known.issuperset(pair)]
     for axis, of_axis in variants.groupby("axis", sort=False):
         own = of_axis.own.iloc[0]
         points = {own: None} | dict.fromkeys(of_axis.value)
@@ -553,7 +556,7 @@ def gains(
             if len(rows):
                 # A point is a split of its own, so that cells are told apart.
                 scores.append(rows.assign(split=f"{axis}={value}"))
-            for first, second in MAP_PAIRS:
+            for first, second in pairs:
                 run = set(rows.init)
                 cells = {
                     ("federated", init, f"{axis}={value}" if init in run else split): sign

@@ -526,7 +526,10 @@ def when_it_pays(gains: pd.DataFrame) -> Figure:
                 fill = "white" if point.inside_noise else color
                 axis.plot(place, point.gain, MARKERS[higher], color=color, markerfacecolor=fill)
             axis.axhline(0, color="black", linewidth=1)
-            axis.set_xticks(places, points["value"])
+            labels = [str(value) for value in points["value"]]
+            axis.set_xticks(places, labels)
+            if sum(map(len, labels)) > 14:  # side by side they would run into each other
+                axis.tick_params(axis="x", labelrotation=30)
             axis.margins(x=0.15)
             axis.set_xlabel(name if row == len(pairs) - 1 else "")
             if column == 0:

@@ -511,3 +511,6 @@ def test_the_map_takes_from_the_study_what_an_axis_cannot_change():
     assert levels["10", "pretraining"] == pytest.approx(82, abs=0.2)
     assert ("10", "random") not in levels and levels["all", "random"] == pytest.approx(80, abs=0.2)
     assert analysis.gains(base, variants.head(0)).empty
+    without = [table[table.init != "pretraining"] for table in (base, variants)]
+    assert set(analysis.gains(*without).lower) == {"random"}  # what was run nowhere has no row
+    assert analysis.gains(*[table[table.init == "fm"] for table in without]).empty

@@ -1,5 +1,7 @@
 """The figures show the numbers they are given, with units, and stand partial results."""
 
+import itertools
+
 import matplotlib
 
 matplotlib.use("agg")
@@ -294,6 +296,19 @@ def test_the_map_has_a_panel_for_each_axis_and_pair_with_hollow_points_in_the_no
         if line.get_marker() == plots.MARKERS["fm"]
     ]
     assert hollow == [False] * 4 + [False, True, False, False]
+
+
+def test_the_maps_values_do_not_run_into_each_other():
+    values = {"batch_norm": ("average", "group", "local"), "server": ("adam", "average", "momentum")}
+    rows = [(axis, value, "fm", "random", 2.0, 1.0, 4.0, False) for axis in values for value in values[axis]]
+    names = ["axis", "value", "higher", "lower", "gain", "low", "high", "inside_noise"]
+    figure = plots.when_it_pays(pd.DataFrame(rows, columns=names))
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        boxes = [label.get_window_extent() for label in axis.get_xticklabels()]
+        heights = [label.get_rotation() for label in axis.get_xticklabels()]
+        side_by_side = all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
+        assert side_by_side or set(heights) == {30}
 
 
 def test_why_shows_each_measure_by_round_and_both_of_the_ground():
