@@ -322,7 +322,7 @@ def test_the_code_that_no_number_depends_on_is_left_out(tmp_path, notebooks, mon
     monkeypatch.setattr(states, "code_digest", lambda files: seen.append(files) or "code")
     run(settings(tmp_path / "run"))
     every = {file.name for file in paths.PACKAGE.glob("*.py")}
-    assert every - set(seen[0]) == {"cli.py", "grid.py", "teacher_training.py", "verify.py"}
+    assert every - set(seen[0]) == {"cli.py", "grid.py", "syntax.py", "teacher_training.py", "verify.py"}
 
 
 @pytest.mark.parametrize(
