@@ -529,7 +529,7 @@ def when_it_pays(gains: pd.DataFrame) -> Figure:
             labels = [str(value) for value in points["value"]]
             axis.set_xticks(places, labels)
             if sum(map(len, labels)) > 14:  # side by side they would run into each other
-                axis.tick_params(axis="x", labelrotation=30)
+                plt.setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
             axis.margins(x=0.15)
             axis.set_xlabel(name if row == len(pairs) - 1 else "")
             if column == 0:
