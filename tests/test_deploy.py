@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from typing import IO
 
 import cv2
 import numpy as np
@@ -281,6 +282,24 @@ def scored_rounds(out: Path) -> int:
 FMFL = [sys.executable, "-c", "import sys; from fmfl.cli import main; sys.argv[0] = 'fmfl'; main()"]
 
 
+def server_command(keys: Path, out: Path, own: Path, port: int, **given: object) -> list[str]:
+    """A deployment's server of small pictures, which it scores on its own."""
+    given = {"student": "tiny_unet", "size": SIZE, "batch_size": 3, "device": "cpu"} | given
+    options = [part for name, value in given.items() for part in ("-p", f"{name}={value}")]
+    where = ["--keys", keys / "server", "--out", out, "--test-data", own]
+    where += ["--host", "127.0.0.1", "--port", port]
+    return [*FMFL, "flower", "server", *map(str, where), *options]
+
+
+def start_process(command: list[str], at: Path, name: str, log: IO[str]) -> subprocess.Popen:
+    """A command with a group, a home and one thread of its own, as on a machine of its own."""
+    env = deploy.environment(at / "home" / name) | {"FMFL_CACHE": str(at / "cache"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory):
     """Three rounds of three hospitals, a listener between; the third is killed in round 2; and a stranger."""
@@ -295,14 +314,7 @@ def deployment(tmp_path_factory):
     processes: dict[str, subprocess.Popen] = {}
 
     def start(name: str, command: list[str]) -> subprocess.Popen:
-        env = deploy.environment(at / "home" / name) | {
-            "FMFL_CACHE": str(at / "cache"),
-            "OMP_NUM_THREADS": "1",
-        }
-        processes[name] = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=logs[name], stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
+        processes[name] = start_process(command, at, name, logs[name])
         return processes[name]
 
     def node(name: str, k: int, address: str) -> list[str]:
@@ -315,13 +327,8 @@ def deployment(tmp_path_factory):
 
     found = {"folders": folders, "out": out, "listener": listener}
     try:
-        given = {
-            "student": "tiny_unet", "size": SIZE, "num_rounds": ROUNDS, "batch_size": 3, "device": "cpu",
-            "round_timeout": 90, "min_clients": 2,
-        }  # fmt: skip
-        options = [part for name, value in given.items() for part in ("-p", f"{name}={value}")]
-        command = [*FMFL, "flower", "server", "--keys", keys / "server", "--out", out, "--test-data", own]
-        start("server", [*map(str, command), "--host", "127.0.0.1", "--port", str(port), *options])
+        given = {"num_rounds": ROUNDS, "round_timeout": 90, "min_clients": 2}
+        start("server", server_command(keys, out, own, port, **given))
         log = out / "flower" / "superlink.log"
         wait_for(
             lambda: log.exists() and log.read_text().count("Created node_id") == CLIENTS, 240, "the keys"
@@ -456,55 +463,28 @@ def test_a_server_that_is_killed_and_started_again_finds_its_clients(tmp_path):
     """The commands of the clients are left alone."""
     keys, out, port = tmp_path / "keys", tmp_path / "out", free_port()
     deploy.keys(keys, ["localhost"], 2)
-    given = {
-        "student": "tiny_unet",
-        "size": SIZE,
-        "num_rounds": 3,
-        "num_clients": 2,
-        "batch_size": 3,
-        "device": "cpu",
-    }
-    options = [part for name, value in given.items() for part in ("-p", f"{name}={value}")]
-    server = [
-        "server",
-        "--keys",
-        keys / "server",
-        "--out",
-        out,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        port,
-        *options,
-    ]
     own = a_hospital(tmp_path / "own", 9)
+    server = server_command(keys, out, own, port, num_rounds=3, num_clients=2)
     processes: list[subprocess.Popen] = []
 
-    def start(name: str, *arguments: object) -> subprocess.Popen:
-        env = deploy.environment(tmp_path / "home" / name)
-        env |= {"FMFL_CACHE": str(tmp_path / "cache" / name), "OMP_NUM_THREADS": "1"}
+    def start(name: str, command: list[str]) -> subprocess.Popen:
         with (tmp_path / f"{name}.log").open("a") as log:
-            process = subprocess.Popen(
-                [*FMFL, "flower", *map(str, arguments)], env=env, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        processes.append(process)
-        return process
+            processes.append(start_process(command, tmp_path, name, log))
+        return processes[-1]
+
+    def client(k: int) -> list[str]:
+        folder = a_hospital(tmp_path / f"hospital-{k}", k)
+        given = ["--data", folder, "--number", k, "--clients", 2, "--keys", keys / f"client-{k}"]
+        given += ["--server", f"localhost:{port}", "--port", free_port()]
+        return [*FMFL, "flower", "client", *map(str, given)]
 
     try:
-        first = start("server", *server, "--test-data", own)
-        clients = [
-            start(
-                f"client-{k}", "client", "--data", a_hospital(tmp_path / f"hospital-{k}", k), "--number", k,
-                "--keys", keys / f"client-{k}", "--clients", 2, "--server", f"localhost:{port}",
-                "--port", free_port(),
-            )
-            for k in range(2)
-        ]  # fmt: skip
+        first = start("server", server)
+        clients = [start(f"client-{k}", client(k)) for k in range(2)]
         wait_for(lambda: scored_rounds(out) >= 1, 240, "the first round")
         deploy.end_group(first, patience=0)  # kill -9
         before = scored_rounds(out)
-        again = start("server", *server, "--test-data", own)
+        again = start("server", server)
         assert again.wait(300) == 0, (tmp_path / "server.log").read_text()[-3000:]
         assert before < 3 and [client.poll() for client in clients] == [None, None]
     finally:
