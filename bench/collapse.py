@@ -1,0 +1,169 @@
+"""Why a random start can collapse: what is averaged, at which learning rate, under which normalisation.
+
+Federated averaging trains every client on batch statistics; the running statistics of BatchNorm serve the
+score alone. So one training gives the scores of three servers:
+
+    all       the whole state is averaged (Eq. 3), as `fmfl.federate.aggregate` does it
+    start     the weights alone are averaged, and the running statistics stay those of the start
+    client 0  the weights alone are averaged, and the running statistics are the first client's
+
+The last two are faults that public code had (TsingZ0/PFLlib issue 260, owkin/FLamby issue 260,
+SymbioticLab/FedScale issue 57, APPFL issue 94). They live here and in an exercise, and are no setting of
+`fmfl`. GroupNorm has no running statistics: there the three are one.
+
+`python -m bench collapse run` trains what is missing, one JSON file a run, and can be stopped at any time.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+
+from bench import independent
+from bench.independent import POOLED, Setting, State
+from fmfl import models
+
+SERVERS = ("all", "start", "client 0")
+BUFFERS = ("running_mean", "running_var")
+STUDENT = "tiny_unet"
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    arm: str
+    init: str
+    split: str
+    norm: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its file's name without suffix."""
+        return f"{self.norm}-{self.split}-{self.learning_rate:g}-{self.arm}-{self.init}-seed{self.seed}"
+
+
+def plan(seeds: range) -> list[Run]:
+    """All runs, the most telling first."""
+    arms = [("federated", init) for init in ("random", "pretraining", "fm")]
+    arms += [("centralised", "random"), ("standalone", "random")]
+    rates = (1e-3, 1e-4)
+    batch = [Run(*arm, "age", "batch", rate, seed) for seed in seeds for rate in rates for arm in arms]
+    group = [Run(*arm, "age", "group", rate, seed) for seed in seeds for rate in rates for arm in arms]
+    iid = [Run(*arm, "iid", "batch", 1e-3, seed) for seed in seeds for arm in arms[:3]]
+    return batch + iid + group
+
+
+def with_buffers(theta: State, other: State) -> State:
+    """The weights of one state with another's running statistics."""
+    return {name: other[name] if name.endswith(BUFFERS) else value for name, value in theta.items()}
+
+
+def scored(setting: Setting, run: Run, start: State, rounds: int) -> Iterator[dict[str, list[State]]]:
+    """Train a run, round by round from 0.
+
+    Yields:
+        For each server, the states whose scores are averaged: one a client where each stands alone.
+    """
+    how: dict[str, Any] = dict(
+        student=STUDENT,
+        seed=run.seed,
+        learning_rate=run.learning_rate,
+        batch_norm="group" if run.norm == "group" else "average",
+        rounds=rounds,
+    )
+    servers = SERVERS if run.norm == "batch" and run.arm == "federated" else SERVERS[:1]
+    yield {server: [start] for server in servers}
+    if run.arm == "federated":
+        for theta, states in independent.federated_rounds(setting, start, **how):
+            buffers = {"all": theta, "start": start, "client 0": states[0]}
+            yield {server: [with_buffers(theta, buffers[server])] for server in servers}
+        return
+    held = dict(enumerate(setting.clients))
+    if run.arm == "centralised":
+        held = {POOLED: torch.cat(setting.clients).sort().values}
+    alone = [independent.alone_rounds(setting, start, rows, k, **how) for k, rows in held.items()]
+    for states in zip(*alone, strict=True):
+        yield {"all": list(states)}
+
+
+def train(setting: Setting, run: Run, start: State, rounds: int) -> dict[str, Any]:
+    """Train and score one run: Dice by image, a list of rounds for each server."""
+    judge = models.build(STUDENT, batch_norm="group" if run.norm == "group" else "average")
+    test = setting.parts.test
+    dice: dict[str, list[list[float]]] = {}
+    for states in scored(setting, run, start, rounds):
+        known: dict[int, np.ndarray] = {}  # the start is the same state under every server
+        for server, some in states.items():
+            for state in some:
+                if id(state) not in known:
+                    known[id(state)] = independent.dice_by_image(judge, state, setting.cohort, test)
+            mean = np.mean([known[id(state)] for state in some], axis=0)
+            dice.setdefault(server, []).append([round(float(x), 5) for x in mean])
+    held = [len(indices) for indices in setting.clients]
+    rows = setting.cohort.table.iloc[test.tolist()]
+    return run._asdict() | {
+        "rounds": rounds,
+        "clients": held,
+        "images": rows.image_id.tolist(),
+        "patients": rows.patient_id.tolist(),
+        "dice": dice,
+    }
+
+
+def start_of(folder: Path, setting: Setting, run: Run) -> State:
+    """The run's initial state, made once for all runs that share it."""
+    file = folder / f"start-{run.norm}-{run.init}-seed{run.seed}.safetensors"
+    if not file.exists():
+        norm = "group" if run.norm == "group" else "average"
+        state = independent.initial_state(run.init, setting, student=STUDENT, seed=run.seed, batch_norm=norm)
+        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+        save_file({name: value.contiguous() for name, value in state.items()}, unfinished)
+        os.replace(unfinished, file)
+    return load_file(file)
+
+
+@app.callback()
+def _named() -> None:
+    """Let a single command have a name."""
+
+
+@app.command("run")
+def run_all(
+    sources: str = "v7_covid,v7_guangzhou",
+    folder: Path = Path("runs/collapse"),
+    seeds: int = 3,
+    rounds: int = 10,
+    worker: int = 0,
+    workers: int = 1,
+) -> None:
+    """Train the runs that have no file yet; worker i of n takes every n-th, from the i-th on."""
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings: dict[tuple[str, int], Setting] = {}
+    for run in plan(range(seeds))[worker::workers]:
+        file = folder / f"{run.name}.json"
+        if file.exists():
+            continue
+        key = run.split, run.seed
+        if key not in settings:
+            settings = {key: independent.load(sources, scheme=run.split, seed=run.seed)}
+        found = train(settings[key], run, start_of(folder, settings[key], run), rounds)
+        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+        unfinished.write_text(json.dumps(found))
+        os.replace(unfinished, file)
+        last = {server: round(100 * np.mean(scores[-1]), 2) for server, scores in found["dice"].items()}
+        print(run.name, last, flush=True)
+
+
+if __name__ == "__main__":
+    app()
