@@ -2,11 +2,29 @@
 
 import typer
 
-from bench import deployment, flower, hosts, kills, memory, rounds, scale, steps, teachers, threads
+from bench import (
+    collapse,
+    deployment,
+    flower,
+    golden,
+    hosts,
+    independent,
+    kills,
+    memory,
+    rounds,
+    scale,
+    steps,
+    teachers,
+    threads,
+)
+
+COMMANDS = (threads, steps, rounds, scale, memory, flower, deployment, hosts, teachers, kills)
+COMMANDS += (golden, independent)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
-for module in (threads, steps, rounds, scale, memory, flower, deployment, hosts, teachers, kills):
+for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2])(module.run)
+app.add_typer(collapse.app, name="collapse")
 
 
 if __name__ == "__main__":
