@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import typer
 from safetensors.torch import load_file, save_file
@@ -163,6 +164,71 @@ def run_all(
         os.replace(unfinished, file)
         last = {server: round(100 * np.mean(scores[-1]), 2) for server, scores in found["dice"].items()}
         print(run.name, last, flush=True)
+
+
+PAPER = {  # Table 1 of arXiv 2311.15463, Dice in %
+    ("federated", "random"): 74.67,
+    ("federated", "pretraining"): 83.92,
+    ("federated", "fm"): 85.38,
+    ("centralised", "random"): 89.41,
+    ("standalone", "random"): 67.20,
+}
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """All finished runs: one row an image, round and server, Dice in %."""
+    tables = []
+    for file in sorted(folder.glob("*.json")):
+        found = json.loads(file.read_text())
+        key = {name: found[name] for name in Run._fields}
+        for server, by_round in found["dice"].items():
+            for number, dice in enumerate(by_round):
+                table = pd.DataFrame({"image_id": found["images"], "patient_id": found["patients"]})
+                tables.append(table.assign(**key, server=server, round=number, dice=100 * np.array(dice)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def by_round(scores: pd.DataFrame) -> pd.DataFrame:
+    """Mean Dice over the test images, one row a run, server and round."""
+    key = [*Run._fields, "server", "round"]
+    return scores.groupby(key, sort=False).dice.mean().round(3).reset_index()
+
+
+def distances(rounds: pd.DataFrame) -> pd.DataFrame:
+    """The distance of each cell from the paper's five numbers, at every round.
+
+    A cell is a server, a normalisation and a learning rate under age skew. Centralised and standalone
+    training have no server, so their numbers are those of the normalisation and the rate. The distance is the
+    root mean square over the five differences of means over seeds, in points.
+    """
+    aged = rounds[rounds.split == "age"]
+    rows = []
+    for (norm, rate), some in aged.groupby(["norm", "learning_rate"], sort=False):
+        federated = some[some.arm == "federated"]
+        for server in federated.server.unique():
+            own = pd.concat([federated[federated.server == server], some[some.arm != "federated"]])
+            table = own.groupby(["round", "arm", "init"]).dice.mean().unstack(["arm", "init"])
+            table = table.reindex(columns=pd.MultiIndex.from_tuples(PAPER))
+            away = table - pd.Series(PAPER)
+            cell = {"norm": norm, "server": server, "learning_rate": rate}
+            seeds = federated.groupby("init").seed.nunique().min()
+            for number, numbers in table.iterrows():
+                five = {f"{arm} {init}": value for (arm, init), value in numbers.round(2).items()}
+                rms = float(np.sqrt((away.loc[number] ** 2).mean(skipna=False)))
+                rows.append(cell | {"round": number, "seeds": seeds} | five | {"distance": round(rms, 2)})
+    return pd.DataFrame(rows)
+
+
+@app.command()
+def tables(folder: Path = Path("runs/collapse"), out: Path = Path("docs/results/collapse")) -> None:
+    """Write the tables and the figure of the finished runs."""
+    scores = read(folder)
+    rounds = by_round(scores)
+    out.mkdir(parents=True, exist_ok=True)
+    rounds.to_csv(out / "by_round.csv", index=False)
+    distances(rounds).to_csv(out / "distances.csv", index=False)
+    last = scores[scores["round"] == scores["round"].max()].drop(columns="round")
+    last.assign(dice=last.dice.round(2)).to_csv(out / "per_image.csv", index=False)
 
 
 if __name__ == "__main__":
