@@ -20,15 +20,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import typer
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
 from bench import independent
 from bench.independent import POOLED, Setting, State
-from fmfl import models
+from fmfl import models, plots
 
 SERVERS = ("all", "start", "client 0")
 BUFFERS = ("running_mean", "running_var")
@@ -219,6 +222,49 @@ def distances(rounds: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+PANELS = {  # column of the figure: normalisation, server, title
+    ("batch", "all"): "BatchNorm, all averaged",
+    ("batch", "start"): "BatchNorm, running statistics\nstay the start's",
+    ("batch", "client 0"): "BatchNorm, running statistics\nof client 0",
+    ("group", "all"): "GroupNorm",
+}
+
+
+def figure(rounds: pd.DataFrame) -> Figure:
+    """Mean Dice by round under age skew: a row a learning rate, a column a server; thin lines are seeds."""
+    plots.use_style()
+    rounds = rounds[rounds.split == "age"]
+    rates = sorted(rounds.learning_rate.unique(), reverse=True)
+    panels = [key for key in PANELS if len(rounds[(rounds.norm == key[0]) & (rounds.server == key[1])])]
+    size = (3.1 * len(panels), 2.9 * len(rates) + 0.9)
+    drawn, axes = plt.subplots(len(rates), len(panels), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for row, rate in enumerate(rates):
+        axes[row, 0].set_ylabel(f"Dice, %\n(learning rate {rate:g})")
+        for axis, (norm, server) in zip(axes[row], panels, strict=True):
+            own = rounds[(rounds.norm == norm) & (rounds.learning_rate == rate)]
+            _panel(axis, own[own.server.eq(server) | own.arm.ne("federated")])
+    for axis, key in zip(axes[0], panels, strict=True):
+        axis.set_title(PANELS[key])
+    for axis in axes[-1]:
+        axis.set_xlabel("round")
+    drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    return drawn
+
+
+def _panel(axis: Axes, own: pd.DataFrame) -> None:
+    """One line an arm and start, thick for the mean over seeds."""
+    colour = plots.colours(["random", "pretraining", "fm"])
+    for (arm, init), runs in own.groupby(["arm", "init"], sort=False):
+        federated = arm == "federated"
+        look = {"color": colour[init] if federated else "0.35"}
+        look["linestyle"] = {"federated": "-", "centralised": "--", "standalone": ":"}[arm]
+        for _, one in runs.groupby("seed"):
+            axis.plot(one["round"], one.dice, **look, linewidth=0.6, alpha=0.5)
+        label = plots.NAMES[init] if federated else arm
+        axis.plot(runs.groupby("round").dice.mean(), **look, label=label)
+    axis.set_ylim(0, 100)
+
+
 @app.command()
 def tables(folder: Path = Path("runs/collapse"), out: Path = Path("docs/results/collapse")) -> None:
     """Write the tables and the figure of the finished runs."""
@@ -227,6 +273,7 @@ def tables(folder: Path = Path("runs/collapse"), out: Path = Path("docs/results/
     out.mkdir(parents=True, exist_ok=True)
     rounds.to_csv(out / "by_round.csv", index=False)
     distances(rounds).to_csv(out / "distances.csv", index=False)
+    figure(rounds).savefig(out / "collapse.png", dpi=130)
     last = scores[scores["round"] == scores["round"].max()].drop(columns="round")
     last.assign(dice=last.dice.round(2)).to_csv(out / "per_image.csv", index=False)
 
