@@ -366,7 +366,7 @@ POLL_SECONDS = 1.0
 
 def _fingerprints(cells: list[Cell], inputs: dict[str, str]) -> dict[str, str]:
     """What each cell's results depend on."""
-    modules = sorted(str(file.relative_to(paths.PACKAGE)) for file in paths.PACKAGE.rglob("*.py"))
+    modules = sorted(file.relative_to(paths.PACKAGE).as_posix() for file in paths.PACKAGE.rglob("*.py"))
     code = states.code_digest(tuple(name for name in modules if name not in NO_NUMBERS))
     found: dict[str, str] = {}
     for cell in cells:
