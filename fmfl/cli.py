@@ -122,6 +122,9 @@ def study(
         bool, typer.Option(help="run the notebooks' code in this process, without Jupyter")
     ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="how many notebooks may run at once")] = 1,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="move another study that is in --out to a free name first")
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="say what would run and what it costs, and stop")] = False,
     progress: Annotated[bool, typer.Option(help="show a bar with the time left")] = True,
 ) -> None:
@@ -147,9 +150,10 @@ def study(
 
     cells = grid.plan(cfg, seed_list, split_list, variants)
     if dry_run:
-        _say_cost(cells, grid.estimate(cells))
+        _say_cost(cells, grid.estimate(cells, replace_other=replace))
         return
-    ran, done = grid.run(cells, plain=plain, progress=progress and sys.stderr.isatty(), jobs=jobs)
+    shown = progress and sys.stderr.isatty()
+    ran, done = grid.run(cells, plain=plain, progress=shown, jobs=jobs, replace_other=replace)
     typer.echo(f"{ran} notebooks run, {done} were done already")
     typer.echo(f"report: {cfg.run_dir / 'report.html'}")
 

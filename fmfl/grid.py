@@ -35,24 +35,11 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from fmfl import config, models, paths, states, study, syntax, train
+from fmfl import config, federate, models, paths, states, study, syntax, train
 from fmfl.config import Settings, several
 from fmfl.errors import UserError
 from fmfl.split import Holdout
-
-#: Which stages' settings a notebook depends on, and single ones besides.
-DEPENDS: dict[str, tuple[str, ...]] = {
-    "01_data": ("data", "federate.num_clients", "federate.age_strength", "federate.quantity_ratio",
-                "federate.seed"),
-    "02_teacher": ("data", "teacher", "distill.student"),
-    "03_distill": ("data", "teacher", "distill", "sweep", "federate.batch_size", "federate.augmentation",
-                   "federate.batch_norm", "federate.seed", "federate.inits", "run.precision",
-                   "run.deterministic"),
-    "04_federate": ("data", "teacher", "distill", "federate", "flower", "run.precision", "run.deterministic",
-                    "run.engine"),
-    "05_analysis": ("data", "teacher", "distill", "sweep", "federate", "flower", "analysis", "run.precision",
-                    "run.deterministic", "run.engine"),
-}  # fmt: skip
+from fmfl.study import DEPENDS
 
 #: What every notebook is given and no number depends on.
 WHERE = ("run_name", "device", "cohort_device")
@@ -99,12 +86,8 @@ class Cell:
     def parameters(self) -> dict[str, Any]:
         """What is injected: every setting that the notebook depends on, and where it runs."""
         flat = self.cfg.flat()
-        names = {name for name, stage in config.stage_of().items() if self._depends_on(stage, name)}
+        names = study.depends_on(self.notebook)
         return {name: flat[name] for name in flat if name in names or name in WHERE}
-
-    def _depends_on(self, stage: str, name: str) -> bool:
-        wanted = DEPENDS[self.notebook]
-        return stage in wanted or f"{stage}.{name}" in wanted
 
 
 #: Settings that a random start under a split does not depend on, besides all of the teacher's.
@@ -185,13 +168,19 @@ class Cost(NamedTuple):
     hours: float  # at the speed that this device has just shown
 
 
-def estimate(cells: list[Cell], *, steps: int = 4) -> dict[str, Cost]:
+def estimate(cells: list[Cell], *, steps: int = 4, replace_other: bool = False) -> dict[str, Cost]:
     """What the cells that are not done will cost, by key: their training, without teacher and scoring.
 
     A few steps of the student are timed on this device; on a CPU, trainings that run side by side share the
     cores.
+
+    Raises:
+        UserError: the study cannot run to its end, or its folder holds another one.
     """
-    keys = _fingerprints(cells, check(cells))
+    inputs = check(cells)
+    if not replace_other:
+        _refuse(cells, inputs)
+    keys = _fingerprints(cells, inputs)
     cohort = study.load_cohort(cells[0].cfg)
     rates: dict[tuple, float] = {}
     found = {}
@@ -252,12 +241,97 @@ def check(cells: list[Cell]) -> dict[str, str]:
     return {"data": cohort.fingerprint, "teacher": who.sha256}
 
 
+def other_study(cells: list[Cell], inputs: dict[str, str]) -> dict[str, tuple[Any, Any]]:
+    """Compare what the study's folder holds with what is to run there: settings, images, teacher.
+
+    Seeds, splits, starts, arms, variants and all else in :data:`fmfl.study.FREE` may differ, and so may the
+    code. Images and teacher are told by their bytes, so that they may have moved.
+
+    Args:
+        inputs: from :func:`check`.
+
+    Returns:
+        Of each thing that differs its value there and here; empty where the study can go on.
+    """
+    cfg = cells[0].cfg
+    found: dict[str, tuple[Any, Any]] = {}
+    images, weights = set(), set()
+    for _, about in study.cell_records(cfg.run_dir):
+        found |= study.changed(about, cfg)
+        record = about.get("record") or {}
+        images |= {record.get({"01_data": "fingerprint", "04_federate": "images"}.get(about["notebook"]))}
+        weights |= {record.get("sha256")} if about["notebook"] == "02_teacher" else set()
+    for folder in (cfg.run_dir / study.VARY).glob("*=*"):
+        for _, about in study.cell_records(folder):
+            other = study.changed(about, cfg)
+            found |= {name: values for name, values in other.items() if name != folder.name.split("=")[0]}
+    for file in sorted((cfg.run_dir / "weights").glob("*.safetensors")):
+        if isinstance(made_of := states.read_record(file).get("made_of"), dict):
+            there = made_of["settings"]
+            here = federate.run_settings(cfg.federate, there["arm"]) | {"student": cfg.distill.student}
+            names = [name for name in here if name in there and name not in study.FREE]
+            found |= {name: (there[name], here[name]) for name in names if there[name] != here[name]}
+            images.add(made_of["data"])
+    held = _read_marker(cfg.run_dir / "manifest.json")
+    if isinstance(settings := held.get("settings"), dict):
+        settings = {name: value for name, value in settings.items() if name not in study.PLACES}
+        found |= study.changed({"notebook": "05_analysis", "settings": cfg.flat() | settings}, cfg)
+        images.add((held.get("data") or {}).get("fingerprint"))
+    elif (cfg.run_dir / "results.csv").exists() and not any((cfg.run_dir / "cells").glob("*/cell.json")):
+        found["results.csv"] = ("of another origin", "to be written")
+    for what, name, seen in (("data", "data", images), ("teacher", "checkpoint", weights)):
+        seen.discard(None)
+        if seen:
+            found.pop(name, None)
+        if other := seen - {inputs[what]}:
+            short = f"of fingerprint {min(other)[:8]}"
+            found[f"{what} (by its bytes)"] = (short, f"of fingerprint {inputs[what][:8]}")
+    return found
+
+
+def _refuse(cells: list[Cell], inputs: dict[str, str]) -> None:
+    """Raise a UserError where the study's folder holds another one."""
+    root = cells[0].cfg.run_dir
+    if found := other_study(cells, inputs):
+        raise UserError(
+            f"--out {root} holds another study ({study.first_few(found)}): name another folder, or add "
+            f"--replace, which first moves that one to {_free_name(root)}"
+        )
+
+
+def _free_name(folder: Path) -> Path:
+    """The folder's name with the first number that makes it a name nobody has."""
+    numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+    return next(name for name in numbered if not os.path.lexists(name))
+
+
+def _move_away(root: Path) -> Path:
+    """Move a study's folder to a free name beside it.
+
+    Raises:
+        UserError: another process is at work in it, or it cannot be moved.
+    """
+    if any(Claims(root).held()):
+        raise UserError(
+            f"--out {root} holds another study that is being run: stop it, or name another folder"
+        )
+    aside = _free_name(root)
+    try:
+        os.rename(root, aside)
+    except OSError as error:
+        raise UserError(
+            f"--out {root} cannot be moved to {aside} ({error.strerror}): move it yourself, or name another"
+        ) from None
+    return aside
+
+
 def run(
     cells: list[Cell],
     *,
     plain: bool = False,
     progress: bool = True,
     jobs: int = 1,
+    replace_other: bool = False,
     say: Callable[[str], None] = tqdm.write,
 ) -> tuple[int, int]:
     """Run what is not done yet.
@@ -268,14 +342,16 @@ def run(
         progress: show bars, the study's with the time left, counted in federated rounds.
         jobs: how many notebooks may run at once. On two cores, which one notebook's trainings fill already,
             two take 0.91 of the time; what 02_teacher says of speed is then of a shared machine.
+        replace_other: another study in the folder is moved to a free name beside it.
         say: takes one line for each cell.
 
     Returns:
         How many cells were run and how many were done already.
 
     Raises:
-        UserError: the study cannot begin (see :func:`check`), or a notebook failed: the sentence names it
-            and where its outputs are kept. Notebooks that run beside it are let come to their end first.
+        UserError: the study cannot begin (see :func:`check`), its folder holds another one, or a notebook
+            failed: the sentence names it and where its outputs are kept. Notebooks that run beside it are let
+            come to their end first.
     """
     if plain and jobs > 1:
         raise UserError(f"--jobs {jobs} needs Jupyter: with --plain the notebooks run one after the other")
@@ -283,6 +359,11 @@ def run(
         inputs = check(cells)
         root = cells[0].cfg.run_dir
         check_folder(root)
+        if not replace_other:
+            _refuse(cells, inputs)
+        elif other_study(cells, inputs):
+            say(f"{root} held another study: it is now {_move_away(root)}")
+            check_folder(root)
         keys = _fingerprints(cells, inputs)
         Claims(root).sweep()
         with _bar(cells, sum(cell.rounds for cell in cells), progress) as tick:
@@ -454,19 +535,23 @@ class Claims:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
+    def held(self) -> Iterator[Path]:
+        """The locks that living processes hold."""
+        for file in self.folder.glob("*.lock"):
+            if file.name != "gate.lock":
+                try:
+                    with FileLock(file).acquire(timeout=0):
+                        pass
+                except Timeout:
+                    yield file
+
     def sweep(self) -> None:
         """Remove what killed processes were writing, if no other one is at work."""
         if not any(_unfinished(self.root)):
             return
         with self.gate():
-            for file in self.folder.glob("*.lock"):
-                if file.name == "gate.lock":
-                    continue
-                try:
-                    with FileLock(file).acquire(timeout=0):
-                        pass
-                except Timeout:
-                    return
+            if any(self.held()):
+                return
             for file in _unfinished(self.root):
                 file.unlink(missing_ok=True)
 

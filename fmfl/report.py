@@ -307,6 +307,10 @@ def _contents(directory: Path, tables: Mapping[str, pd.DataFrame], manifest: Map
     }
 
     pictures = sorted((directory / "figures").glob("*.png"))
+    if "figures" in manifest:  # of this study's cells, in the story's order; others may lie there too
+        pictures = [
+            path for name in manifest["figures"] if (path := directory / "figures" / name) in pictures
+        ]
     figures = {path.stem: _figure(path, last, data.get(path.stem)) for path in pictures}
     used = sum(len(file["uri"]) for file in files.values()) + 50_000  # the page itself
     used += sum(_weight(figures[stem]) for stem in ("fig2", "fig3", "when_it_pays") if stem in figures)

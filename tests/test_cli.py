@@ -117,6 +117,17 @@ def test_an_empty_folder_of_data_is_one_sentence(tmp_path, fmfl):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_holds_another_study_is_one_sentence_that_names_the_way_out(tmp_path, fmfl):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "manifest.json").write_text('{"settings": {"num_rounds": 100}}')
+    for more in ([], ["--dry-run"]):
+        wrong = sentence(*fmfl("study", *TINY, "--out", run, *more))
+        assert f"--out {run} holds another study (num_rounds is 100 there and" in wrong
+        assert f"add --replace, which first moves that one to {run}.1" in wrong
+    assert [file.name for file in run.iterdir()] == ["manifest.json"]
+
+
 def test_results_below_a_file_are_one_sentence(tmp_path, fmfl):
     (tmp_path / "file").touch()
     wrong = sentence(*fmfl("study", *TINY, "--out", tmp_path / "file" / "run"))

@@ -226,6 +226,17 @@ def test_heavy_content_is_reduced_compressed_or_left_beside_the_page(tmp_path, m
     )
 
 
+def test_figures_are_those_that_the_manifest_names(tmp_path):
+    """Another study's lie in the same folder."""
+    study(tmp_path, pictures=("fig2", "fig3", "images", "ages", "dice_by_round_age_seed0"))
+    about = MANIFEST | {"figures": ["images.png", "ages.png", "fig2.png", "fig3.png", "gone.png"]}
+    (tmp_path / "manifest.json").write_text(json.dumps(about))
+    shown = [image["alt"] for image in Page(report.write(tmp_path).read_text(encoding="utf-8")).all("img")]
+    assert len(shown) == 4 and not [alt for alt in shown if "round" in alt.lower() and "age" in alt.lower()]
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
+    assert len(Page(report.write(tmp_path).read_text(encoding="utf-8")).all("img")) == 5
+
+
 @pytest.mark.parametrize("name", [*report.TABLES, "manifest.json", "figures/fig2.png", "figures/fig3.png"])
 def test_a_missing_file_is_named_and_leaves_the_old_page(tmp_path, name):
     study(tmp_path)
