@@ -356,6 +356,9 @@ def test_a_study_that_was_stopped_inside_a_cell_is_known_by_its_checkpoints(tmp_
     with pytest.raises(UserError, match=r"\(learning_rate is 0\.25 there and 0\.001 here\)"):
         run(cfg)
     made_of["settings"]["learning_rate"] = 0.001
+    states.write_state(file, {"w": torch.ones(1)}, made_of=made_of | {"data": "theirs"}, round_number=7)
+    with pytest.raises(UserError, match=r"\(data \(by its bytes\) is 'of fingerprint theirs'"):
+        run(cfg)
     states.write_state(file, {"w": torch.ones(1)}, made_of=made_of, round_number=7)
     assert run(cfg) == ALL
 
