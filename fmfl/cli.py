@@ -1,5 +1,6 @@
 """``fmfl``: the whole study, a look at a data source, the report again, two studies compared."""
 
+import io
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -7,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fmfl import config
+from fmfl import config, errors, interrupt
 from fmfl.errors import UserError
 
 app = typer.Typer(
@@ -143,7 +144,8 @@ def study(
     if cfg.teacher.checkpoint and not Path(cfg.teacher.checkpoint).is_file():
         raise UserError(f"--checkpoint {cfg.teacher.checkpoint}: there is no such file")
 
-    from fmfl import grid  # imports torch, which a typing mistake need not wait for
+    with interrupt.while_importing():
+        from fmfl import grid  # imports torch, which a typing mistake need not wait for
 
     cells = grid.plan(cfg, seed_list, split_list, variants)
     if dry_run:
@@ -162,7 +164,8 @@ def check_data(
     strict: Annotated[bool, typer.Option(help="a bad file is an error")] = False,
 ) -> None:
     """Check a data source: what it holds, what is left out and why."""
-    from fmfl import data
+    with interrupt.while_importing():
+        from fmfl import data
 
     cohort = data.load(sources, size=size, mask_class=mask_class, strict=strict, progress=sys.stderr.isatty())
     typer.echo(cohort.summary().to_string())
@@ -185,7 +188,8 @@ def rebuild_report(
     ] = None,
 ) -> None:
     """Write DIR/report.html again from the files beside it."""
-    from fmfl import report
+    with interrupt.while_importing():
+        from fmfl import report
 
     typer.echo(
         f"results: {report.write_into(into, directory)}" if into else f"report: {report.write(directory)}"
@@ -204,7 +208,8 @@ def check_teacher(
     ] = None,
 ) -> None:
     """Say which weights a file holds, and how they fit; exit code 2 where they do not."""
-    from fmfl import teacher
+    with interrupt.while_importing():
+        from fmfl import teacher
 
     found = teacher.check(file, name)
     numbers = sum(value.numel() for value in found.state.values())
@@ -234,7 +239,8 @@ def download_teacher(
     name: Annotated[str, typer.Argument(metavar="NAME", help="sam_vit_b, sam_vit_l or sam_vit_h")],
 ) -> None:
     """Fetch a teacher's published weights and check their SHA-256; a broken download is continued."""
-    from fmfl import checkpoints
+    with interrupt.while_importing():
+        from fmfl import checkpoints
 
     typer.echo(f"weights: {checkpoints.download(name, progress=sys.stderr.isatty())}")
 
@@ -251,7 +257,8 @@ def verify(
     if not 0 <= tolerance < float("inf"):
         raise UserError(f"--tolerance is {tolerance}: it must be a number of at least 0")
 
-    from fmfl import verify
+    with interrupt.while_importing():
+        from fmfl import verify
 
     lines, equal = verify.compare(one, other, tolerance)
     for line in lines:
@@ -322,20 +329,31 @@ def flower_client(
 
 def _deploy() -> ModuleType:
     try:
-        from fmfl.engines import deploy
+        with interrupt.while_importing():
+            from fmfl.engines import deploy
     except ImportError:
         raise UserError("Flower is not installed: pip install -c requirements.lock -e '.[flower]'") from None
     return deploy
 
 
 def main() -> None:
-    """The command ``fmfl``: a person's mistake is one sentence and exit code 2."""
+    """Run ``fmfl``: a person's mistake is one sentence and exit code 2, Ctrl-C one and 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no × gets an escape, not an error
+            stream.reconfigure(errors="backslashreplace")
+    noted = interrupt.Noted()
     try:
-        app()
-    except UserError as error:
-        print(f"fmfl: {error}", file=sys.stderr)
-        sys.exit(2)
-    except SystemExit as ended:
-        if ended.code == 130:  # what typer makes of Ctrl-C
-            print("fmfl: stopped; the same command continues where it stopped", file=sys.stderr)
+        with interrupt.handled(noted.act):
+            app()
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 2
+        if code and (noted.came or code == 130):  # 130 is what typer makes of it
+            print(interrupt.STOPPED, file=sys.stderr)
+            sys.exit(130)
+        if isinstance(error, UserError):
+            print(f"fmfl: {error}", file=sys.stderr)
+            sys.exit(2)
+        if isinstance(error, OSError):
+            print(f"fmfl: {errors.of_the_system(error)}", file=sys.stderr)
+            sys.exit(2)
         raise

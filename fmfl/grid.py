@@ -29,13 +29,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from fmfl import config, models, paths, states, study, syntax, train
+from fmfl import config, errors, interrupt, models, paths, states, study, syntax, train
 from fmfl.config import Settings, several
 from fmfl.errors import UserError
 from fmfl.split import Holdout
@@ -58,7 +58,16 @@ DEPENDS: dict[str, tuple[str, ...]] = {
 WHERE = ("run_name", "device", "cohort_device")
 
 #: Modules whose code no number depends on.
-NO_NUMBERS = ("cli.py", "engines/deploy.py", "grid.py", "syntax.py", "teacher_training.py", "verify.py")
+NO_NUMBERS = (
+    "__main__.py",
+    "cli.py",
+    "engines/deploy.py",
+    "grid.py",
+    "interrupt.py",
+    "syntax.py",
+    "teacher_training.py",
+    "verify.py",
+)
 
 NO_BARS = {"TQDM_DISABLE": "1"}
 """An environment without progress bars, see :func:`fmfl.study.show_bars`."""
@@ -279,7 +288,7 @@ def run(
     """
     if plain and jobs > 1:
         raise UserError(f"--jobs {jobs} needs Jupyter: with --plain the notebooks run one after the other")
-    with _environment({} if progress else NO_BARS):
+    with _environment({} if progress else NO_BARS), _sentences():
         inputs = check(cells)
         root = cells[0].cfg.run_dir
         check_folder(root)
@@ -290,6 +299,24 @@ def run(
             ran = work.by_several() if jobs > 1 else work.alone()
         Claims(root).forget()
     return ran, len(cells) - ran
+
+
+@contextlib.contextmanager
+def _sentences() -> Iterator[None]:
+    """A full disk is a sentence; Ctrl-C ends the kernels at once, and is not waited for in vain."""
+
+    def end_kernels(go_on: Callable[[], object]) -> None:
+        _kill_kernels()
+        go_on()
+
+    try:
+        with interrupt.handled(end_kernels):
+            yield
+    except OSError as error:
+        raise UserError(errors.of_the_system(error)) from error
+    except KeyboardInterrupt:
+        _kill_kernels()  # one that was only starting
+        raise
 
 
 class _Work:
@@ -608,19 +635,39 @@ def execute(cell: Cell, output: Path, share: int = 1) -> None:
         """Jupyter's own; this process's environment and folder stay as they are, whoever else runs here."""
 
         async def start_kernel(self, **options: Any) -> None:
-            await super().start_kernel(**options | {"env": os.environ | own, "cwd": str(paths.NOTEBOOKS)})
             _kernels.add(self)
+            # What a kernel says outside a cell is of its own end: not for the terminal.
+            there = {"env": os.environ | own, "cwd": str(paths.NOTEBOOKS), "stdout": said, "stderr": said}
+            await super().start_kernel(**options | there)
 
-    try:
-        with _private_sockets() as private:
-            papermill.execute_notebook(
-                str(source), str(output), cell.parameters, kernel_name="python3", progress_bar=False,
-                log_output=False, kernel_manager_class=Manager, config=private,
-            )  # fmt: skip
-    except PapermillExecutionError as error:
-        raise _failure(output, error.ename, error.evalue) from None
-    except (RuntimeError, NoSuchKernel) as error:  # the kernel died, or there is none
-        raise _failure(output, type(error).__name__, str(error)) from None
+    with tempfile.TemporaryFile() as said:
+        try:
+            with _private_sockets() as private:
+                papermill.execute_notebook(
+                    _as_it_is(source), _as_it_is(output), cell.parameters, kernel_name="python3",
+                    progress_bar=False, log_output=False, kernel_manager_class=Manager, config=private,
+                )  # fmt: skip
+        except PapermillExecutionError as error:
+            raise _failure(output, error.ename, error.evalue) from None
+        except (RuntimeError, NoSuchKernel) as error:  # the kernel died, or there is none
+            raise _failure(output, type(error).__name__, f"{error}{_last_words(said)}") from None
+        except OSError as error:  # the notebook itself could not be written
+            if not _read_marker(output):
+                output.unlink(missing_ok=True)  # else it would stand there half
+            raise UserError(errors.of_the_system(error, output)) from error
+
+
+def _as_it_is(path: Path) -> str:
+    """A path for papermill, which would put a parameter's value in place of its name in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def _last_words(said: IO[bytes]) -> str:
+    """The last line that a kernel wrote before it died, such as a missing module; empty if there is none."""
+    said.seek(max(0, said.seek(0, os.SEEK_END) - 10_000))
+    lines = said.read().decode(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f" ({last})" if last else ""
 
 
 @contextlib.contextmanager
@@ -731,9 +778,17 @@ def _run_plain(source: str, namespace: dict[str, Any], part: dict[str, Any]) -> 
     return cell
 
 
+#: What the text of an OSError holds: in another process that is all there is of it.
+_REFUSED = re.compile(r"\[Errno (?P<number>\d+)\] (?P<why>[^:]+)(: '(?P<file>.*)')?")
+
+
 def _failure(output: Path, kind: str, message: str) -> UserError:
     if kind == UserError.__name__:
         return UserError(message)
+    refused = _REFUSED.fullmatch(message.strip())
+    if refused and int(refused["number"]) in errors.FULL | errors.CLOSED:
+        error = OSError(int(refused["number"]), refused["why"], refused["file"])
+        return UserError(errors.of_the_system(error, output.parent.parent))
     first = message.strip().splitlines()[0] if message.strip() else "no message"
     return UserError(f"notebook {output.stem} failed with {kind}: {first}; its outputs are in {output}")
 

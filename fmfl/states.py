@@ -73,10 +73,14 @@ def write_bytes(file: Path, content: bytes) -> None:
 def _unfinished(file: Path, content: bytes) -> Path:
     """A hidden file beside the one that it shall become; its content has reached the disk."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    with unfinished.open("wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())  # else a power cut could leave the new name with no content
+    try:
+        with unfinished.open("wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())  # else a power cut could leave the new name with no content
+    except OSError as error:  # a full disk: what could be written takes the little room there is
+        unfinished.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(file)) from error
     return unfinished
 
 

@@ -7,11 +7,13 @@ A run's folder holds ``weights/`` (initial and final states), ``cells/`` (what e
 
 import ctypes
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -185,7 +187,10 @@ def _predicted_masks(
     if (stored := states.read_state(file, device=cohort.images.device)) is not None:
         return stored[0]["masks"], stored[1]["seconds"]
     masks, seconds = train.predicted_masks(examples, patients, cfg.distill, known=known, **how)
-    states.write_state(file, {"masks": masks}, seconds=seconds)
+    try:
+        states.write_state(file, {"masks": masks}, seconds=seconds)
+    except OSError as error:
+        warnings.warn(f"the predicted masks cannot be kept in {file.parent} ({error.strerror})", stacklevel=2)
     return masks, seconds
 
 
@@ -465,11 +470,9 @@ _drawn: set[str] = set()
 
 def save_figure(cfg: Settings, name: str, figure: "Figure") -> "Figure":
     """Keep a figure under ``figures/{name}.png`` and give it back to be shown."""
-    folder = cfg.run_dir / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".{name}.png.{os.getpid()}"  # not *.png: a report takes those
-    figure.savefig(unfinished, format="png", dpi=120, bbox_inches="tight")
-    os.replace(unfinished, folder / f"{name}.png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120, bbox_inches="tight")
+    states.write_bytes(cfg.run_dir / "figures" / f"{name}.png", drawn.getvalue())
     _drawn.add(f"{name}.png")
     return figure
 
