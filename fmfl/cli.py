@@ -226,12 +226,16 @@ def check_teacher(
             f"{len(found.fit.matched)} fit, {len(found.fit.missing)} missing, "
             f"{len(found.fit.unexpected)} unexpected, {len(found.fit.reshaped)} of another shape"
         )
+    if wrong := found.not_finite or found.constant:
+        lines["numbers"] = f"no trained network's: {wrong}"
     for what, value in lines.items():
         typer.echo(f"{what:<13} {value}")
     if found.fit is None:
         raise UserError(f"{file} fits no teacher: choose a checkpoint of SAM, MedSAM or SAM-Med2D")
     if problems := found.fit.sentence():
         raise UserError(f"{file} does not fit teacher {found.name!r}: {problems}")
+    if found.not_finite:
+        raise UserError(f"{file} is no trained network: {found.not_finite}; fetch it again")
 
 
 @teachers.command("download")

@@ -254,11 +254,33 @@ def check(cells: list[Cell]) -> dict[str, str]:
     here = replace(cfg, run=replace(cfg.run, device="cpu"))  # the GPU's memory is the notebooks'
     who = study.load_teacher(here)
     cohort = study.load_cohort(here)
-    federated = study.hold_out(here, cohort).federated
+    parts = study.hold_out(here, cohort)
     for cell in cells:
+        if cell.notebook == "03_distill" and {"pretraining", "fm"} & {*several(cell.cfg.federate.inits)}:
+            known = int(study.labelled(cell.cfg, parts.proxy).sum())
+            _check_batches(cell.cfg, {"the proxy set": len(parts.proxy), "its labelled part": known})
         if cell.notebook == "04_federate":
-            study.partition(cohort, federated, cell.cfg.federate)
+            clients = study.partition(cohort, parts.federated, cell.cfg.federate)
+            _check_batches(cell.cfg, {f"client {k}": len(images) for k, images in enumerate(clients)})
     return {"data": cohort.fingerprint, "teacher": who.sha256}
+
+
+def _check_batches(cfg: Settings, holders: dict[str, int]) -> None:
+    """Raise a UserError where a step would see one image and the student's BatchNorm one pixel of it."""
+    batch, norm = cfg.federate.batch_size, cfg.federate.batch_norm
+    # An epoch is cut into steps that differ by at most one image, see train.batches.
+    alone = {who: n for who, n in holders.items() if n and n // -(-n // batch) == 1}
+    if not alone:
+        return
+    model = models.build(cfg.distill.student, batch_norm=norm)
+    if models.smallest_batch(model, cfg.data.size) > 1:
+        who, n = next(iter(alone.items()))
+        how = "give it more images" if n == 1 else "raise batch_size"
+        raise UserError(
+            f"{who} has {n} image{'s' * (n != 1)}, so with batch_size {batch} a step sees one alone, which "
+            f"is too little for the BatchNorm of {cfg.distill.student} at size {cfg.data.size}: {how}, "
+            "raise size or set batch_norm to group"
+        )
 
 
 def run(

@@ -193,6 +193,11 @@ def partition(
                 f"split {scheme!r} needs ages, but none of these images has one: use another split"
             )
     patients = _patients(table, rows)
+    if scheme == "age" and num_clients > 1 and values["strength"] and _one_age(patients):
+        raise UserError(
+            f"split {scheme!r} needs people of different ages, but all {len(patients)} patients that it "
+            f"would deal are {patients.age.iloc[0]:g} years old: use another split"
+        )
     if len(patients) < num_clients:
         raise UserError(
             f"num_clients is {num_clients}, but split {scheme!r} has only {len(patients)} patients to deal: "
@@ -203,6 +208,10 @@ def partition(
     client = _SCHEMES[scheme](patients, num_clients, generator, **values)
     by_row = pd.Series(client, index=patients.index).loc[table.patient_id.iloc[rows]].to_numpy()
     return [torch.from_numpy(rows[by_row == k]).to(indices.device) for k in range(num_clients)]
+
+
+def _one_age(patients: pd.DataFrame) -> bool:
+    return len(patients) > 1 and patients.age.nunique() == 1
 
 
 def without_age(table: pd.DataFrame, indices: Tensor) -> int:
