@@ -35,7 +35,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from fmfl import config, errors, interrupt, models, paths, states, study, syntax, train
+from fmfl import config, errors, interrupt, models, paths, split, states, study, syntax, train
 from fmfl.config import Settings, several
 from fmfl.errors import UserError
 from fmfl.split import Holdout
@@ -260,7 +260,10 @@ def check(cells: list[Cell]) -> dict[str, str]:
             known = int(study.labelled(cell.cfg, parts.proxy).sum())
             _check_batches(cell.cfg, {"the proxy set": len(parts.proxy), "its labelled part": known})
         if cell.notebook == "04_federate":
-            clients = study.partition(cohort, parts.federated, cell.cfg.federate)
+            one = cell.cfg.federate
+            if one.split == "age" and one.age_strength and one.num_clients > 1:
+                split.check_ages(cohort.table, parts.federated)
+            clients = study.partition(cohort, parts.federated, one)
             _check_batches(cell.cfg, {f"client {k}": len(images) for k, images in enumerate(clients)})
     return {"data": cohort.fingerprint, "teacher": who.sha256}
 

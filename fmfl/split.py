@@ -193,11 +193,6 @@ def partition(
                 f"split {scheme!r} needs ages, but none of these images has one: use another split"
             )
     patients = _patients(table, rows)
-    if scheme == "age" and num_clients > 1 and values["strength"] and _one_age(patients):
-        raise UserError(
-            f"split {scheme!r} needs people of different ages, but all {len(patients)} patients that it "
-            f"would deal are {patients.age.iloc[0]:g} years old: use another split"
-        )
     if len(patients) < num_clients:
         raise UserError(
             f"num_clients is {num_clients}, but split {scheme!r} has only {len(patients)} patients to deal: "
@@ -210,8 +205,14 @@ def partition(
     return [torch.from_numpy(rows[by_row == k]).to(indices.device) for k in range(num_clients)]
 
 
-def _one_age(patients: pd.DataFrame) -> bool:
-    return len(patients) > 1 and patients.age.nunique() == 1
+def check_ages(table: pd.DataFrame, indices: Tensor) -> None:
+    """Raise a UserError where a split by age has one age alone to deal: it would be no skew at all."""
+    ages = table.age.iloc[_rows(table, indices)].dropna()
+    if len(ages) > 1 and ages.nunique() == 1:
+        raise UserError(
+            f"split 'age' needs people of different ages, but all {len(ages)} images with an age that it "
+            f"would deal are of people {ages.iloc[0]:g} years old: use another split"
+        )
 
 
 def without_age(table: pd.DataFrame, indices: Tensor) -> int:

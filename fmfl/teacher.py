@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -420,10 +421,12 @@ def _builtin_parts(path: Path) -> tuple["Sam", State]:
             f"the teacher's weights {path} are not there: name an existing file with --checkpoint"
         )
     try:
-        with safe_open(path, "pt") as file:
-            settings = json.loads((file.metadata() or {}).get("network", "{}"))
-        network = builtin_sam(**settings)
-        stored = load_file(path)
+        if zipfile.is_zipfile(path):  # PyTorch's format, which says nothing of the network
+            network, stored = builtin_sam(), checkpoints.read(path)
+        else:
+            with safe_open(path, "pt") as file:
+                settings = json.loads((file.metadata() or {}).get("network", "{}"))
+            network, stored = builtin_sam(**settings), load_file(path)
         state = {key: value.float() for key, value in stored.items()}
         network.load_state_dict(state, strict=True)
     except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:

@@ -157,7 +157,7 @@ def test_the_smallest_batch_is_what_the_network_itself_takes(name, size):
     ("changed", "says"),
     [
         ({"batch_size": 1}, "the proxy set has 9 images, so with batch_size 1 a step sees one alone"),
-        ({"num_clients": 20, "batch_size": 2}, "has 1 image, so with batch_size 2 a step sees one alone"),
+        ({"batch_size": 2}, "the proxy set has 9 images, so with batch_size 2 a step sees one alone"),
         ({"batch_size": 1, "batch_norm": "group"}, ""),
         ({"batch_size": 1, "size": 64}, ""),
     ],

@@ -287,7 +287,6 @@ def test_patients_of_one_age_are_not_dealt_in_the_order_of_their_names(scheme):
     Names in the order of 900 rows: n rows by chance have mean 449.5 and standard error 260 / sqrt(n).
     """
     table = made_up_table(900, sites=3).assign(age=3.0, patient_id=[f"patient{i:03d}" for i in range(900)])
-    table.loc[450, "age"] = 4.0  # where all have one age, there is no split by age
     for client in split.partition(table, everything(table), scheme, 3, seed=1):
         assert abs(client.double().mean() - 449.5) < 4 * 260 / math.sqrt(len(client))
         at_sites = table.site.iloc[client.numpy()].value_counts() / len(client)
@@ -407,15 +406,13 @@ def test_age_arms_without_any_age_are_named():
 
 def test_a_split_by_one_age_is_refused():
     table = made_up_table(30).assign(age=3.0)
-    with pytest.raises(UserError, match=r"split 'age' needs .* different ages, but all .* are 3 years"):
-        split.partition(table, everything(table), "age")
-    alike = (
-        split.partition(table, everything(table), "iid"),
-        split.partition(table, everything(table), "age", strength=0),
-    )
-    assert all(torch.equal(one, other) for one, other in zip(*alike, strict=True)), "asked for as IID"
+    with pytest.raises(UserError, match=r"split 'age' needs .* different ages, but all 30 .* 3 years old"):
+        split.check_ages(table, everything(table))
+    table.loc[0, "age"] = np.nan
+    with pytest.raises(UserError, match="but all 29 images"):
+        split.check_ages(table, everything(table))
     table.loc[0, "age"] = 40.0
-    split.partition(table, everything(table), "age")
+    split.check_ages(table, everything(table))
 
 
 def test_a_dirichlet_draw_that_cannot_reach_every_client_is_named():
