@@ -429,6 +429,8 @@ def _builtin_parts(path: Path) -> tuple["Sam", State]:
             network, stored = builtin_sam(**settings), load_file(path)
         state = {key: value.float() for key, value in stored.items()}
         network.load_state_dict(state, strict=True)
+    except UserError:
+        raise
     except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
