@@ -160,9 +160,13 @@ def check_data(
     size: Annotated[int, typer.Option(help="pixels a side")] = 256,
     mask_class: Annotated[str, typer.Option(help="the annotated class that is segmented")] = "lung",
     strict: Annotated[bool, typer.Option(help="a bad file is an error")] = False,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="write a PNG of images with the contours of their masks"),
+    ] = None,
 ) -> None:
-    """Check a data source: what it holds, what is left out and why."""
-    from fmfl import data
+    """Check a data source: what it holds, what is left out and why, and what is worth a look."""
+    from fmfl import data, inspection
 
     cohort = data.load(sources, size=size, mask_class=mask_class, strict=strict, progress=sys.stderr.isatty())
     typer.echo(cohort.summary().to_string())
@@ -172,6 +176,10 @@ def check_data(
     )
     for row in cohort.left_out[cohort.left_out.defect].itertuples():
         typer.echo(f"left out: {row.source}/{row.file}: {row.detail}", err=True)
+    for sentence in inspection.warnings(cohort):
+        typer.echo(f"warning: {sentence}", err=True)
+    if sheet is not None:
+        typer.echo(f"sheet: {sheet} with {inspection.sheet(cohort, sheet)} images")
 
 
 @app.command("report")
