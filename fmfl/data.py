@@ -373,7 +373,7 @@ def _records(folder: Path, mask_class: str) -> tuple[list[Record], list[LeftOut]
 
 
 def _nothing_usable(folder: Path, left_out: list[LeftOut]) -> str:
-    if not left_out:
+    if all(one.reason == "not an image" and not one.defect for one in left_out):
         return f"{folder}: there is no image file in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})."
     reasons = Counter(one.reason for one in left_out).most_common()
     counted = ", ".join(f"{count} x {reason}" for reason, count in reasons)

@@ -49,7 +49,7 @@ def _patients(cohort: Cohort) -> Iterator[str]:
         )
         if own.all():
             yield (
-                f"{name}: no image has a patient_id, so each counts as a patient of its own; two images of one "
+                f"{name}: no image has a patient_id, so each counts as a patient of its own; two of one "
                 "patient can then lie on both sides of a split: give patient_id in metadata.csv"
             )
         elif own.any():

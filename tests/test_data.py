@@ -281,14 +281,50 @@ def age_in_words(folder):
     return "images/b.png", "age not valid"
 
 
-def same_image_id(folder):
-    save(folder / "images" / "b.jpg", picture(8))
+def same_line(folder):
+    write(folder / "metadata.csv", "image_id,patient_id\na,1\nb,2\nc,3\nb,2\n")
+    return "metadata.csv", "image_id twice"
+
+
+def lines_that_contradict_each_other(folder):
+    write(folder / "metadata.csv", "image_id,patient_id\na,1\nb,2\nc,3\nb,4\n")
     return "images/b.png", "image_id twice"
 
 
-def same_line(folder):
-    write(folder / "metadata.csv", "image_id,patient_id\na,1\nb,2\nc,3\nb,4\n")
-    return "metadata.csv", "image_id twice"
+def flat_image(folder):
+    save(folder / "images" / "b.png", np.full((32, 40), 0, np.uint8))
+    return "images/b.png", "constant image"
+
+
+def mask_that_is_the_image(folder):
+    shutil.copy(folder / "images" / "b.png", folder / "masks" / "b.png")
+    return "masks/b.png", "mask is its image"
+
+
+def mask_without_an_image(folder):
+    save(folder / "masks" / "d.png", lungs(LEFT))
+    return "masks/d.png", "mask without an image"
+
+
+def two_masks(folder):
+    save(folder / "masks" / "b_mask.png", lungs(LEFT))
+    return "images/b.png", "several masks"
+
+
+def link_to_nowhere(folder):
+    (folder / "images" / "b.png").unlink()
+    (folder / "images" / "b.png").symlink_to("/nowhere/b.png")
+    return "images/b.png", "broken link"
+
+
+def patient_in_a_word_for_none(folder):
+    write(folder / "metadata.csv", "image_id,patient_id\na,1\nb,None\nc,3\n")
+    return "images/b.png", "patient_id not valid"
+
+
+def file_of_an_unknown_kind(folder):
+    write(folder / "images" / "d.nii.gz", "x")
+    return "images/d.nii.gz", "not an image"
 
 
 def unlisted_image(folder):
@@ -310,8 +346,15 @@ DEFECTS = [
     nan_age,
     negative_age,
     age_in_words,
-    same_image_id,
     same_line,
+    lines_that_contradict_each_other,
+    flat_image,
+    mask_that_is_the_image,
+    mask_without_an_image,
+    two_masks,
+    link_to_nowhere,
+    patient_in_a_word_for_none,
+    file_of_an_unknown_kind,
     unlisted_image,
     line_without_image,
 ]
@@ -330,6 +373,13 @@ def test_one_bad_file_is_left_out_and_with_strict_it_is_an_error_that_names_it(s
         load(folder, strict=True)
     assert str(folder / file) in str(caught.value)
     assert cohort.left_out["detail"].iloc[0] in str(caught.value)
+
+
+def test_two_pictures_that_share_a_mask_are_both_left_out(tmp_path):
+    """b.png and b.jpg would both take masks/b.png; which one it was drawn on is not told."""
+    folder = make_folder(tmp_path / "clinic")
+    save(folder / "images" / "b.jpg", picture(8))
+    assert reasons(load(folder)) == dict.fromkeys(("images/b.jpg", "images/b.png"), "image_id twice")
 
 
 def test_an_empty_mask_is_no_defect(tmp_path):

@@ -1,4 +1,5 @@
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ from made_sources import LEFT, load, lungs, make_dicom, make_folder, picture, re
 from PIL import Image
 
 from fmfl import pixels
+from fmfl.files import LeftOut
 
 
 def test_resizing_keeps_the_edges_of_a_mask_in_place():
@@ -105,7 +107,7 @@ def test_dicom_headers_fill_what_no_table_says(tmp_path):
     assert (table["sex"] == "F").all()
     assert (table["view"] == "PA").all()
 
-    write(folder / "metapixels.csv", "image_id,patient_id,age\na,T1,7\nb,,\n")
+    write(folder / "metadata.csv", "image_id,patient_id,age\na,T1,7\nb,,\n")
     table = load(folder).table
     assert table["age"].tolist() == [7.0, 45.0]
     assert table["patient_id"].tolist() == ["clinic:T1", "clinic:Hb"]
@@ -119,3 +121,52 @@ def test_without_pydicom_one_sentence_says_what_to_install(tmp_path, monkeypatch
     cohort = load(folder)
     assert reasons(cohort) == {"images/b.dcm": "pydicom not installed"}
     assert "pip install pydicom" in cohort.left_out["detail"].iloc[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "years"),
+    [("42", 42.0), ("042Y", 42.0), ("42y", 42.0), ("018M", 1.5), ("000Y", 0.0), ("", None), ("NA", None)],
+)
+def test_dicom_ages_are_read_and_one_without_a_unit_is_remarked(text, years, tmp_path):
+    header = {"PatientID": "P", "PatientAge": text}
+    with warnings.catch_warnings(action="ignore"):  # pydicom's, for what is no age string
+        make_dicom(tmp_path / "clinic" / "images" / "a.dcm", picture(1) * 16.0, "MONOCHROME2", **header)
+        save(tmp_path / "clinic" / "masks" / "a.png", lungs(LEFT))
+        cohort = load(tmp_path / "clinic")
+    np.testing.assert_array_equal(cohort.table["age"], [np.nan if years is None else years])
+    assert any("without its unit" in one for one in cohort.remarks) == (text == "42")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("PatientAge", "999Y"), ("PatientAge", "old"), ("PatientID", "ANONYMOUS")]
+)
+def test_dicom_headers_that_are_not_valid_leave_out_their_image_unless_a_table_says(key, value, tmp_path):
+    folder = tmp_path / "clinic"
+    for name in "ab":
+        header = {"PatientID": f"P{name}", "PatientAge": "040Y"} | ({key: value} if name == "a" else {})
+        with warnings.catch_warnings(action="ignore"):
+            make_dicom(folder / "images" / f"{name}.dcm", picture(1) * 16.0, "MONOCHROME2", **header)
+        save(folder / "masks" / f"{name}.png", lungs(LEFT))
+    with warnings.catch_warnings(action="ignore"):
+        assert list(reasons(load(folder)).values()) in (["age not valid"], ["patient_id not valid"])
+        write(folder / "metadata.csv", "image_id,patient_id,age\na,T1,7\nb,,\n")
+        assert load(folder).table["age"].tolist() == [7.0, 40.0]
+
+
+def test_dicom_palettes_are_applied(tmp_path):
+    """Stored are the numbers of 256 greys in another order, on 16 bits a colour, as the standard has them."""
+    order = np.random.default_rng(1).permutation(256)
+    table = (np.argsort(order) * 257).astype("<u2").tobytes()
+    header = {"BitsAllocated": 16, "BitsStored": 8, "HighBit": 7}
+    for colour in ("Red", "Green", "Blue"):
+        header[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        header[f"{colour}PaletteColorLookupTableData"] = table
+    make_dicom(tmp_path / "x.dcm", order[GREY], "PALETTE COLOR", **header)
+    np.testing.assert_array_equal(pixels.read_image(tmp_path / "x.dcm")[0], GREY)
+
+
+def test_a_file_of_several_pictures_is_left_out(tmp_path):
+    pages = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(LeftOut, match="2 pictures"):
+        pixels.read_image(tmp_path / "x.tif")

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from made_sources import (
     HOLE,
     LEFT,
@@ -20,6 +21,7 @@ from made_sources import (
     write,
 )
 
+from fmfl import readers
 from fmfl.errors import UserError
 from fmfl.pixels import resize
 
@@ -160,7 +162,7 @@ def test_coco_takes_patients_from_the_image_entry_and_from_metadata(tmp_path):
         ("{", "broken JSON"),
         ([1, 2], "broken JSON"),
         (
-            {"image": {"filename": "one.png"}, "annotations": [{"name": "Lung", "polygon": {"path": [{}]}}]},
+            {"image": {"filename": "two.png"}, "annotations": [{"name": "Lung", "polygon": {"path": [{}]}}]},
             "broken JSON",
         ),
         ({"image": {"filename": "gone.png"}, "annotations": []}, "missing image"),
@@ -169,7 +171,10 @@ def test_coco_takes_patients_from_the_image_entry_and_from_metadata(tmp_path):
 def test_one_bad_darwin_file_is_left_out_and_named(content, reason, tmp_path):
     folder = make_darwin(tmp_path / "d", 1)
     write(folder / "annotations" / "bad.json", content)
-    assert reasons(load(folder)) == {"annotations/bad.json": reason}
+    save(folder / "images" / "two.png", picture(1))
+    found = reasons(load(folder))
+    assert found.pop("annotations/bad.json") == reason
+    assert found in ({}, {"images/two.png": "not annotated"})
     with pytest.raises(UserError, match=r"bad\.json"):
         load(folder, strict=True)
 
@@ -212,3 +217,234 @@ def test_a_folder_of_broken_json_only_is_named_by_its_first_file(tmp_path):
     write(folder / "annotations" / "one.json", "{")
     with pytest.raises(UserError, match=r"one\.json: broken JSON"):
         load(folder)
+
+
+# ------------------------------------------------------------------------ whose outline, and of which size
+
+FLAT_LEFT, FLAT_RIGHT = (np.ravel(one).tolist() for one in (LEFT, RIGHT))
+
+
+def shown(*outlines):
+    return resize(lungs(*outlines).astype(np.uint8) * 255, SIZE) >= 128
+
+
+def masks(cohort):
+    return dict(zip(cohort.table["image_id"], cohort.masks[:, 0].bool().numpy(), strict=True))
+
+
+def coco(folder, images, annotations, categories=((1, "lung"), (2, "heart"))):
+    """Images (id, file_name) and annotations (image_id, category_id, outline) as an instances file."""
+    content = {
+        "images": [{"id": one, "file_name": name, "width": 40, "height": 32} for one, name in images],
+        "annotations": [
+            {"id": 50 + i, "image_id": one, "category_id": group, "segmentation": [outline]}
+            for i, (one, group, outline) in enumerate(annotations)
+        ],
+        "categories": [{"id": one, "name": name} for one, name in categories],
+    }
+    write(folder / "annotations" / "instances.json", content)
+    return folder
+
+
+def darwin_2(folder, file, name, path="/", outline=LEFT, source=None, **tags):
+    slot = {"slot_name": "0", "width": 40, "height": 32, "source_files": [{"file_name": source or name}]}
+    annotations = [{"name": "Lung", "slot_names": ["0"], "polygon": {"paths": [points(outline)]}}]
+    annotations += [{"name": f"{key}:{value}", "tag": {}} for key, value in tags.items()]
+    item = {"name": name, "path": path, "slots": [slot]}
+    write(folder / "annotations" / file, {"version": "2.0", "item": item, "annotations": annotations})
+
+
+def images_at(folder, *names):
+    for seed, name in enumerate(names):
+        save(folder / "images" / name, picture(seed))
+    return folder
+
+
+TWINS = [(1, "a/x.png"), (2, "b/x.png")]
+DRAWN = [(1, 1, FLAT_LEFT), (2, 1, FLAT_RIGHT)]
+
+
+def test_twins_in_two_folders_keep_their_own_outlines(tmp_path):
+    first = load(coco(images_at(tmp_path / "c", "a/x.png", "b/x.png"), TWINS, DRAWN))
+    folder = images_at(tmp_path / "d", "a/x.png", "b/x.png")
+    darwin_2(folder, "x.json", "x.png", "/a", LEFT)
+    darwin_2(folder, "x_1.json", "x.png", "/b", RIGHT)
+    for cohort in (first, load(folder)):
+        found = masks(cohort)
+        np.testing.assert_array_equal(found["a/x"], shown(LEFT))
+        np.testing.assert_array_equal(found["b/x"], shown(RIGHT))
+
+
+@pytest.mark.parametrize("listed", [TWINS, TWINS[:1]])
+def test_a_twins_outline_is_not_laid_on_the_other_picture(listed, tmp_path):
+    """Only b/x.png was downloaded; with or without its own annotation it never takes that of a/x.png."""
+    folder = coco(
+        images_at(tmp_path / "c", "b/x.png", "z.png"), [*listed, (3, "z.png")], [*DRAWN, (3, 1, FLAT_LEFT)]
+    )
+    cohort = load(folder)
+    assert reasons(cohort)["annotations/instances.json"] == "missing image"
+    found = masks(cohort)
+    assert ("b/x" in found) == (len(listed) == 2)
+    if "b/x" in found:
+        np.testing.assert_array_equal(found["b/x"], shown(RIGHT))
+
+
+def test_a_darwin_twin_keeps_its_patient_too(tmp_path):
+    folder = images_at(tmp_path / "d", "b/x.png")
+    darwin_2(folder, "x.json", "x.png", "/a", LEFT, PatientID="P1")
+    darwin_2(folder, "x_1.json", "x.png", "/b", RIGHT, PatientID="P2")
+    cohort = load(folder)
+    assert cohort.table["patient_id"].tolist() == ["d:P2"]
+    np.testing.assert_array_equal(masks(cohort)["b/x"], shown(RIGHT))
+    assert reasons(cohort) == {"annotations/x.json": "missing image"}
+
+
+def test_an_annotation_files_own_name_points_at_no_picture(tmp_path):
+    """x_1.json is of /b/x.png, which is missing; images/x_1.png is another picture."""
+    folder = images_at(tmp_path / "d", "x_1.png", "z.png")
+    darwin_2(folder, "x_1.json", "x.png", "/b", LEFT)
+    darwin_2(folder, "z.json", "z.png")
+    assert reasons(load(folder)) == {
+        "annotations/x_1.json": "missing image",
+        "images/x_1.png": "not annotated",
+    }
+
+
+def test_a_flat_download_of_two_folders_is_nobodys(tmp_path):
+    folder = coco(
+        images_at(tmp_path / "c", "x.png", "z.png"), [*TWINS, (3, "z.png")], [*DRAWN, (3, 1, FLAT_LEFT)]
+    )
+    cohort = load(folder)
+    assert list(masks(cohort)) == ["z"]
+    assert cohort.left_out["reason"].tolist() == ["missing image"] * 2 + ["not annotated"]
+
+
+def test_two_entries_of_one_name_are_not_united(tmp_path):
+    """Whoever flattened two folders overwrote one of the pictures."""
+    folder = coco(
+        images_at(tmp_path / "c", "x.png", "z.png"),
+        [(1, "x.png"), (2, "x.png"), (3, "z.png")],
+        [*DRAWN, (3, 1, FLAT_LEFT)],
+    )
+    assert reasons(load(folder)) == {"images/x.png": "image_id twice"}
+
+
+def test_a_darwin_item_of_several_slots_is_a_folder(tmp_path):
+    folder = images_at(tmp_path / "d", "case1/front.png", "case2/front.png")
+    for case, outline in (("case1", LEFT), ("case2", RIGHT)):
+        darwin_2(folder, f"{case}.json", case, outline=outline, source="front.png")
+    found = masks(load(folder))
+    np.testing.assert_array_equal(found["case1/front"], shown(LEFT))
+    np.testing.assert_array_equal(found["case2/front"], shown(RIGHT))
+
+
+@pytest.mark.parametrize("number", [7, "7", 7.0, " 7"])
+@pytest.mark.parametrize("group", [1, "1"])
+def test_ids_as_text_and_as_numbers_agree(number, group, tmp_path):
+    folder = coco(images_at(tmp_path / "c", "x.png"), [(7, "x.png")], [(number, group, FLAT_LEFT)])
+    np.testing.assert_array_equal(masks(load(folder))["x"], shown(LEFT))
+
+
+@pytest.mark.parametrize(
+    ("astray", "reason"),
+    [
+        ((8, 1, FLAT_LEFT), "annotation without an image"),
+        ((None, 1, FLAT_LEFT), "annotation without an image"),
+        ((7, 3, FLAT_LEFT), "annotation without a category"),
+        ((7, None, FLAT_LEFT), "annotation without a category"),
+    ],
+)
+def test_an_annotation_that_points_nowhere_makes_no_image_one_without_lungs(astray, reason, tmp_path):
+    folder = coco(
+        images_at(tmp_path / "c", "x.png", "z.png"),
+        [(7, "x.png"), (9, "z.png")],
+        [astray, (9, 1, FLAT_RIGHT)],
+    )
+    cohort = load(folder)
+    assert reasons(cohort) == {"annotations/instances.json": reason, "images/x.png": "annotation unclear"}
+    assert cohort.left_out["defect"].all() and list(masks(cohort)) == ["z"]
+    with pytest.raises(UserError, match="annotation 50"):
+        load(folder, strict=True)
+
+
+def test_another_class_that_points_nowhere_is_no_matter(tmp_path):
+    folder = coco(images_at(tmp_path / "c", "x.png"), [(7, "x.png")], [(8, 2, FLAT_LEFT), (7, 1, FLAT_LEFT)])
+    assert load(folder, strict=True).left_out.empty
+
+
+def test_images_that_share_an_id_are_left_out(tmp_path):
+    folder = coco(
+        images_at(tmp_path / "c", "x.png", "y.png", "z.png"),
+        [(1, "x.png"), ("1", "y.png"), (2, "z.png")],
+        DRAWN,
+    )
+    assert reasons(load(folder)) == dict.fromkeys(("images/x.png", "images/y.png"), "annotation unclear")
+
+
+@pytest.mark.parametrize("segmentation", [[], [[]], [[1, 2, 3, 4]], None])
+def test_a_lung_without_an_outline_is_a_defect_and_no_image_without_lungs(segmentation, tmp_path):
+    folder = coco(images_at(tmp_path / "c", "x.png", "z.png"), [(1, "x.png"), (2, "z.png")], DRAWN)
+    path = folder / "annotations" / "instances.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["segmentation"] = segmentation
+    write(path, content)
+    cohort = load(folder)
+    assert reasons(cohort) == {"images/x.png": "broken JSON"} and cohort.left_out["defect"].all()
+
+
+@pytest.mark.parametrize(
+    "given", [{"ellipse": {}}, {"bounding_box": {"x": 1}}, {"mask": {}, "id": "m"}, {"slot_names": ["5"]}, {}]
+)
+def test_a_darwin_lung_of_another_form_is_a_defect(given, tmp_path):
+    folder = make_darwin(tmp_path / "d", 2)
+    save(folder / "images" / "two.png", picture(2))
+    darwin_2(folder, "two.json", "two.png")
+    path = folder / "annotations" / "two.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = [{"name": "Left Lung", "slot_names": ["0"]} | given]
+    write(path, content)
+    cohort = load(folder)
+    assert (
+        reasons(cohort) == {"annotations/two.json": "annotation unclear"} and cohort.left_out["defect"].all()
+    )
+
+
+def test_two_annotation_files_of_one_image_are_not_chosen_from(tmp_path):
+    folder = make_darwin(tmp_path / "d", 1)
+    save(folder / "images" / "two.png", picture(2))
+    for name, outline in (("two.json", LEFT), ("copy.json", RIGHT)):
+        darwin_2(folder, name, "two.png", outline=outline)
+    assert reasons(load(folder)) == dict.fromkeys(
+        ("annotations/copy.json", "annotations/two.json"), "image_id twice"
+    )
+
+
+def test_an_rle_of_turned_size_is_left_out(tmp_path):
+    """Both its size and its runs were written as [width, height]; the number of pixels agrees."""
+    turned = {"size": [40, 32], "counts": runs_of(lungs(LEFT).T)}
+    with pytest.raises(UserError, match=r"1 x mask of another size\).*40 rows of 32 pixels"):
+        load(make_coco(tmp_path / "c", [(3, turned)]))
+
+
+@pytest.mark.parametrize(
+    "declared", [{"width": 80, "height": 64}, {"width": 32, "height": 40}, {"width": 80}]
+)
+def test_outlines_drawn_at_another_size_are_left_out(declared, tmp_path):
+    with pytest.raises(UserError, match="1 x mask of another size"):
+        load(make_coco(tmp_path / "c", [(3, [FLAT_LEFT])], **declared))
+
+
+def test_outlines_need_the_size_that_they_were_drawn_at_and_an_rle_has_its_own(tmp_path):
+    unknown = {"width": None, "height": None}
+    with pytest.raises(UserError, match="1 x mask of unknown size"):
+        load(make_coco(tmp_path / "c", [(3, [FLAT_LEFT])], **unknown))
+    rle = {"size": [32, 40], "counts": runs_of(lungs(LEFT))}
+    assert len(load(make_coco(tmp_path / "r", [(3, rle)], **unknown))) == 1
+    assert len(load(make_coco(tmp_path / "t", [(3, [FLAT_LEFT])], width="40", height=32.0))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "is_lung"), [("LeftLung", True), ("lung_R", True), ("Lungs", True), ("LungOpacity", False)]
+)
+def test_names_of_classes(name, is_lung):
+    assert readers.is_class(name, "lung") == is_lung
