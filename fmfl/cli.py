@@ -168,6 +168,8 @@ def check_data(
     """Check a data source: what it holds, what is left out and why, and what is worth a look."""
     from fmfl import data, inspection
 
+    if sheet is not None:
+        inspection.sheet_file(sheet)  # before the long work
     cohort = data.load(sources, size=size, mask_class=mask_class, strict=strict, progress=sys.stderr.isatty())
     typer.echo(cohort.summary().to_string())
     typer.echo(

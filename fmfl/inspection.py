@@ -122,6 +122,19 @@ def _some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def sheet_file(file: Path) -> None:
+    """Make a contact sheet's folder; UserError where it cannot be written or is to be no PNG."""
+    if file.suffix.lower() != ".png":
+        raise UserError(f"--sheet {file}: it is a picture; give a file name that ends in .png.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("ab").close()
+    except OSError as error:
+        raise UserError(
+            f"--sheet {file}: cannot be written ({error.strerror}); choose another place."
+        ) from None
+
+
 def sheet(cohort: Cohort, file: Path) -> int:
     """Write a contact sheet: X-rays with the contours of their masks, the doubtful covers first.
 
@@ -139,24 +152,19 @@ def sheet(cohort: Cohort, file: Path) -> int:
 
     from fmfl import plots
 
-    if file.suffix.lower() != ".png":
-        raise UserError(f"--sheet {file}: it is a picture; give a file name that ends in .png.")
+    sheet_file(file)
     share = cover(cohort)
     doubtful = np.flatnonzero((share < COVER[0]) | (share > COVER[1]))[: SHEET_IMAGES // 2]
     usual = np.setdiff1d(np.arange(len(cohort)), doubtful)
     count = min(SHEET_IMAGES - len(doubtful), len(usual))
-    places = np.linspace(0, len(usual) - 1, count).round().astype(int) if count else []
+    places = np.linspace(0, len(usual) - 1, count).round().astype(int)
     chosen = [*doubtful.tolist(), *usual[places].tolist()]
     figure = plots.images(cohort, chosen, columns=10)
     for axis, index in zip(figure.axes, chosen, strict=False):
-        axis.set_title(f"{cohort.table.image_id[index]}\n{share[index]:.0%}".replace("$", r"\$"), fontsize=6)
+        name = cohort.table.image_id[index].replace("$", r"\$")
+        axis.set_xlabel(f"{name[-24:]}\nlung {share[index]:.0%}", fontsize=6)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise UserError(
-            f"--sheet {file}: it cannot be written ({error.strerror}); choose another place."
-        ) from None
     finally:
         pyplot.close(figure)
     return len(chosen)

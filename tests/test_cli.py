@@ -263,6 +263,14 @@ def test_with_strict_a_bad_file_is_an_error(folder, fmfl):
     assert "x3.png" in sentence(*fmfl("data", folder, "--size", "32", "--strict"))
 
 
+def test_what_is_worth_a_look_is_said_and_drawn(folder, fmfl, tmp_path):
+    code, out, err = fmfl("data", folder, "--size", "32", "--sheet", tmp_path / "sheet.png")
+    assert code == 0 and "rays: no image has a patient_id" in err
+    assert out.splitlines()[-1] == f"sheet: {tmp_path / 'sheet.png'} with 3 images"
+    assert Image.open(tmp_path / "sheet.png").format == "PNG"
+    assert "ends in .png" in sentence(*fmfl("data", folder, "--size", "32", "--sheet", tmp_path / "s.txt"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
