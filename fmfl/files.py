@@ -119,7 +119,8 @@ def annotation_files(folder: Path) -> list[Path]:
         if found:
             return [Path(place, name) for name in found]
     return [
-        folder / name for name in sorted(one.name for one in walk(folder, deep=False) if ".json" in one.name)
+        folder / name
+        for name in sorted(one.name for one in walk(folder, deep=False) if one.name.lower().endswith(".json"))
     ]
 
 
