@@ -232,7 +232,8 @@ def weakest(per_image: pd.DataFrame, mixtures: pd.DataFrame | None = None) -> pd
         One row an (arm, init, split): dice and worst_tenth in %, failures (% of images below FAILURE), hd95
         and assd in pixels, worst_band (its name; "" unless two bands are large enough), worst_band_dice,
         worst_band_images and worst_band_patients, worst_client_dice (mean over seeds; NaN without mixtures,
-        or where test groups that are large enough stand for less than half of a client's images).
+        with fewer than two test groups that are large enough, or where these stand for less than half of a
+        client's images).
     """
     rows = []
     scores = per_image.assign(band=age_bands(per_image.age))
@@ -272,7 +273,9 @@ def _worst_client(runs: pd.DataFrame, mixtures: pd.DataFrame | None, split: str)
         return np.nan
     found = []
     for seed, scores in runs.groupby("seed"):
-        strata = _groups(scores, ["site", "band"]).dice.rename("dice").reset_index()
+        strata = _groups(scores, ["site", "band"]).dice.reset_index()
+        if len(strata) < 2:  # nothing to tell one client's mixture from another's by
+            return np.nan
         held = mixtures[(mixtures.split == split) & (mixtures.seed == seed)]
         known = held.merge(strata, on=["site", "band"])
         share = known.groupby("client").images.sum() / held.groupby("client").images.sum()

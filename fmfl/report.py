@@ -21,6 +21,7 @@ from PIL import Image
 
 from fmfl import analysis, paths
 from fmfl.errors import UserError
+from fmfl.markdown import BEGIN, END, headline, write_into  # noqa: F401  the command line takes it from here
 from fmfl.plots import NAMES, SPLITS
 
 TITLE = "Where should federated segmentation begin?"
@@ -156,93 +157,6 @@ def write(directory: str | Path) -> Path:
     unfinished.write_text(page, encoding="utf-8")
     os.replace(unfinished, path)
     return path
-
-
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-
-
-def write_into(file: str | Path, directory: str | Path) -> Path:
-    """Put a study's answer into a Markdown file, between two comments: figure, sentences and Table 1.
-
-    Args:
-        file: holds the lines BEGIN and END; what stands between them is replaced.
-        directory: the study's folder; its figure is named relative to the file.
-
-    Raises:
-        UserError: the file lacks the two lines, or one of the study's files is missing.
-    """
-    file, directory = Path(file), Path(directory)
-    text = _required(file).read_text(encoding="utf-8")
-    if not 0 <= text.find(BEGIN) < text.find(END):
-        raise UserError(
-            f"{file} has no place for results: write the lines {BEGIN} and {END} where they shall stand"
-        )
-    tables = {name: _table(directory / name, columns) for name, columns in TABLES.items()}
-    results, per_image, table1, claims = (tables[name] for name in TABLES)
-    split = str(table1.split.iloc[0])
-    picture = os.path.relpath(_required(directory / "figures" / "fig3.png"), file.parent).replace(os.sep, "/")
-    said = headline(results, analysis.paired_differences(per_image), claims, split)
-    lines = [
-        f"![Dice by round from three starts]({picture})",
-        "",
-        *said,
-        "",
-        f"| Dice in %, {SPLITS.get(split, split)} | {' | '.join(analysis.ARMS)} | the paper's federated |",
-        "|---" * (2 + len(analysis.ARMS)) + "|",
-    ]
-    for row in _table1_rows(table1):
-        ours = [f"{c['ours']} ({c['interval']})" if c["interval"] else "" for c in row["cells"]]
-        lines.append(f"| {row['name']} | {' | '.join(ours)} | {row['cells'][0]['paper']} |")
-    lines += ["", f"{_counted(per_image)} Intervals are 95 % over the patients of the test set."]
-    before, after = text[: text.find(BEGIN) + len(BEGIN)], text[text.find(END) :]
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(before + "\n" + "\n".join(lines) + "\n" + after, encoding="utf-8")
-    os.replace(unfinished, file)
-    return file
-
-
-def headline(
-    results: pd.DataFrame, differences: pd.DataFrame, claims: pd.DataFrame, split: str | None = None
-) -> list[str]:
-    """The answer in a few sentences; better and worse are said only outside the noise.
-
-    Args:
-        results: the run's scored rounds.
-        differences: `analysis.paired_differences`.
-        claims: `analysis.claims`.
-        split: what the answer is about, `analysis.reference_split` if not given.
-    """
-    split = analysis.reference_split(results) if split is None else split
-    last = analysis.final(results)
-    fm = last[(last.arm == "federated") & (last.init == "fm") & (last.split == split)]
-    if fm.empty:
-        return ["These results hold no federated run from the teacher's student."]
-    seeds = f"{len(fm)} seeds" if len(fm) > 1 else "one seed"
-    sentences = [
-        f"Under {SPLITS.get(split, split)}, federated training that starts from the teacher's "
-        f"student ends at a mean Dice of {100 * fm.dice.mean():.1f} % "
-        f"after {fm['round'].max()} rounds ({seeds})."
-    ]
-    against = {"random": "a random start", "pretraining": "a start from supervised pre-training"}
-    for row in differences[(differences.split == split) & (differences.higher == "fm")].itertuples():
-        size = f"{_number(row.value, 1, sign=True)} points (95 % interval {_interval(row.low, row.high)})"
-        other = against.get(row.lower, row.lower)
-        if row.reading == "inside the noise":
-            sentences.append(f"Its difference from {other}, {size}, is inside the noise.")
-        else:
-            sentences.append(f"It ends {'above' if row.value > 0 else 'below'} {other}: {size}.")
-            if row.seeds == 1:
-                sentences.append("That is one training run of each: the noise between runs is unknown.")
-    saved = claims[claims.claim == analysis.ROUNDS_SAVED]
-    if split == analysis.PAPER_SPLIT and (saved.verdict == "reproduced").any():
-        sentences.append(
-            f"It reaches the random start's final Dice {saved.ours.iloc[0]:.1f} rounds sooner "
-            f"(95 % interval over seeds {_interval(saved.low.iloc[0], saved.high.iloc[0], 1)})."
-        )
-    counts = claims.verdict.value_counts()
-    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in analysis.VERDICTS if verdict in counts)
-    sentences.append(f"Of {len(claims)} numbers and statements of the paper: {said}.")
-    return sentences
 
 
 def methods(manifest: Mapping) -> list[str]:

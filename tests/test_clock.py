@@ -27,7 +27,8 @@ def test_a_wait_is_charged_neither_to_the_teacher_nor_to_training(tmp_path):
     images = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)
     network = Waiting()
     who = SimpleNamespace(name="waiting", sha256="", size=32, adapters=False, precision="float32", noise=0,
-                          device=torch.device("cpu"), logits=lambda images, _: network(images.float()))  # fmt: skip
+                          device=torch.device("cpu"),
+                          logits=lambda images, _: network(images.float()))  # fmt: skip
     asked = cached_logits(who, images, torch.zeros(4, 2, 4), cache=tmp_path, progress=False)
     trained = train.fit(
         network,
