@@ -113,7 +113,7 @@ def _speed(results: pd.DataFrame, split: str) -> list[str]:
     fm, random = found.loc["fm"], found.loc["random"]
     least = "at least " if random.capped else ""
     return [
-        f"To a Dice of {100 * target:g} % it needs {fm.rounds:.1f} rounds and {fm.images_seen:,.0f} training "
+        f"To a Dice of {100 * target:g} % it needs {fm.rounds:.3g} rounds and {fm.images_seen:,.0f} training "
         f"images, those of its making included; the random start needs {least}{random.rounds:.1f} rounds and "
         f"{least}{random.images_seen:,.0f} images."
     ]
@@ -179,6 +179,11 @@ class Folder:
 
 def _name(init: str) -> str:
     return NAMES.get(init, init)
+
+
+def _minus(text: str) -> str:
+    """Write the minus of a number as one, and leave hyphens."""
+    return re.sub(r"-(?=\d)", "−", str(text))
 
 
 def _counted(per_image: pd.DataFrame) -> str:
@@ -247,10 +252,10 @@ def _claims(study: Folder) -> list[str]:
     rows = [
         (
             row.claim,
-            str(row.paper).replace("-", "−"),
+            _minus(row.paper),
             estimate(row.ours, row.low, row.high),
             row.verdict,
-            str(row.why).replace("-", "−"),
+            _minus(row.why),
         )
         for row in study["claims"].itertuples()
     ]
@@ -367,7 +372,9 @@ def write_into(file: str | Path, directory: str | Path, blocks: Mapping[str, Blo
     for name in wanted:
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
-            raise UserError(f"{file} needs the marks {begin} and {end} once each, in this order")
+            raise UserError(
+                f"{file} has no place for {name}: it needs {begin} and {end} once each, in this order"
+            )
         before, after = text[: text.index(begin) + len(begin)], text[text.index(end) :]
         text = "\n".join([before, *blocks[name](study), after])
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")

@@ -264,7 +264,9 @@ def test_the_further_tables_and_the_map_are_shown_where_a_study_has_them(tmp_pat
     study(tmp_path, pictures=("fig2", "fig3", "when_it_pays", "why"))
     assert 'id="map"' not in report.write(study_without(tmp_path)).read_text(encoding="utf-8")
     results, per_image = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("results", "per_image"))
-    per_image = per_image.assign(age=30.0, site="here", hd95=1.0, assd=0.5)
+    young = per_image.patient_id % 2 == 0  # and half a Dice worse
+    per_image = per_image.assign(age=np.where(young, 30.0, 50.0), dice=per_image.dice - 0.5 * young)
+    per_image = per_image.assign(site="here", hd95=1.0, assd=0.5)
     analysis.speed(results, [0.8]).to_csv(tmp_path / "speed.csv", index=False)
     analysis.weakest(per_image).to_csv(tmp_path / "weakest.csv", index=False)
     gap = analysis.gap(per_image, ["fm"], "age")
