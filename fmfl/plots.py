@@ -502,8 +502,8 @@ def per_image(per_image: pd.DataFrame, split: str | None = None) -> Figure:
 def when_it_pays(gains: pd.DataFrame) -> Figure:
     """The map: points of final Dice that the teacher's student gains where one setting is changed.
 
-    A column an axis, a row a pair of starts; bars are 95 % intervals over seeds and patients, hollow markers are gains
-    inside the noise, and the study's own value is among the others.
+    A column an axis, a row a pair of starts; bars are 95 % intervals over seeds and patients, hollow markers
+    are gains inside the noise, and the study's own value is among the others.
 
     Args:
         gains: from `analysis.gains`.
