@@ -26,6 +26,7 @@ def rebuilt(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_each_page_is_what_the_command_writes(rebuilt):
     pages = ["README.md", *(str(p.relative_to(paths.ROOT)) for p in RESULTS.glob("*/README.md"))]
     assert len(pages) == 7
@@ -35,6 +36,7 @@ def test_each_page_is_what_the_command_writes(rebuilt):
         assert "<!-- " in committed, f"{page} has a table that nothing writes"
 
 
+@pytest.mark.slow
 def test_each_table_is_what_the_command_writes(rebuilt):
     compared = 0
     for file in sorted(RESULTS.glob("*/*.csv")):
