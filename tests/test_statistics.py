@@ -174,6 +174,26 @@ def test_a_contrast_that_is_named_twice_is_one_test():
     assert both.p_holm["again"] == both.p_holm["own"]
 
 
+def test_what_one_of_four_comparisons_shows_has_to_survive_being_one_of_four():
+    """Seeds that say 1.5, 2 and 2.5 have p = 0.02: enough alone, and not as one of four."""
+    frame = per_image(2, patients=200, spread=0.05)
+    fm = frame.init == "fm"
+    frame.loc[fm, "dice"] += 0.005 * (frame.seed[fm] - 1)
+    rng = np.random.default_rng(0)
+    others = {}
+    for split in "abc":
+        null = per_image(0, patients=200, spread=1.0, seed=int(rng.integers(1000))).assign(split=split)
+        frame = pd.concat([frame, null], ignore_index=True)
+        others[split] = {("federated", "fm", split): 1, ("federated", "random", split): -1}
+    own = {FM: 1, RANDOM: -1}
+    alone = statistics.compare(frame, {"own": own})
+    together = statistics.compare(frame, {"own": own} | others)
+    assert alone.p_two_way["own"] == pytest.approx(stats.ttest_1samp([1.5, 2, 2.5], 0).pvalue, rel=0.05)
+    assert alone.reading["own"] == "higher"
+    assert together.p_holm["own"] < 0.001 < 0.05 < together.p_two_way_holm["own"]
+    assert together.reading["own"] == "inside the noise" and together.low["own"] > 0
+
+
 def test_a_difference_is_outside_the_noise_only_if_the_two_way_test_survives_its_correction():
     """All images agree, three seeds say 1, 2 and 3: p = 0.07 of seeds, however many patients there are."""
     frame = per_image(2, patients=200, spread=0.05)
