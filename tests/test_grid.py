@@ -85,7 +85,7 @@ def test_a_cell_gets_the_settings_it_depends_on_and_no_others(tmp_path):
     cells = {c.notebook: c.parameters for c in grid.plan(settings(tmp_path), [0], ["age"])}
     stages = {name: {n for n, s in config.stage_of().items() if s == name} for name in config.STAGES}
     where = {"run_name", "device", "cohort_device"}
-    client = {"num_clients", "age_strength", "quantity_ratio"}
+    client = {"num_clients", "age_strength", "quantity_ratio", "images_without_age"}
     assert set(cells["01_data"]) == where | stages["data"] | client | {"seed"}
     assert set(cells["02_teacher"]) == where | stages["data"] | stages["teacher"] | {"student"}
     assert set(cells["03_distill"]) == (

@@ -7,7 +7,7 @@ from fmfl import analysis, markdown
 
 
 def said(*, gain=3.0, spread=0.3, seeds=3, patients=40, start=(0.5, 0.7), then=(0.95, 0.95), level=90):
-    """The headline of two rounds: fm ends `gain` points above random and pre-training, which end at `level`."""
+    """The headline of two rounds: fm ends `gain` points above the others, which end at `level`."""
     rng = np.random.default_rng(0)
     hard = rng.normal(0, 1, patients)
     runs, scores = [], []
