@@ -547,6 +547,8 @@ def _federations(run_dir: Path, cfg: Settings) -> Iterator[tuple[Path, dict[str,
         about = read_json(folder / "cell.json")
         # A parameter that came later was at its default then.
         used = config.defaults() | about["settings"]
+        if wanted["images_without_age"] == "auto":  # whatever the study has decided
+            used["images_without_age"] = "auto"
         yield folder, about, {name: used[name] for name in wanted if used[name] != wanted[name]}
 
 

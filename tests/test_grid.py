@@ -426,7 +426,7 @@ def test_a_variant_differs_in_one_setting_and_trains_what_that_can_change(tmp_pa
         "learning_rate=0.1/03_distill-seed0",
         "learning_rate=0.1/04_federate-age-seed0",
     ]
-    base, inits = cfg.flat(), []
+    base, inits = cells[0].cfg.flat(), []
     for cell in variants.values():
         flat = cell.cfg.flat()
         free = {"run_name", "inits", "arms", "split", "seed"}

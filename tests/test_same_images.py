@@ -71,3 +71,19 @@ def test_who_holds_what_by_age_is_as_it_was(cohort):
     ours = study.partition(cohort, torch.arange(60), cfg, "age")
     theirs = study.partition(cohort, torch.arange(60), replace(cfg, images_without_age="keep"), "age")
     assert all(map(torch.equal, ours, theirs))
+
+
+def test_a_notebook_finds_the_cells_of_a_study_whatever_that_has_decided(tmp_path):
+    """05_analysis opened by hand, at auto, on a folder that `fmfl study` has filled."""
+    cfg = config.settings({"run_name": str(tmp_path)})
+    made = config.settings({"run_name": str(tmp_path), "images_without_age": "leave_out"})
+    table = pd.DataFrame(
+        {"arm": ["federated"], "init": "fm", "split": "age", "seed": 0, "round": 1, "dice": 0.5}
+    )
+    scores = table.assign(client=-1, image_id="a", patient_id="a")
+    study.save(made, "04_federate", {"images": "x", "code": "y"}, results=table, per_image=scores)
+    found, _, others = study.collect(cfg)
+    assert len(found) == 1 and others == []
+    other = config.settings({"run_name": str(tmp_path), "images_without_age": "keep"})
+    with pytest.raises(UserError, match="other settings"):
+        study.collect(other)
