@@ -461,9 +461,9 @@ def test_the_weakest_are_found_by_hand():
 
 
 def test_no_group_is_named_as_worst_for_a_patient_or_two():
-    """One patient of 50 with seven images at 10 % is nobody's worst group; nor are nine; ten are."""
+    """One patient of 50 with twelve images at 10 % is nobody's worst group; nor are nine; ten are."""
     child = {("x", 3): (20, 0.9), ("x", 30): (10, 0.8)}
-    one = pd.concat([weak(child), weak({("x", 50): (7, 0.1)}).assign(patient_id="one")])
+    one = pd.concat([weak(child), weak({("x", 50): (12, 0.1)}).assign(patient_id="one")])
     (found,) = analysis.weakest(one).to_dict("records")
     assert (found["worst_band"], found["worst_band_patients"]) == ("30-39", 10)
     (nine,) = analysis.weakest(weak(child | {("x", 50): (9, 0.1)})).to_dict("records")
