@@ -468,7 +468,7 @@ def save_figure(cfg: Settings, name: str, figure: "Figure") -> "Figure":
     folder = cfg.run_dir / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f".{name}.png.{os.getpid()}"  # not *.png: a report takes those
-    figure.savefig(unfinished, format="png", dpi=120, bbox_inches="tight")
+    figure.savefig(unfinished, format="png", dpi=200, bbox_inches="tight")
     os.replace(unfinished, folder / f"{name}.png")
     _drawn.add(f"{name}.png")
     return figure
