@@ -533,7 +533,7 @@ def _who(row: Mapping) -> dict[str, str]:
 
 def _speed_row(row: Mapping) -> dict[str, str]:
     some, all_ = row["reached"] > 0, row["reached"] == row["seeds"]
-    rounds = _with_interval(row["rounds"], max(0, row["rounds_low"]), row["rounds_high"], 1)
+    rounds = _with_interval(row["rounds"], max(row["rounds_low"], 0), row["rounds_high"], 1)
     rounds = rounds if all_ else f"at least {_number(row['rounds'], 1)}" if row.get("capped") else rounds
 
     def spent(value: float, digits: int = 0) -> str:
@@ -625,6 +625,10 @@ def _claim_row(row: Mapping, name: str) -> dict[str, str]:
 def _on(row: Mapping) -> str:
     """On how much a claim was tested: images, patients where they are known, seeds."""
     counts = {"image": row["n"], "patient": row.get("patients", np.nan), "seed": row["seeds"]}
+    if (
+        "patients" not in row and row["n"] == row["seeds"]
+    ):  # so older studies count what was tested over seeds
+        del counts["image"]
     return ", ".join(
         _many(int(count), noun) for noun, count in counts.items() if pd.notna(count) and count > 0
     )
