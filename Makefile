@@ -21,7 +21,7 @@ paper: .venv/installed  ## the paper's sizes and rounds (hours on a GPU); data a
 lab: .venv/installed  ## the notebooks in JupyterLab
 	$(BIN)/jupyter-lab --ServerApp.root_dir=. notebooks/01_data.ipynb
 
-test: .venv/installed  ## every check: style, tests (slow ones too; without Chromium none of the page), notebooks
+test: .venv/installed  ## every check: style, tests (slow ones too; the page needs Chromium), notebooks
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python -m pytest -rs -m "slow or not slow"
