@@ -504,7 +504,10 @@ class Server:
 STORED = ("round_number", "seconds", "images_seen", "bytes_up", "bytes_down", "history", "rounds")
 
 #: Settings that the centralised arm does not depend on: one run serves all splits.
-PARTITION_SETTINGS = ("split", "age_strength", "quantity_ratio", "dirichlet_concentration", "num_clients")
+PARTITION_SETTINGS = (
+    *("split", "age_strength", "quantity_ratio", "dirichlet_concentration"),
+    *("images_without_age", "num_clients"),
+)
 
 #: Settings that the federated arm alone depends on, besides FedBN.
 FEDERATED_SETTINGS = (

@@ -38,12 +38,12 @@ from tqdm import tqdm
 from fmfl import config, models, paths, states, study, syntax, train
 from fmfl.config import Settings, several
 from fmfl.errors import UserError
-from fmfl.split import Holdout
+from fmfl.split import AGE_SCHEMES, Holdout
 
 #: Which stages' settings a notebook depends on, and single ones besides.
 DEPENDS: dict[str, tuple[str, ...]] = {
     "01_data": ("data", "federate.num_clients", "federate.age_strength", "federate.quantity_ratio",
-                "federate.seed"),
+                "federate.images_without_age", "federate.seed"),
     "02_teacher": ("data", "teacher", "distill.student"),
     "03_distill": ("data", "teacher", "distill", "sweep", "federate.batch_size", "federate.augmentation",
                    "federate.batch_norm", "federate.seed", "federate.inits", "run.precision",
@@ -129,7 +129,10 @@ def plan(
             such as the random start by a number of labels, is not trained again.
     """
     reference = cfg.analysis.reference_split if cfg.analysis.reference_split in splits else splits[0]
-    cfg = replace(cfg, federate=replace(cfg.federate, seed=seeds[0]))
+    whose = cfg.federate.images_without_age
+    if whose == "auto":  # all splits of a study train on the same images
+        whose = "leave_out" if set(splits) & set(AGE_SCHEMES) else "keep"
+    cfg = replace(cfg, federate=replace(cfg.federate, seed=seeds[0], images_without_age=whose))
     cells = [Cell("01_data", cfg), Cell("02_teacher", cfg)]
     for seed in seeds:
         seeded = replace(cfg, federate=replace(cfg.federate, seed=seed))

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fmfl.analysis import FAILURE, bootstrap_mean, final, ordered_inits, reference_split, seed_interval
+from fmfl.analysis import FAILURE, contrast, final, ordered_inits, reference_split, seed_interval
 
 PALETTE = {
     "random": "#E69F00",
@@ -409,8 +409,8 @@ def dice_by_round(history: pd.DataFrame) -> Figure:
 def fig2(results: pd.DataFrame, per_image: pd.DataFrame | None = None) -> Figure:
     """The paper's Fig. 2: final federated Dice by split and start, centralised training as a line.
 
-    A large marker is the mean over seeds, small ones are the seeds. The line is the 95 % interval: by
-    patient over the test images where `per_image` is given, else Student's t over seeds. Markers and not
+    A large marker is the mean over seeds, small ones are the seeds. The line is the 95 % interval: over seeds
+    and patients together where `per_image` is given, else Student's t over seeds. Markers and not
     bars, because bars from zero would hide the differences and cut bars would exaggerate them.
     """
     last = final(results)
@@ -524,8 +524,8 @@ def per_image(per_image: pd.DataFrame, split: str | None = None) -> Figure:
 def when_it_pays(gains: pd.DataFrame) -> Figure:
     """The map: points of final Dice that the teacher's student gains where one setting is changed.
 
-    A row an axis, a column a pair of starts; bars are 95 % intervals over patients, hollow markers are gains
-    inside the noise, and the study's own value is among the others.
+    A row an axis, a column a pair of starts; bars are 95 % intervals over seeds and patients, hollow markers
+    are gains inside the noise, and the study's own value is among the others.
 
     Args:
         gains: from `analysis.gains`.
@@ -626,12 +626,9 @@ def _ground(axis: Axes, starts: pd.DataFrame, name: str, palette: Mapping[str, s
 def _interval(dice: pd.Series, per_image: pd.DataFrame | None, init: str, split: str) -> tuple[float, float]:
     """95 % interval of a federated cell in %; `dice` holds its seeds."""
     if per_image is not None:
-        rows = per_image[
-            (per_image.arm == "federated") & (per_image.init == init) & (per_image.split == split)
-        ]
-        by_image = rows.groupby(["image_id", "patient_id"]).dice.mean().reset_index()
-        if len(by_image):
-            return bootstrap_mean(100 * by_image.dice.to_numpy(), by_image.patient_id)
+        cell = contrast(per_image, {("federated", init, split): 1})
+        if not cell["missing"]:
+            return cell["low"], cell["high"]
     return seed_interval(dice)
 
 

@@ -23,6 +23,17 @@ from PIL import Image
 
 from fmfl import analysis, paths
 from fmfl.errors import UserError
+from fmfl.markdown import (  # noqa: F401  the command line takes write_into and its marks from here
+    BEGIN,
+    END,
+    estimate,
+    headline,
+    interval,
+    largest_p,
+    number,
+    reading,
+    write_into,
+)
 from fmfl.plots import NAMES, SPLITS
 
 TITLE = "Where should federated segmentation begin?"
@@ -141,19 +152,22 @@ METHODS = (
     ),
 )
 STATISTICS = (
-    "Scores are those of the last round; the test images select nothing. Intervals are 95 % over seeds and "
-    "test patients together. All seeds share one draw of proxy, test and client images: what another draw "
-    "would give is in no interval. Differences are paired by image and seed. They are tested on patients' "
-    "means by Wilcoxon's signed-rank test and by permutation of signs, each with Holm's correction. With "
-    "fewer than 20 test patients there is no interval and no test. The effect size is d_z, the "
-    "patients' mean over their standard deviation."
+    "Scores are those of the last round; the test images select nothing. Intervals are 95 % over seeds "
+    "and test patients together; with one seed, over patients alone. All seeds share one draw of proxy,"
+    " test and client images: what another draw would give is in no interval. Differences are paired by"
+    " image and seed. They are tested on patients' means by Wilcoxon's signed-rank test and by "
+    "permutation of signs, and by the two-way t test, each with Holm's correction. Two starts are "
+    f"equivalent where two one-sided tests place their difference within {analysis.EQUIVALENCE:g} "
+    f"points. With fewer than {analysis.MIN_PATIENTS} test patients there is no interval and no test. "
+    "The effect size is d_z, the patients' mean over their standard deviation."
 )
 VERDICTS = (
-    "Reproduced: a number within "
-    f"{analysis.MARGIN:g} points of the paper's, noise included; or a difference in the paper's direction, "
-    "outside the noise and at least half the paper's size. Direction only: outside the noise, but smaller. "
-    "Not reproduced: the other direction, or alike, or another number. Not testable here: an arm is missing, "
-    "one seed, too few test patients, a skew that costs nothing here, or an interval too wide to say."
+    f"Reproduced: a number within {analysis.MARGIN:g} points of the paper's, noise included; or a "
+    "difference in the paper's direction, outside the noise and at least half the paper's size. "
+    "Direction only: outside the noise, but smaller. Not reproduced: outside the noise the other way, "
+    "or alike, or another number. Not testable here: an arm is missing, one seed, fewer than "
+    f"{analysis.MIN_PATIENTS} test patients, a skew that costs the random start nothing here, or an "
+    "interval too wide to say."
 )
 
 
@@ -183,100 +197,6 @@ def write(directory: str | Path) -> Path:
     return path
 
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-
-
-def write_into(file: str | Path, directory: str | Path) -> Path:
-    """Put a study's answer into a Markdown file, between two comments: figure, sentences and Table 1.
-
-    Args:
-        file: holds the lines BEGIN and END; what stands between them is replaced.
-        directory: the study's folder; its figure is named relative to the file.
-
-    Raises:
-        UserError: the file lacks the two lines, or one of the study's files is missing.
-    """
-    file, directory = Path(file), Path(directory)
-    text = _required(file).read_text(encoding="utf-8")
-    if not 0 <= text.find(BEGIN) < text.find(END):
-        raise UserError(
-            f"{file} has no place for results: write the lines {BEGIN} and {END} where they shall stand"
-        )
-    tables = {name: _table(directory / name, columns) for name, columns in TABLES.items()}
-    results, per_image, table1, claims = (tables[name] for name in TABLES)
-    split = str(table1.split.iloc[0])
-    picture = os.path.relpath(_required(directory / "figures" / "fig3.png"), file.parent).replace(os.sep, "/")
-    subject = _subject(_manifest(directory / "manifest.json"))
-    said = _answer(results, analysis.paired_differences(per_image), claims, split, subject)
-    if subject["synthetic"]:
-        said = [f"{subject['banner']}: {subject['warning']}", *said]
-    compared = subject["compared"]
-    lines = [
-        f"![Dice by round from three starts]({picture})",
-        "",
-        *said,
-        "",
-        f"| Dice in %, {SPLITS.get(split, split)} | {' | '.join(analysis.ARMS)} |"
-        + " the paper's federated |" * compared,
-        "|---" * (1 + len(analysis.ARMS) + compared) + "|",
-    ]
-    for row in table1.to_dict("records"):
-        paper = f" {_paper('federated', row['init']) or DASH} |" * compared
-        lines.append(
-            f"| {_start(row['init'])} | {' | '.join(_table1_cell(row, a) for a in analysis.ARMS)} |{paper}"
-        )
-    lines += ["", f"{_counted(per_image)} Intervals are 95 %."]
-    before, after = text[: text.find(BEGIN) + len(BEGIN)], text[text.find(END) :]
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(before + "\n" + "\n".join(lines) + "\n" + after, encoding="utf-8")
-    os.replace(unfinished, file)
-    return file
-
-
-def headline(
-    results: pd.DataFrame, differences: pd.DataFrame, claims: pd.DataFrame, split: str | None = None
-) -> list[str]:
-    """The answer in a few sentences; better and worse are said only outside the noise.
-
-    Args:
-        results: the run's scored rounds.
-        differences: `analysis.paired_differences`.
-        claims: `analysis.claims`.
-        split: what the answer is about, `analysis.reference_split` if not given.
-    """
-    split = analysis.reference_split(results) if split is None else split
-    last = analysis.final(results)
-    fm = last[(last.arm == "federated") & (last.init == "fm") & (last.split == split)]
-    if fm.empty:
-        return ["These results hold no federated run from the teacher's student."]
-    seeds = f"{len(fm)} seeds" if len(fm) > 1 else "one seed"
-    sentences = [
-        f"Under {SPLITS.get(split, split)}, federated training that starts from the teacher's "
-        f"student ends at a mean Dice of {100 * fm.dice.mean():.1f} % "
-        f"after {fm['round'].max()} rounds ({seeds})."
-    ]
-    against = {"random": "a random start", "pretraining": "a start from supervised pre-training"}
-    for row in differences[(differences.split == split) & (differences.higher == "fm")].itertuples():
-        size = f"{_number(row.value, 1, sign=True)} points (95 % interval {_interval(row.low, row.high)})"
-        other = against.get(row.lower, row.lower)
-        if row.reading == "inside the noise":
-            sentences.append(f"Its difference from {other}, {size}, is inside the noise.")
-        else:
-            sentences.append(f"It ends {'above' if row.value > 0 else 'below'} {other}: {size}.")
-            if row.seeds == 1:
-                sentences.append("That is one training run of each: the noise between runs is unknown.")
-    saved = claims[claims.claim == analysis.ROUNDS_SAVED]
-    if split == analysis.PAPER_SPLIT and (saved.verdict == "reproduced").any():
-        sentences.append(
-            f"It reaches the random start's final Dice {saved.ours.iloc[0]:.1f} rounds sooner "
-            f"(95 % interval over seeds {_interval(saved.low.iloc[0], saved.high.iloc[0], 1)})."
-        )
-    counts = claims.verdict.value_counts()
-    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in analysis.VERDICTS if verdict in counts)
-    sentences.append(f"Of {len(claims)} numbers and statements of the paper: {said}.")
-    return sentences
-
-
 def methods(manifest: Mapping) -> list[str]:
     """Paragraphs of METHODS with the manifest's values in place, without the sentences that lack one."""
     values = _flat(manifest)
@@ -286,7 +206,7 @@ def methods(manifest: Mapping) -> list[str]:
     if isinstance(left_out := data.get("left_out"), Mapping):
         values["data.left_out"] = ", ".join(f"{name} ({_text(count)})" for name, count in left_out.items())
     if isinstance(dice := teacher.get("dice"), int | float):
-        values["teacher.percent"] = _number(100 * dice, 1)
+        values["teacher.percent"] = number(100 * dice, 1)
 
     def word(match: re.Match) -> str:
         value, noun = values[match[1]], match[2]
@@ -396,6 +316,7 @@ def _subject(manifest: Mapping) -> dict[str, object]:
 
 def _answer(results, differences, claims, split: str | None, subject: Mapping) -> list[str]:
     """The headline, without the sentences about the paper's numbers where they are about another organ."""
+    claims = claims if "kind" in claims else claims.assign(kind="")  # older studies count no verdicts here
     said = headline(results, differences, claims, split)
     return said if subject["compared"] else [sentence for sentence in said if "the paper" not in sentence]
 
@@ -452,13 +373,13 @@ def _start(init: str) -> str:
 
 def _paper(arm: str, init: str) -> str:
     found = [value for (known, start, _), value in analysis.PAPER.items() if (known, start) == (arm, init)]
-    return _number(found[0]) if found else ""
+    return number(found[0]) if found else ""
 
 
 def _table1_cell(row: Mapping, arm: str) -> str:
     if pd.isna(row[arm]):
         return "not run"
-    return _with_interval(row[arm], row.get(f"{arm}_low", np.nan), row.get(f"{arm}_high", np.nan))
+    return estimate(row[arm], row.get(f"{arm}_low", np.nan), row.get(f"{arm}_high", np.nan))
 
 
 def _table1(table: pd.DataFrame, counted: str, subject: Mapping, file: Mapping) -> dict[str, object]:
@@ -495,20 +416,18 @@ def _differences(table: pd.DataFrame, file: Mapping) -> dict[str, object]:
         "outside the noise: the interval excludes zero and each test, corrected by Holm, stays below 5 %. "
         "p is the largest of the tests'; d is the effect size d_z."
     )
-    rows = [_difference_row(row) for row in table.to_dict("records")]
+    rows = [_difference_row(row) for row in table.itertuples()]
     return _section("differences", "Differences between starts", caption, rows, file, "not tested")
 
 
-def _difference_row(row: Mapping) -> dict[str, str]:
-    tests = [row.get(name, np.nan) for name in ("p_holm", "p_permutation_holm", "p_two_way_holm")]
-    p = max((value for value in tests if pd.notna(value)), default=np.nan)
+def _difference_row(row) -> dict[str, str]:
     return {
-        "split": SPLITS.get(row["split"], row["split"]),
-        "difference": f"{_start(row['higher'])} less {_start(row['lower'])}",
-        "points": _points(row["value"], row["low"], row["high"]),
-        "p": "< 0.001" if p < 0.001 else _number(p, 3),
-        "d": _number(row["effect"]),
-        "reading": row["reading"] if isinstance(row["reading"], str) and row["reading"] else "not compared",
+        "split": SPLITS.get(row.split, row.split),
+        "difference": f"{_start(row.higher)} less {_start(row.lower)}",
+        "points": _points(row.value, row.low, row.high),
+        "p": largest_p(row),
+        "d": number(row.effect),
+        "reading": reading(row) or "not compared",
     }
 
 
@@ -533,20 +452,20 @@ def _who(row: Mapping) -> dict[str, str]:
 
 def _speed_row(row: Mapping) -> dict[str, str]:
     some, all_ = row["reached"] > 0, row["reached"] == row["seeds"]
-    rounds = _with_interval(row["rounds"], max(row["rounds_low"], 0), row["rounds_high"], 1)
-    rounds = rounds if all_ else f"at least {_number(row['rounds'], 1)}" if row.get("capped") else rounds
+    rounds = estimate(row["rounds"], max(row["rounds_low"], 0), row["rounds_high"], 1)
+    rounds = rounds if all_ else f"at least {number(row['rounds'], 1)}" if row.get("capped") else rounds
 
     def spent(value: float, digits: int = 0) -> str:
-        return _number(value, digits) if some else DASH
+        return f"{value:,.{digits}f}" if some and pd.notna(value) else DASH
 
     return _who(row) | {
-        "target, %": _number(100 * row["target"], 0),
+        "target, %": number(100 * row["target"], 0),
         "seeds that reach it": f"{row['reached']} of {row['seeds']}",
         "rounds": rounds if some else DASH,
         "seconds": spent(row["seconds"], 1),
         "images seen": spent(row.get("images_seen", np.nan)),
         "MB": spent(row["bytes"] / 1e6),
-        "curve": _with_interval(row["curve"], row["curve_low"], row["curve_high"], 1),
+        "curve": estimate(row["curve"], row["curve_low"], row["curve_high"], 1),
     }
 
 
@@ -563,18 +482,18 @@ def _gap_row(row: Mapping) -> dict[str, str]:
 
 def _weakest_row(row: Mapping) -> dict[str, str]:
     band = row["worst_band"]
-    band = f"{band} years: {_number(row['worst_band_dice'], 1)}" if isinstance(band, str) and band else ""
+    band = f"{band} years: {number(row['worst_band_dice'], 1)}" if isinstance(band, str) and band else ""
     if band and pd.notna(row.get("worst_band_images", np.nan)):
         people = _many(int(row["worst_band_patients"]), "patient")
         band += f"\n{_many(int(row['worst_band_images']), 'image')} of {people}"
     return _who(row) | {
-        "all": _number(row["dice"], 1),
-        "worst tenth": _number(row["worst_tenth"], 1),
+        "all": number(row["dice"], 1),
+        "worst tenth": number(row["worst_tenth"], 1),
         "worst age band": band,
-        "worst client": _number(row["worst_client_dice"], 1),
-        "below 0.8": f"{_number(row['failures'], 1)} %",
-        "HD95": _number(row.get("hd95", np.nan), 1),
-        "ASSD": _number(row.get("assd", np.nan), 1),
+        "worst client": number(row["worst_client_dice"], 1),
+        "below 0.8": f"{number(row['failures'], 1)} %",
+        "HD95": number(row.get("hd95", np.nan), 1),
+        "ASSD": number(row.get("assd", np.nan), 1),
     }
 
 
@@ -610,7 +529,7 @@ def _claim_row(row: Mapping, name: str) -> dict[str, str]:
     if "points" in name:
         number = _points(ours, low, high)
     else:
-        number = _with_interval(ours, low, high, 1 if "rounds" in name else 2)
+        number = estimate(ours, low, high, 1 if "rounds" in name else 2)
     return {
         "claim": name[:1].upper() + name[1:],
         "paper": DASH if pd.isna(row["paper"]) else str(row["paper"]).replace("-", "−"),
@@ -849,32 +768,15 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def _number(value: float, digits: int = 2, *, sign: bool = False) -> str:
-    if pd.isna(value):
-        return DASH
-    text = f"{value:{'+' if sign else ''},.{digits}f}"
-    return text.lstrip("+-") if float(text.replace(",", "")) == 0 else text.replace("-", "−")
-
-
 def _many(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
-def _with_interval(value: float, low: float, high: float, digits: int = 2, *, sign: bool = False) -> str:
-    """92.50 (91.00 to 94.00), or 92.50 where there is no interval."""
-    interval = _interval(low, high, digits)
-    return _number(value, digits, sign=sign) + (f" ({interval})" if interval else "")
 
 
 def _points(value: float, low: float, high: float) -> str:
     """A difference with its interval: two decimals where one of them is under a point, else one."""
     small = any(abs(number) < 1 for number in (value, low, high) if pd.notna(number))
-    return _with_interval(value, low, high, 2 if small else 1, sign=True)
+    return estimate(value, low, high, 2 if small else 1, sign=True)
 
 
 def _percent(share: float) -> str:
     return DASH if pd.isna(share) else f"{100 * share:.0f} %".replace("-", "−")
-
-
-def _interval(low: float, high: float, digits: int = 1) -> str:
-    return "" if pd.isna(low) or pd.isna(high) else f"{_number(low, digits)} to {_number(high, digits)}"

@@ -87,8 +87,14 @@ def hold_out(cfg: Settings, cohort: Cohort) -> Holdout:
 def partition(
     cohort: Cohort, federated: Tensor, cfg: FederateConfig, scheme: str | None = None
 ) -> list[Tensor]:
-    """Who holds which federated images under ``cfg.split`` (or the scheme named)."""
+    """Deal the federated images under ``cfg.split`` (or the scheme named).
+
+    With ``images_without_age`` at leave_out every scheme deals those with an age alone, as the schemes by age
+    have to: then all of them train on the same images.
+    """
     scheme = scheme or cfg.split
+    if cfg.images_without_age == "leave_out":
+        federated = split.with_age(cohort.table, federated)
     options = {
         "age": {"strength": cfg.age_strength},
         "quantity": {"ratio": cfg.quantity_ratio},

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 
 from fmfl import analysis, plots
 
@@ -89,13 +90,19 @@ def drawn(axis, init, style):
 
 def test_fig2_places_means_seeds_and_intervals():
     table = results()
-    axis = plots.fig2(table, per_image(table)).axes[0]
+    once = per_image(table)
+    twice = pd.concat([once, once.assign(image_id="b" + once.image_id, patient_id="b" + once.patient_id)])
+    axis = plots.fig2(table, twice).axes[0]
 
     mean, seeds, mean_age, seeds_age = drawn(axis, "fm", "None")  # two seeds, a point apart
     assert [*mean, *seeds] == pytest.approx([88.5, 88, 89])
     assert [*mean_age, *seeds_age] == pytest.approx([87.5, 87, 88])
     interval, _ = drawn(axis, "fm", "-")
-    assert interval == pytest.approx(analysis.bootstrap_mean(88.5 + 100 * SPREAD, range(12)))
+    by_patient = np.var(np.tile(100 * SPREAD, 2), ddof=1) / 24
+    by_seed = np.var([88, 89], ddof=1) / 2
+    df = (by_patient + by_seed) ** 2 / (by_patient**2 / 23 + by_seed**2 / 1)  # Satterthwaite
+    half = stats.t.ppf(0.975, df) * np.sqrt(by_patient + by_seed)
+    assert interval == pytest.approx([max(0, 88.5 - half), min(100, 88.5 + half)])
     assert [text.get_text() for text in axis.get_xticklabels()] == ["IID", "age skew"]
     assert axis.get_ylabel() == "Dice on the test images (%)"
 
