@@ -315,10 +315,10 @@ def _subject(manifest: Mapping) -> dict[str, object]:
 
 
 def _answer(results, differences, claims, split: str | None, subject: Mapping) -> list[str]:
-    """The headline, without the sentences about the paper's numbers where they are about another organ."""
-    claims = claims if "kind" in claims else claims.assign(kind="")  # older studies count no verdicts here
-    said = headline(results, differences, claims, split)
-    return said if subject["compared"] else [sentence for sentence in said if "the paper" not in sentence]
+    """The headline, which counts the paper's claims only where they are about the same organ."""
+    if not subject["compared"] or "kind" not in claims:  # which older ledgers lack
+        claims = claims.head(0).assign(kind="")
+    return headline(results, differences, claims, split)
 
 
 def _facts(
@@ -527,13 +527,14 @@ def _claim_row(row: Mapping, name: str) -> dict[str, str]:
     kinds = {"reproduced": "reproduced", "direction only": "direction", "not reproduced": "not"}
     ours, low, high = row["ours"], row["low"], row["high"]
     if "points" in name:
-        number = _points(ours, low, high)
+        shown = _points(ours, low, high)
     else:
-        number = estimate(ours, low, high, 1 if "rounds" in name else 2)
+        digits = 0 if name.startswith("%") else 1 if "rounds" in name else 2
+        shown = estimate(ours, low, high, digits)
     return {
         "claim": name[:1].upper() + name[1:],
         "paper": DASH if pd.isna(row["paper"]) else str(row["paper"]).replace("-", "−"),
-        "ours": "not run" if pd.isna(ours) else number,
+        "ours": "not run" if pd.isna(ours) else shown,
         "tested": _on(row),
         "verdict": row["verdict"],
         "kind": kinds.get(row["verdict"], "untested"),
