@@ -343,7 +343,9 @@ def _facts(
 
 def _counted(per_image: pd.DataFrame) -> str:
     people, seeds, images = (per_image[name].nunique() for name in ("patient_id", "seed", "image_id"))
-    return f"{_many(images, 'test image')} of {_many(people, 'patient')}, {_many(seeds, 'seed')}."
+    few = f" Fewer than {analysis.MIN_PATIENTS} patients: no intervals and no tests."
+    counts = f"{_many(images, 'test image')} of {_many(people, 'patient')}, {_many(seeds, 'seed')}."
+    return counts + few * (people < analysis.MIN_PATIENTS)
 
 
 # Tables

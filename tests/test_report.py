@@ -431,6 +431,7 @@ def test_tables_full_of_nothing_say_so_and_never_nan(tmp_path):
     )
     page = Page.of(tmp_path)
     assert not re.search(r"\bnan\b|NaN", page.text)
+    assert "Fewer than 20 patients: no intervals and no tests." in page.text
     assert page.tables["claims"][2] == ["Points", "–", "not run", "nothing", "not testable here"]
     assert page.tables["weakest"][0] == ["start", "arm", "split", "all", "worst tenth", "below 0.8"]
     assert page.tables["gap"][1] == ["foundation model", "too few test patients"]
