@@ -21,10 +21,10 @@ paper: .venv/installed  ## the paper's sizes and rounds (hours on a GPU); data a
 lab: .venv/installed  ## the notebooks in JupyterLab
 	$(BIN)/jupyter-lab --ServerApp.root_dir=. notebooks/01_data.ipynb
 
-test: .venv/installed  ## every check: style, tests (the slow ones too), notebooks
+test: .venv/installed  ## every check: style, tests (slow ones too; the page needs Chromium), notebooks
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -rs -m "slow or not slow"
 	$(BIN)/python -m pytest --nbval-lax notebooks
 
 notebooks: .venv/installed  ## the committed notebooks' outputs, anew, without times that would change each diff

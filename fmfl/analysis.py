@@ -8,25 +8,19 @@ Every function takes the tables of a run and gives a new one.
 - `per_image`: one row a test image after the last round with arm, init, split, seed, client, image_id,
   patient_id, dice (0..1).
 
-Numbers that come out are Dice in % and differences in points, as in the paper. Two kinds of noise are told
-apart:
+Numbers that come out are Dice in % and differences in points, as in the paper. Intervals are 95 % over seeds
+and test patients together, and tests are corrected for being several: see :mod:`fmfl.statistics`. With fewer
+than MIN_PATIENTS test patients there is no interval and no test. docs/verdicts.md states the rules in words.
 
-- between patients: bootstrap over the test set's patients, because images of one patient are no independent
-  evidence. Seeds are averaged first and images are paired, so what both arms find hard cancels;
-- between training runs: Student's t interval of the seeds' means. One seed has none, and says so.
+All seeds of a study share one draw of proxy, test and client images (`holdout_seed`). What another draw would
+give is in no interval.
 
-A difference is called higher or lower only where both exclude zero and two tests, Wilcoxon's and the paired
-permutation test, stay below 5 % after Holm's correction; otherwise it is inside the noise. Every function
-that draws at random takes `resamples` (draws) and `seed` (of the draws) and gives the same numbers for the
-same seed.
+Every function that draws at random takes `resamples` (draws) and `seed` (of the draws) and gives the same
+numbers for the same seed.
 
-References: the paper is Li & Yang 2023, arXiv 2311.15463. Bootstrap of clusters: Davison & Hinkley 1997,
-section 3.8; the widened percentile interval: Hesterberg 2015, The American Statistician 69(4). Holm 1979,
-Scandinavian Journal of Statistics 6(2). Permutation by signs: Good 2005, Permutation, Parametric and
-Bootstrap Tests of Hypotheses, section 3.2. The effect size d_z: Cohen 1988, section 2.3.5.
+Reference: the paper is Li & Yang 2023, arXiv 2311.15463.
 """
 
-import itertools
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -34,8 +28,21 @@ import pandas as pd
 import scipy
 
 from fmfl.split import age_bands
-
-Cell = tuple[str, str, str]  # arm, init, split
+from fmfl.statistics import (  # noqa: F401  what 03_distill and plots take from here
+    ALPHA,
+    EQUIVALENCE,
+    MIN_PATIENTS,
+    TOO_FEW,
+    Cell,
+    TwoWay,
+    bootstrap_mean,
+    compare,
+    contrast,
+    corrected,
+    paired_scores,
+    seed_interval,
+    two_way,
+)
 
 RUN = ["arm", "init", "split", "seed"]
 INITS = ("random", "pretraining", "fm")
@@ -53,11 +60,12 @@ PAPER = {  # Table 1, Dice in %
 }
 PAPER_ROUNDS = 40  # Fig. 3: informed starts are up in fewer rounds, the random start in more
 MARGIN = 2.0  # points of Dice within which a number counts as the paper's
+GAP_MARGIN = 10.0  # the same for a share of the gap, in % of it
 PLATEAU = 0.01  # Dice: a curve is "up" once it is this close to its last round
-ALPHA = 0.05
+TARGETS = (0.90, 0.92, 0.94)  # Dice: named beforehand, and no run's own
 FAILURE = 0.8  # Dice below which a mask counts as failed
+GROUP_PATIENTS, GROUP_IMAGES = 10, 10  # test patients and images below which no group is named as worst
 VERDICTS = ("reproduced", "direction only", "not reproduced", "not testable here")
-ROUNDS_SAVED = "Claim 1, rounds saved by fm to reach the random start's final Dice"
 
 
 def _extra_loss(first: str, second: str, split: str) -> dict[Cell, float]:
@@ -73,26 +81,18 @@ def _extra_loss(first: str, second: str, split: str) -> dict[Cell, float]:
 PAPER_DIFFERENCES: dict[str, dict[Cell, float]] = {  # each above zero in the paper
     "Claim 1, points of final Dice: fm above random": {FM: 1, RANDOM: -1},
     "Claim 1, points of final Dice: pretraining above random": {PRETRAINING: 1, RANDOM: -1},
-    "Claims 1 and 2, points of final Dice: fm above pretraining": {FM: 1, PRETRAINING: -1},
+    "Claim 2, points of final Dice: fm above pretraining": {FM: 1, PRETRAINING: -1},
     "Table 1, points of final Dice: centralised above federated": {CENTRALISED: 1, RANDOM: -1},
     "Table 1, points of final Dice: federated above standalone": {RANDOM: 1, STANDALONE: -1},
-    "Claim 3, points lost from IID to age skew: random more than fm": _extra_loss("random", "fm", "age"),
-    "Claim 3, points lost from IID to age skew: random more than pretraining": _extra_loss(
-        "random", "pretraining", "age"
-    ),
-    "Claim 3, points lost from IID to age skew: pretraining more than fm": _extra_loss(
-        "pretraining", "fm", "age"
-    ),
-    "Claim 3, points lost from IID to quantity skew: random more than fm": _extra_loss(
-        "random", "fm", "quantity"
-    ),
-}
-PAPER_ORDER = {  # the difference that places each number of Table 1 beside its neighbour
-    RANDOM: "Table 1, points of final Dice: centralised above federated",
-    PRETRAINING: "Claim 1, points of final Dice: pretraining above random",
-    FM: "Claim 1, points of final Dice: fm above random",
-    CENTRALISED: "Table 1, points of final Dice: centralised above federated",
-    STANDALONE: "Table 1, points of final Dice: federated above standalone",
+} | {
+    f"Claim 3, points lost from IID to {split} skew: {first} more than {second}": _extra_loss(
+        first, second, split
+    )
+    for split, pairs in {
+        "age": [("random", "fm"), ("random", "pretraining"), ("pretraining", "fm")],
+        "quantity": [("random", "fm"), ("random", "pretraining")],
+    }.items()
+    for first, second in pairs
 }
 
 
@@ -170,29 +170,42 @@ def iid_to_skew_loss(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["init", "split", "loss", "low", "high", "seeds"])
 
 
-def speed(results: pd.DataFrame, target: float) -> pd.DataFrame:
-    """How soon each start is up, and what that has cost, over seeds.
+def speed(results: pd.DataFrame, targets: Iterable[float] = TARGETS) -> pd.DataFrame:
+    """Count what each start has spent when it comes to a Dice that was fixed beforehand, over seeds.
+
+    A run that never comes to the target counts with all its rounds and all that they cost, so its numbers are
+    the least that it would take. What making the start has cost is part of it.
+
+    Args:
+        results: the run's scored rounds.
+        targets: Dice, 0..1.
 
     Returns:
-        One row an (arm, init, split): seeds; reached, how many of them come to a Dice of `target` (0..1);
-        rounds, seconds and bytes until then (means of those that do, as `cost` counts them), with rounds_low
-        and rounds_high (95 % t interval, NaN unless all seeds get there); curve, the mean Dice in % over all
-        rounds by trapezoids, with curve_low and curve_high.
+        One row an (arm, init, split, target): seeds; reached, how many of them get there; capped, true where
+        not all do; rounds, seconds, images_seen and bytes until then (means over seeds), with rounds_low and
+        rounds_high (95 % t interval over seeds, within the run; NaN for one); curve, the mean Dice in % over
+        all rounds by trapezoids, with curve_low and curve_high (likewise, within 0..100).
     """
     rows = []
     curves = results.sort_values("round").groupby(RUN)[["round", "dice"]].apply(_mean_height)
-    for key, runs in cost(results, target).groupby(RUN[:3], sort=False):
-        reached = runs.rounds.notna()
-        rounds_low, rounds_high = seed_interval(runs.rounds) if reached.all() else (np.nan, np.nan)
-        heights = curves.loc[key]
-        low, high = seed_interval(heights)
-        rows.append(
-            dict(zip(RUN[:3], key, strict=True))
-            | {"seeds": len(runs), "reached": int(reached.sum())}
-            | runs[["rounds", "seconds", "bytes"]].mean().to_dict()
-            | {"rounds_low": rounds_low, "rounds_high": rounds_high}
-            | {"curve": heights.mean(), "curve_low": low, "curve_high": high}
-        )
+    last = final(results).set_index(RUN)
+    whole = pd.DataFrame({name: last[name] for name in ("seconds", "images_seen")})
+    whole["rounds"], whole["bytes"] = last["round"], last.bytes_up + last.bytes_down
+    for target in targets:
+        for key, runs in cost(results, target).set_index(RUN).groupby(RUN[:3], sort=False):
+            reached = runs.rounds.notna()
+            spent = runs.fillna(whole.loc[runs.index])
+            low, high = np.clip(seed_interval(spent.rounds), 0, whole.rounds[runs.index].max())
+            heights = curves.loc[key]
+            curve_low, curve_high = np.clip(seed_interval(heights), 0, 100)
+            rows.append(
+                dict(zip(RUN[:3], key, strict=True))
+                | {"target": target, "seeds": len(runs), "reached": int(reached.sum())}
+                | {"rounds": spent.rounds.mean(), "rounds_low": low, "rounds_high": high}
+                | {"capped": not reached.all()}
+                | spent[["seconds", "images_seen", "bytes"]].mean().to_dict()
+                | {"curve": heights.mean(), "curve_low": curve_low, "curve_high": curve_high}
+            )
     return pd.DataFrame(rows)
 
 
@@ -208,7 +221,8 @@ def weakest(per_image: pd.DataFrame, mixtures: pd.DataFrame | None = None) -> pd
     """Who fares worst: the client, the age band and the tenth of the images with the lowest final Dice.
 
     The test images are nobody's, so a client's Dice is what its own mixture would give: the test images'
-    means by site and age band, weighted by the client's images of each (those that the test set has).
+    means by site and age band, weighted by the client's images of each. A band, or a site's part of one,
+    counts from GROUP_PATIENTS test patients and GROUP_IMAGES test images on.
 
     Args:
         per_image: with site, age (years, NaN where unknown) and, where measured, hd95 and assd.
@@ -216,23 +230,42 @@ def weakest(per_image: pd.DataFrame, mixtures: pd.DataFrame | None = None) -> pd
 
     Returns:
         One row an (arm, init, split): dice and worst_tenth in %, failures (% of images below FAILURE), hd95
-        and assd in pixels, worst_band (its name) and worst_band_dice, worst_client_dice (mean over seeds; NaN
-        without mixtures).
+        and assd in pixels, worst_band (its name; "" unless two bands are large enough), worst_band_dice,
+        worst_band_images and worst_band_patients, worst_client_dice (mean over seeds; NaN without mixtures,
+        with fewer than two test groups that are large enough, or where these stand for less than half of a
+        client's images).
     """
     rows = []
     scores = per_image.assign(band=age_bands(per_image.age))
     for (arm, init, split), runs in scores.groupby(RUN[:3], sort=False):
         by_image = 100 * runs.groupby("image_id").dice.mean().sort_values()
-        bands = 100 * runs[runs.band != ""].groupby("band").dice.mean()
         row = {"arm": arm, "init": init, "split": split, "dice": by_image.mean()}
         row["worst_tenth"] = by_image.iloc[: max(1, round(len(by_image) / 10))].mean()
         row["failures"] = 100 * (runs.dice < FAILURE).mean()
         row |= {name: runs[name].mean() for name in ("hd95", "assd") if name in runs}
-        row["worst_band"] = bands.idxmin() if len(bands) else ""
-        row["worst_band_dice"] = bands.min() if len(bands) else np.nan
+        bands = _groups(runs[runs.band != ""], ["band"])
+        if len(bands) < 2:  # the worst of one is no finding
+            bands = bands.head(0)
+        worst = bands.dice.idxmin() if len(bands) else ""
+        row["worst_band"] = worst
+        for name in ("dice", "images", "patients"):
+            row[f"worst_band_{name}"] = bands[name][worst] if worst else np.nan
         row["worst_client_dice"] = _worst_client(runs, mixtures, split)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _groups(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Mean Dice in %, images and patients of each group of test images that is large enough."""
+    grouped = runs.groupby(by)
+    found = pd.DataFrame(
+        {
+            "dice": 100 * grouped.dice.mean(),
+            "images": grouped.image_id.nunique(),
+            "patients": grouped.patient_id.nunique(),
+        }
+    )
+    return found[(found.patients >= GROUP_PATIENTS) & (found.images >= GROUP_IMAGES)]
 
 
 def _worst_client(runs: pd.DataFrame, mixtures: pd.DataFrame | None, split: str) -> float:
@@ -240,185 +273,21 @@ def _worst_client(runs: pd.DataFrame, mixtures: pd.DataFrame | None, split: str)
         return np.nan
     found = []
     for seed, scores in runs.groupby("seed"):
-        strata = (100 * scores.groupby(["site", "band"]).dice.mean()).rename("dice").reset_index()
-        held = mixtures[(mixtures.split == split) & (mixtures.seed == seed)].merge(
-            strata, on=["site", "band"]
-        )
-        if len(held):
-            by_client = held.groupby("client")[["dice", "images"]]
-            found.append(by_client.apply(lambda own: np.average(own.dice, weights=own.images)).min())
+        strata = _groups(scores, ["site", "band"]).dice.reset_index()
+        if len(strata) < 2:  # nothing to tell one client's mixture from another's by
+            return np.nan
+        held = mixtures[(mixtures.split == split) & (mixtures.seed == seed)]
+        known = held.merge(strata, on=["site", "band"])
+        share = known.groupby("client").images.sum() / held.groupby("client").images.sum()
+        if not (share >= 0.5).all():
+            return np.nan
+        by_client = known.groupby("client")[["dice", "images"]]
+        found.append(by_client.apply(lambda own: np.average(own.dice, weights=own.images)).min())
     return float(np.mean(found)) if found else np.nan
 
 
 def _runs(results: pd.DataFrame) -> pd.MultiIndex:
     return pd.MultiIndex.from_frame(results[RUN].drop_duplicates().sort_values(RUN))
-
-
-# Uncertainty
-
-
-def bootstrap_mean(
-    values: np.ndarray, patients: Iterable, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Interval of the mean of `values` when whole patients are drawn again.
-
-    The percentile interval is too short for few clusters; it is widened to the level at which it has the
-    t interval's width on normal data (Hesterberg 2015, the expanded percentile interval).
-
-    Args:
-        values: (n,) one number an image.
-        patients: (n,) whose image it is.
-        level: how often the interval shall hold the true mean, 0..1.
-        resamples: bootstrap draws.
-        seed: of the draws.
-
-    Returns:
-        low, high, in the values' unit; NaN, NaN with fewer than two patients.
-    """
-    codes, _ = pd.factorize(np.asarray(patients))
-    num_patients = codes.max(initial=-1) + 1
-    if num_patients < 2:
-        return np.nan, np.nan
-    sums = np.bincount(codes, weights=values)
-    counts = np.bincount(codes)
-    drawn = np.random.default_rng(seed).multinomial(
-        num_patients, np.full(num_patients, 1 / num_patients), resamples
-    )
-    means = (drawn @ sums) / (drawn @ counts)
-    t = scipy.stats.t.ppf((1 + level) / 2, num_patients - 1)
-    tail = scipy.stats.norm.cdf(-t * np.sqrt(num_patients / (num_patients - 1)))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def seed_interval(values: Iterable[float], *, level: float = 0.95) -> tuple[float, float]:
-    """Student's t interval of the mean over seeds; NaN, NaN for a single one."""
-    values = np.asarray(list(values), dtype=float)
-    if len(values) < 2:
-        return np.nan, np.nan
-    half = scipy.stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
-
-
-def holm(p: Iterable[float]) -> np.ndarray:
-    """p-values corrected for being a family (Holm 1979); NaN stays NaN and does not count."""
-    p = np.asarray(list(p), dtype=float)
-    corrected = np.full_like(p, np.nan)
-    known = np.flatnonzero(~np.isnan(p))
-    order = known[np.argsort(p[known], kind="stable")]
-    corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
-    return corrected
-
-
-def sign_permutation(values: np.ndarray, *, resamples: int = 9999, seed: int = 0) -> float:
-    """Two-sided p that the mean of paired differences is zero, from signs that could as well be the other.
-
-    All 2^n signs for up to 13 differences, else `resamples` draws with the one observed counted in.
-
-    Args:
-        values: (n,) one difference a patient.
-        resamples: draws.
-        seed: of the draws.
-    """
-    # SciPy's permutation_test gives the same at ten times the time, which the map's many points would feel.
-    values = np.asarray(values, dtype=float)
-    if len(values) <= 13:
-        signs = np.array(list(itertools.product((-1, 1), repeat=len(values))), dtype=float)
-        as_far = np.abs(signs @ values) >= abs(values.sum()) * (1 - 1e-12)
-        return float(as_far.mean())
-    signs = 1.0 - 2.0 * np.random.default_rng(seed).integers(0, 2, (resamples, len(values)), dtype=np.int8)
-    as_far = np.abs(signs @ values) >= abs(values.sum()) * (1 - 1e-12)
-    return float((as_far.sum() + 1) / (resamples + 1))
-
-
-def contrast(
-    per_image: pd.DataFrame, cells: Mapping[Cell, float], *, resamples: int = 2000, seed: int = 0
-) -> dict[str, object]:
-    """A weighted sum of cells' Dice, image by image on the same test images and seeds.
-
-    One cell with weight 1 is its mean; {fm: 1, random: -1} is their difference; four cells make the
-    difference of two losses from IID to skew. A standalone image's score is its mean over clients.
-
-    Returns:
-        value, low, high (points of Dice, 95 % by patient), p and p_permutation (Wilcoxon signed-rank and
-        permutation of signs on patients' means, against zero), effect (d_z: the patients' mean over their
-        standard deviation), seed_low, seed_high (95 % t interval over seeds), images, patients, seeds, and
-        missing: why there is no value ("" if there is one).
-    """
-    empty = dict.fromkeys(
-        ["value", "low", "high", "p", "p_permutation", "effect", "seed_low", "seed_high"], np.nan
-    )
-    empty |= {"images": 0, "patients": 0, "seeds": 0, "missing": ""}
-    total = 0
-    for (arm, init, split), weight in cells.items():
-        rows = per_image[(per_image.arm == arm) & (per_image.init == init) & (per_image.split == split)]
-        if rows.dice.count() == 0:
-            return empty | {"missing": f"{arm} {init} under {split} was not run"}
-        total = total + 100 * weight * rows.groupby(["image_id", "seed"]).dice.mean().unstack("seed")
-    total = total.dropna(how="all").dropna(how="all", axis=1)  # images and seeds that every cell has
-    if total.empty:
-        return empty | {"missing": "the runs to be compared share no seed and test image"}
-
-    by_image = total.mean(axis=1)
-    patients = per_image.drop_duplicates("image_id").set_index("image_id").patient_id.reindex(by_image.index)
-    low, high = bootstrap_mean(by_image.to_numpy(), patients, resamples=resamples, seed=seed)
-    by_patient = by_image.groupby(patients.to_numpy()).mean().to_numpy()
-    p = scipy.stats.wilcoxon(by_patient).pvalue if np.any(by_patient) else 1.0
-    spread = by_patient.std(ddof=1) if len(by_patient) > 1 else np.nan
-    by_seed = total.mean()
-    seed_low, seed_high = seed_interval(by_seed)
-    return {
-        "value": by_image.mean(),
-        "low": low,
-        "high": high,
-        "p": float(p),
-        "p_permutation": sign_permutation(by_patient, seed=seed),
-        "effect": by_patient.mean() / spread if spread > 0 else np.nan,
-        "seed_low": seed_low,
-        "seed_high": seed_high,
-        "images": len(by_image),
-        "patients": len(by_patient),
-        "seeds": len(by_seed),
-        "missing": "",
-    }
-
-
-def compare(
-    per_image: pd.DataFrame,
-    family: Mapping[object, Mapping[Cell, float]],
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """The contrasts of a family, corrected for being several.
-
-    Returns:
-        A table indexed by the family's names: `contrast`'s columns, then p_holm, p_permutation_holm,
-        inside_noise and reading: "higher" | "lower" | "inside the noise", with ", one seed" where the noise
-        between training runs is unknown, or "" where the contrast is missing.
-    """
-    rows = [contrast(per_image, cells, resamples=resamples, seed=seed) for cells in family.values()]
-    table = pd.DataFrame(rows, index=pd.Index(list(family), tupleize_cols=False))
-    table["p_holm"] = holm(table.p)
-    table["p_permutation_holm"] = holm(table.p_permutation)
-    table["inside_noise"] = [_inside_noise(row) for row in table.itertuples()]
-    table["reading"] = [_reading(row) for row in table.itertuples()]
-    return table
-
-
-def _inside_noise(row) -> bool:
-    beyond_patients = row.low > 0 or row.high < 0
-    beyond_seeds = row.seeds == 1 or row.seed_low > 0 or row.seed_high < 0
-    beyond_chance = row.p_holm < ALPHA and row.p_permutation_holm < ALPHA
-    return not (beyond_patients and beyond_seeds and beyond_chance)
-
-
-def _reading(row) -> str:
-    if row.missing:
-        return ""
-    if row.inside_noise:
-        return "inside the noise"
-    return ("higher" if row.value > 0 else "lower") + (", one seed" if row.seeds == 1 else "")
 
 
 # The paper's tables
@@ -437,9 +306,9 @@ def table1(
     The federated and standalone columns are under `split`, by default `reference_split`.
 
     Returns:
-        One row a start: init, split, and for each arm {arm} (mean Dice), {arm}_low, {arm}_high (95 % by
-        patient), {arm}_images, {arm}_seeds. NaN and 0 where a cell was not run. A cell without scores by
-        image keeps its mean and has no interval.
+        One row a start: init, split, and for each arm {arm} (mean Dice), {arm}_low, {arm}_high (95 %, seeds
+        and patients together), {arm}_images, {arm}_patients, {arm}_seeds. NaN and 0 where a cell was not run.
+        A cell without scores by image keeps its mean and has no interval.
     """
     split = reference_split(results) if split is None else split
     last = final(results)
@@ -453,7 +322,7 @@ def table1(
                 runs = last[(last.arm == arm) & (last.init == init) & (last.split == where)]
                 cell |= {"value": 100 * runs.dice.mean(), "seeds": len(runs)}
             row |= {arm: cell["value"]} | {
-                f"{arm}_{key}": cell[key] for key in ("low", "high", "images", "seeds")
+                f"{arm}_{key}": cell[key] for key in ("low", "high", "images", "patients", "seeds")
             }
         rows.append(row)
     return pd.DataFrame(rows)
@@ -483,45 +352,55 @@ def gap_closed(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["init", "gap_closed", "why"])
 
 
-def gap_interval(
-    per_image: pd.DataFrame, init: str, split: str, *, resamples: int = 2000, seed: int = 0
-) -> dict[str, object]:
-    """`gap_closed` of one start from the scores by image, with a bootstrap interval over patients.
+def gap(per_image: pd.DataFrame, inits: Iterable[str], split: str) -> pd.DataFrame:
+    """Give `gap_interval` of each start.
 
     Returns:
-        gap_closed, low, high (1 is all of it) and why there is none: an arm was not run, or centralised
-        training is not above the random start outside the noise of the test images, so that the share would
-        be a number over nothing.
+        One row a start: init, split, gap_closed, low, high, images, patients, seeds, why.
     """
-    cells = {
-        "random": ("federated", "random", split),
-        "own": ("federated", init, split),
-        "centralised": CENTRALISED,
-    }
-    empty = {"gap_closed": np.nan, "low": np.nan, "high": np.nan}
-    whole = contrast(
-        per_image, {cells["centralised"]: 1, cells["random"]: -1}, resamples=resamples, seed=seed
-    )
-    if whole["missing"]:
-        return empty | {"why": whole["missing"]}
-    if not whole["low"] > 0:
-        return empty | {"why": "centralised training is not above the random start outside the noise"}
-    means = {}
-    for name, (arm, start, where) in cells.items():
-        rows = per_image[(per_image.arm == arm) & (per_image.init == start) & (per_image.split == where)]
-        if rows.empty:
-            return empty | {"why": f"{arm} {start} under {where} was not run"}
-        means[name] = rows.groupby("image_id").dice.mean()
-    table = pd.DataFrame(means).dropna()
-    patients = per_image.drop_duplicates("image_id").set_index("image_id").patient_id.reindex(table.index)
-    sums = table.groupby(patients.to_numpy()).sum().to_numpy()
-    number = len(sums)
-    drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), resamples) @ sums
-    at_random, own, centralised = (drawn[:, list(table).index(name)] for name in cells)
-    low, high = np.quantile((own - at_random) / (centralised - at_random), [0.025, 0.975])
-    mean = table.mean()
-    share = (mean.own - mean.random) / (mean.centralised - mean.random)
-    return {"gap_closed": float(share), "low": float(low), "high": float(high), "why": ""}
+    rows = [{"init": init, "split": split} | gap_interval(per_image, init, split) for init in inits]
+    names = ["init", "split", "gap_closed", "low", "high", "images", "patients", "seeds", "why"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def gap_interval(per_image: pd.DataFrame, init: str, split: str, *, level: float = 0.95) -> dict[str, object]:
+    """Give `gap_closed` of one start from the scores by image, with Fieller's interval of a ratio.
+
+    A share belongs to the interval where own - random - share * (centralised - random) is not told from zero
+    by the two-way error (Fieller 1954, Journal of the Royal Statistical Society B 16(2)).
+
+    Returns:
+        gap_closed, low, high (1 is all of it), images, patients, seeds, and why there is no share: an arm was
+        not run, there are too few test patients, or centralised training is not above the random start
+        outside the noise, so that the share would be a number over nothing.
+    """
+    random = ("federated", "random", split)
+    found: dict[str, object] = {"gap_closed": np.nan, "low": np.nan, "high": np.nan}
+    found |= {"images": 0, "patients": 0, "seeds": 0}
+    whole, missing = paired_scores(per_image, {CENTRALISED: 1, random: -1})
+    own, also_missing = paired_scores(per_image, {("federated", init, split): 1, random: -1})
+    if missing or also_missing:
+        return found | {"why": missing or also_missing}
+    whole, own = whole.align(own, join="inner")
+    patients = per_image.drop_duplicates("image_id").set_index("image_id").patient_id.reindex(whole.index)
+    found |= {"images": len(whole), "patients": patients.nunique(), "seeds": whole.shape[1]}
+    if patients.nunique() < MIN_PATIENTS:
+        return found | {"why": TOO_FEW}
+    if not two_way(whole.to_numpy(), patients).interval(level)[0] > 0:
+        return found | {"why": "centralised training is not above the random start outside the noise"}
+    share = float(own.to_numpy().mean() / whole.to_numpy().mean())
+
+    def beyond(candidate: float) -> float:
+        """Below zero where the candidate belongs to the interval."""
+        low, high = two_way((own - candidate * whole).to_numpy(), patients).interval(level)
+        return max(low, -high)
+
+    ends = []
+    for step in (-0.01, 0.01):
+        while beyond(share + step) < 0 and abs(step) < 1e6:
+            step *= 2
+        ends.append(scipy.optimize.brentq(beyond, share, share + step) if beyond(share) < 0 else share)
+    return found | {"gap_closed": share, "low": min(ends), "high": max(ends), "why": ""}
 
 
 #: What the map asks of each of its points: the first start's final Dice less the second's.
@@ -541,8 +420,8 @@ def gains(
 
     Returns:
         One row an (axis, value, pair): axis, value, higher, lower and `compare`'s columns; the study's own
-        value among the others, and no pair with a start that was run nowhere. All of them are one family for
-        Holm's correction.
+        value among the others on every axis, and no pair with a start that was run nowhere. All of them are
+        one family for Holm's correction, to which the study's own setting belongs once.
     """
     family, scores = {}, [per_image.assign(axis="", value="")]
     known = {init for table in (per_image, variants) for init in table.init[table.arm == "federated"]}
@@ -577,7 +456,7 @@ def variant_scores(
     """Final Dice of each start where one setting is changed, as :func:`gains` takes them.
 
     Returns:
-        One row an (axis, value, init): these, dice, low, high (%, 95 % by patient), images, seeds.
+        One row an (axis, value, init): these, dice in % and SCORED, of `contrast`'s columns.
     """
     rows = []
     for axis, of_axis in variants.groupby("axis", sort=False):
@@ -587,9 +466,22 @@ def variant_scores(
             for init in ordered_inits(source[source.arm == "federated"]):
                 cell = contrast(source, {("federated", init, split): 1}, resamples=resamples, seed=seed)
                 if not cell["missing"]:
-                    keep = {"dice": cell["value"]} | {k: cell[k] for k in ("low", "high", "images", "seeds")}
+                    keep = {"dice": cell["value"]} | {name: cell[name] for name in SCORED}
                     rows.append({"axis": axis, "value": value, "init": init} | keep)
-    return pd.DataFrame(rows, columns=["axis", "value", "init", "dice", "low", "high", "images", "seeds"])
+    return pd.DataFrame(rows, columns=["axis", "value", "init", "dice", *SCORED])
+
+
+SCORED = [
+    "low",
+    "high",
+    "patient_low",
+    "patient_high",
+    "seed_low",
+    "seed_high",
+    "images",
+    "patients",
+    "seeds",
+]
 
 
 def _axis_order(value: object) -> tuple:
@@ -633,9 +525,10 @@ def paired_differences(
 
 
 COMPARED = [
-    *("value", "low", "high", "p", "p_holm", "p_permutation", "p_permutation_holm", "effect"),
-    *("seed_low", "seed_high"),
-    *("images", "patients", "seeds", "inside_noise", "reading"),
+    *("value", "low", "high", "p", "p_holm", "p_permutation", "p_permutation_holm"),
+    *("p_two_way", "p_two_way_holm", "p_equivalence", "p_equivalence_holm", "effect", "error", "df"),
+    *("patient_low", "patient_high", "seed_low", "seed_high"),
+    *("images", "patients", "seeds", "inside_noise", "equivalent", "reading"),
 ]
 
 
@@ -644,191 +537,269 @@ _MAPPED = [name if name != "value" else "gain" for name in COMPARED]
 
 # The ledger
 
-
-def judge_number(
-    paper: float, low: float, high: float, *, seed_low: float, seed_high: float, seeds: int, order: str
-) -> tuple[str, str]:
-    """Verdict on a number of Table 1, and why.
-
-    With the interval by patient and the one over seeds joined into one:
-
-    - not testable here: not run; or the interval holds the paper's number and is too wide for a yes;
-    - reproduced: at least two seeds, and the whole interval within MARGIN points of the paper's number;
-    - direction only: the same with one seed; or another number, but above or below its neighbour in Table 1
-      (the random start; for that one, centralised training) as in the paper, outside the noise;
-    - not reproduced: otherwise.
-
-    Numbers are Dice in %: the paper's, our 95 % interval by patient, and the one over seeds (NaN for one).
-    `order` is `compare`'s reading of the difference that the paper has above zero ("" if it was not run).
-    """
-    if not seeds:
-        return "not testable here", "not run"
-    low, high = np.fmin(low, seed_low), np.fmax(high, seed_high)
-    if low >= paper - MARGIN and high <= paper + MARGIN:
-        if seeds == 1:
-            return (
-                "direction only",
-                f"within {MARGIN:g} points, but one seed: the noise between runs is unknown",
-            )
-        return "reproduced", f"within {MARGIN:g} points"
-    if np.isnan(low) or low <= paper <= high:
-        return (
-            "not testable here",
-            f"too noisy: over images and seeds it may lie from {low:.2f} to {high:.2f}",
-        )
-    if order.startswith("higher"):
-        return "direction only", "another number, the same order of arms" + order.removeprefix("higher")
-    return "not reproduced", "another number, and not the paper's order of arms outside the noise"
+ONE_SEED = "one seed: the noise between training runs is unknown"
 
 
-def judge_difference(row: Mapping[str, object], paper: float | None = None) -> tuple[str, str]:
-    """Verdict on a difference that the paper has above zero, and why.
+def judge_number(paper: float, margin: float, row: Mapping[str, object]) -> tuple[str, str]:
+    """Give the verdict on a number of the paper ("size"), and why.
 
-    - not testable here: an arm is missing; or the interval by patient holds both zero and the paper's size,
-      so the data cannot tell them apart;
-    - not reproduced: zero or below; or the interval by patient holds zero: inside the noise;
-    - direction only: above zero for the test images, but there is one seed, or seeds or Holm's correction
-      leave it inside the noise, or it is less than half the paper's size;
-    - reproduced: above zero outside the noise, with at least two seeds, and at least half the paper's size
-      where the paper gives one.
+    - not testable here: not run, fewer than MIN_PATIENTS test patients, one seed, or an interval that reaches
+      both into and out of the paper's number plus and minus `margin`;
+    - reproduced: within `margin` of the paper's number by two one-sided tests, so by the 90 % interval;
+    - not reproduced: the 95 % interval lies outside the paper's number plus and minus `margin`.
 
     Args:
-        row: value, low, high, seeds, inside_noise and missing as in `compare`.
-        paper: the paper's difference in points, None where it gives no number.
+        paper: the paper's number.
+        margin: how far from it a number still counts as the same, in its unit.
+        row: low, high (95 %), inner_low, inner_high (90 %), patients, seeds and missing.
     """
-    value, low, high, seeds = (row[key] for key in ("value", "low", "high", "seeds"))
     if row["missing"]:
         return "not testable here", str(row["missing"])
-    if paper is not None and low <= 0 <= high and low <= paper <= high:
-        return "not testable here", "too noisy: the interval holds both no difference and the paper's"
-    if value <= 0 and not high > 0:
-        return "not reproduced", "no difference" if value == 0 else "it points the other way"
-    if value <= 0 or low <= 0:
-        return "not reproduced", "inside the noise"
-    if seeds == 1:
-        return "direction only", "one seed: the noise between runs is unknown"
-    if row["inside_noise"]:
+    if row["patients"] < MIN_PATIENTS:
+        return "not testable here", TOO_FEW
+    if row["seeds"] == 1:
+        return "not testable here", ONE_SEED
+    if row["inner_low"] > paper - margin and row["inner_high"] < paper + margin:
+        return "reproduced", f"within {margin:g} of the paper's number by two one-sided tests"
+    if row["low"] > paper + margin or row["high"] < paper - margin:
+        return "not reproduced", f"the interval lies outside the paper's number ± {margin:g}"
+    return "not testable here", f"the interval reaches into and out of the paper's number ± {margin:g}"
+
+
+def judge_difference(
+    row: Mapping[str, object], paper: float | None = None, check: str = ""
+) -> tuple[str, str]:
+    """Give the verdict on a difference that the paper has above zero ("direction"), and why.
+
+    - not testable here: an arm is missing; fewer than MIN_PATIENTS test patients; one seed; the check of the
+      manipulation fails; or the difference is inside the noise and its interval is wider than the effect
+      asked about (the paper's size; EQUIVALENCE where the paper gives none);
+    - reproduced: above zero outside the noise, and at least half the paper's size where it gives one;
+    - direction only: above zero outside the noise, but less than half the paper's size;
+    - not reproduced: below zero outside the noise; equivalent to zero within EQUIVALENCE points by two
+      one-sided tests; or inside the noise with an interval that excludes the paper's size.
+
+    Args:
+        row: value, low, high, patients, seeds, inside_noise, equivalent and missing as in `compare`.
+        paper: the paper's difference in points, None where it gives no number.
+        check: why the manipulation had no effect here, "" where it had or where there is none.
+    """
+    value, low, high = row["value"], row["low"], row["high"]
+    if row["missing"]:
+        return "not testable here", str(row["missing"])
+    if row["patients"] < MIN_PATIENTS:
+        return "not testable here", TOO_FEW
+    if check:
+        return "not testable here", check
+    if row["seeds"] == 1:
+        return "not testable here", ONE_SEED
+    if not row["inside_noise"]:
+        if value < 0:
+            return "not reproduced", "below zero outside the noise"
+        if paper is not None and value < paper / 2:
+            return "direction only", f"outside the noise, but {value / paper:.0%} of the paper's size"
+        return "reproduced", "outside the noise"
+    if row["equivalent"]:
+        return "not reproduced", f"equivalent within {EQUIVALENCE:g} points by two one-sided tests"
+    if low > 0 or high < 0:
         return (
-            "direction only",
-            "the test images agree, but seeds or the number of comparisons leave it in the noise",
+            "not testable here",
+            "the interval excludes zero, but the correction for several tests takes it back",
         )
-    if paper is not None and value < paper / 2:
-        return "direction only", f"outside the noise, but {value / paper:.0%} of the paper's size"
-    return "reproduced", "outside the noise"
+    if paper is not None and high - low <= paper and high < paper:
+        return "not reproduced", "inside the noise, and the interval excludes the paper's size"
+    asked = EQUIVALENCE if paper is None else paper
+    return "not testable here", f"inside the noise, and too wide to exclude an effect of {asked:g} points"
 
 
 def claims(
     results: pd.DataFrame, per_image: pd.DataFrame, *, resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
-    """Each number and claim of the paper beside ours: `judge_number` and `judge_difference` state the rules.
+    """Set each number and claim of the paper beside ours: `judge_number` and `judge_difference` judge.
 
-    Holm's correction takes all differences of final Dice in this ledger as one family. Statements about
-    rounds and about the state before any round have no scores by image: their interval is over seeds.
+    Numbers ("size") and signs of differences ("direction") are rows of their own, and none says what another
+    says. Holm's correction takes all differences of final Dice in this ledger as one family. Statements about
+    rounds and about the state before any round have no scores by image: their interval is over seeds alone.
 
     Returns:
-        claim, paper (text: a number, or a bound such as "< 40"), ours, low, high (95 %), n (test images; runs
-        for statements about rounds), seeds, verdict, why, run (names of the runs behind it as in
-        ``weights/``, without their seeds).
+        claim, kind, paper (text: a number, or a bound such as "< 40"), ours, low, high (95 %), n (test
+        images), patients, seeds, verdict, why, run (names of the runs behind it as in ``weights/``, without
+        their seeds).
     """
+    rows = _numbers_of_table1(per_image, resamples, seed)
+    rows += [_gap_claim(per_image, init) for init in INITS if init != "random"]
     compared = compare(per_image, PAPER_DIFFERENCES, resamples=resamples, seed=seed)
-    rows = []
-    for cell, paper in PAPER.items():
-        ours = contrast(per_image, {cell: 1}, resamples=resamples, seed=seed)
-        noise = {key: ours[key] for key in ("low", "high", "seed_low", "seed_high", "seeds")}
-        verdict, why = judge_number(paper, **noise, order=compared.reading[PAPER_ORDER[cell]])
-        arm, init, _ = cell
-        name = f"Table 1, Dice in %: {arm}, {init} start"
-        rows.append(_claim(name, f"{paper:.2f}", ours, verdict, ours["missing"] or why, [cell]))
     for name, cells in PAPER_DIFFERENCES.items():
+        known = cells.keys() <= PAPER.keys()
+        paper = sum(weight * PAPER[cell] for cell, weight in cells.items()) if known else None
         ours = compared.loc[name].to_dict()
-        paper = (
-            sum(weight * PAPER[cell] for cell, weight in cells.items())
-            if cells.keys() <= PAPER.keys()
-            else None
-        )
-        verdict, why = judge_difference(ours, paper)
-        rows.append(_claim(name, f"{paper:+.2f}" if paper else "> 0", ours, verdict, why, cells))
-    return pd.DataFrame(rows + _claims_about_rounds(results, PAPER_SPLIT))
+        verdict = judge_difference(ours, paper, _loses_nothing(per_image, cells))
+        rows.append(_claim(name, "direction", f"{paper:+.2f}" if known else "> 0", ours, verdict, cells))
+    return pd.DataFrame(rows + _claims_about_rounds(results, per_image, PAPER_SPLIT))
 
 
 def _claim(
-    claim: str, paper: str, row: Mapping[str, object], verdict: str, why: str, cells: Iterable[Cell]
+    claim: str,
+    kind: str,
+    paper: str,
+    row: Mapping[str, object],
+    verdict: tuple[str, str],
+    cells: Iterable[Cell],
 ) -> dict[str, object]:
     return {
         "claim": claim,
+        "kind": kind,
         "paper": paper,
         "ours": row["value"],
         "low": row["low"],
         "high": row["high"],
         "n": row["images"],
+        "patients": row["patients"],
         "seeds": row["seeds"],
-        "verdict": verdict,
-        "why": why,
+        "verdict": verdict[0],
+        "why": verdict[1],
         "run": ", ".join(f"{arm}-{split}-{init}" for arm, init, split in cells) if row["seeds"] else "",
     }
 
 
-def _over_seeds(values: pd.Series, missing: str) -> dict[str, object]:
-    """One number a seed in the shape that `judge_difference` reads."""
+def _numbers_of_table1(per_image: pd.DataFrame, resamples: int, seed: int) -> list[dict[str, object]]:
+    rows = []
+    for cell, paper in PAPER.items():
+        ours = contrast(per_image, {cell: 1}, resamples=resamples, seed=seed)
+        inner = TwoWay(*(ours[name] for name in ("value", "error", "df"))).interval(1 - 2 * ALPHA)
+        ours |= dict(zip(("inner_low", "inner_high"), inner, strict=True))
+        name = f"Table 1, Dice in %: {cell[0]}, {cell[1]} start"
+        rows.append(_claim(name, "size", f"{paper:.2f}", ours, judge_number(paper, MARGIN, ours), [cell]))
+    return rows
+
+
+def _gap_claim(per_image: pd.DataFrame, init: str) -> dict[str, object]:
+    cell = ("federated", init, PAPER_SPLIT)
+    paper = 100 * (PAPER[cell] - PAPER[RANDOM]) / (PAPER[CENTRALISED] - PAPER[RANDOM])
+    ours = gap_interval(per_image, init, PAPER_SPLIT)
+    inner = gap_interval(per_image, init, PAPER_SPLIT, level=1 - 2 * ALPHA)
+    row = {name: 100 * ours[key] for name, key in (("value", "gap_closed"), ("low", "low"), ("high", "high"))}
+    row |= {f"inner_{end}": 100 * inner[end] for end in ("low", "high")}
+    row |= {name: ours[name] for name in ("images", "patients", "seeds")} | {"missing": ours["why"]}
+    name = f"Gap closed, % of the way from random to centralised: {init}"
+    cells = [cell, RANDOM, CENTRALISED]
+    return _claim(name, "size", f"{paper:.0f}", row, judge_number(paper, GAP_MARGIN, row), cells)
+
+
+def _loses_nothing(per_image: pd.DataFrame, cells: Mapping[Cell, float]) -> str:
+    """Check the manipulation of a claim about skew: say so where the random start loses nothing by it."""
+    (split,) = {split for _, _, split in cells} - {"iid"} if len(cells) == 4 else [""]
+    if not split:
+        return ""
+    lost = contrast(
+        per_image, {("federated", "random", "iid"): 1, ("federated", "random", split): -1}, resamples=200
+    )
+    if lost["missing"] or lost["low"] > 0:
+        return ""
+    size = f"{lost['value']:.2f} points, {lost['low']:.2f} to {lost['high']:.2f}"
+    return f"the random start itself does not lose by this skew outside the noise ({size})"
+
+
+def _over_seeds(
+    values: pd.Series, missing: str, tested: Mapping[str, int], reach: float
+) -> dict[str, object]:
+    """One number a seed in the shape that `judge_difference` reads; its interval stays within ±`reach`."""
     values = values.dropna()
-    low, high = seed_interval(values)
+    few = tested["patients"] < MIN_PATIENTS
+    low, high = (np.nan, np.nan) if few else np.clip(seed_interval(values), -reach, reach)
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    mean = TwoWay(values.mean(), error, len(values) - 1)
     return {
-        "value": values.mean(),
+        "value": mean.value,
         "low": low,
         "high": high,
-        "images": len(values),
         "seeds": len(values),
-        "inside_noise": len(values) > 1 and not low > 0,
+        "inside_noise": not (low > 0 or high < 0),
+        "equivalent": len(values) > 1 and mean.p_equivalent(EQUIVALENCE) < ALPHA,
         "missing": "" if len(values) else missing,
+        **tested,
     }
 
 
-def _claims_about_rounds(results: pd.DataFrame, split: str) -> list[dict[str, object]]:
-    runs = results[(results.arm == "federated") & (results.split == split)]
-    curves = runs.set_index(["init", "seed", "round"]).dice.sort_index()
-    last_round = runs.groupby(["init", "seed"])["round"].max()
+class _Curves:
+    """Dice by round of the federated runs under one split, asked seed by seed."""
 
-    def by_seed(init: str, rule) -> pd.Series:
-        seeds = curves.loc[init].groupby(level="seed") if init in curves else ()
-        return pd.Series({seed: rule(seed, curve.droplevel("seed")) for seed, curve in seeds}, dtype=float)
+    def __init__(self, results: pd.DataFrame, per_image: pd.DataFrame, split: str):
+        runs = results[(results.arm == "federated") & (results.split == split)]
+        scored = per_image[(per_image.arm == "federated") & (per_image.split == split)]
+        self.split = split
+        self.dice = runs.set_index(["init", "seed", "round"]).dice.sort_index()
+        self.length = int(runs["round"].max()) if len(runs) else 0
+        self.tested = {"images": scored.image_id.nunique(), "patients": scored.patient_id.nunique()}
 
-    def first_round(curve: pd.Series, level: float) -> float:
+    def by_seed(self, init: str, rule) -> pd.Series:
+        """A number a seed, from its curve (Dice by round)."""
+        known = init in self.dice.index.get_level_values("init")
+        seeds = self.dice.loc[init].groupby(level="seed") if known else ()
+        return pd.Series({seed: rule(curve.droplevel("seed")) for seed, curve in seeds}, dtype=float)
+
+    def first(self, curve: pd.Series, level: float) -> float:
+        """The first round at `level` or above; the run's length where there is none."""
         reached = curve.index[curve >= level]
-        return reached[0] if len(reached) else curve.index[-1] + 1  # later than the last: at least that
+        return reached[0] if len(reached) else curve.index[-1]
 
-    rows = []
+    def over_seeds(self, values: pd.Series, missing: str, reach: float | None = None) -> dict[str, object]:
+        return _over_seeds(values, missing, self.tested, self.length if reach is None else reach)
 
-    goal = by_seed("random", lambda _, curve: curve.iloc[-1])
-    random = by_seed("random", lambda seed, curve: first_round(curve, goal[seed]))
-    fm = by_seed("fm", lambda seed, curve: first_round(curve, goal[seed]) if seed in goal else np.nan)
-    saved = _over_seeds(random - fm, f"federated random and fm under {split} were not both run")
-    both = [("federated", init, split) for init in ("random", "fm")]
-    rows.append(_claim(ROUNDS_SAVED, "> 0", saved, *judge_difference(saved), both))
+    def cells(self, *inits: str) -> list[Cell]:
+        return [("federated", init, self.split) for init in inits]
 
-    for init in INITS:
-        sign, bound = (1, ">") if init == "random" else (-1, "<")
-        rounds = by_seed(init, lambda _, curve: first_round(curve, curve.iloc[-1] - PLATEAU))
-        ours = _over_seeds(rounds, f"federated {init} under {split} was not run")
-        length = last_round.loc[init].min() if init in curves else 0
-        if ours["missing"]:
-            verdict, why = "not testable here", ours["missing"]
-        elif length <= PAPER_ROUNDS:
-            verdict, why = (
-                "not testable here",
-                f"the run has {length} rounds: whether more would help is not seen",
-            )
-        else:
-            verdict, why = judge_difference(_over_seeds(sign * (rounds - PAPER_ROUNDS), ""))
-        claim = f"Fig. 3: rounds until {init} is within {100 * PLATEAU:g} point of its last Dice"
-        rows.append(
-            _claim(claim, f"{bound} {PAPER_ROUNDS}", ours, verdict, why, [("federated", init, split)])
-        )
 
-    start = {init: by_seed(init, lambda _, curve: curve.get(0, np.nan)) for init in ("fm", "pretraining")}
-    head = _over_seeds(
-        100 * (start["fm"] - start["pretraining"]), "round 0 of fm and pretraining was not scored"
-    )
+def _claims_about_rounds(
+    results: pd.DataFrame, per_image: pd.DataFrame, split: str
+) -> list[dict[str, object]]:
+    curves = _Curves(results, per_image, split)
+    rows = [_fewer_rounds(curves, init, results) for init in ("fm", "pretraining")]
+    rows += [_plateau(curves, init) for init in INITS]
+    start = {init: curves.by_seed(init, lambda curve: curve.get(0, np.nan)) for init in ("fm", "pretraining")}
+    missing = "round 0 of fm and pretraining was not scored"
+    head = curves.over_seeds(100 * (start["fm"] - start["pretraining"]), missing, 100)
     claim = "Claim 2, points of Dice before any round: fm above pretraining"
-    both = [("federated", init, split) for init in start]
-    rows.append(_claim(claim, "> 0", head, *judge_difference(head), both))
-    return rows
+    return [*rows, _claim(claim, "direction", "> 0", head, judge_difference(head), curves.cells(*start))]
+
+
+def _fewer_rounds(curves: _Curves, init: str, results: pd.DataFrame) -> dict[str, object]:
+    """Rounds to a fixed Dice that a start needs fewer than the random one; a run's length is the most."""
+    target = TARGETS[0]
+    spent = {
+        name: curves.by_seed(name, lambda curve: curves.first(curve, target)) for name in ("random", init)
+    }
+    best = [curves.by_seed(name, lambda curve: curve.max()).max() for name in spent]
+    saved = curves.over_seeds(
+        spent["random"] - spent[init], f"federated random and {init} under {curves.split} were not both run"
+    )
+    if not saved["missing"] and not max(best) >= target:
+        saved["missing"] = f"no run comes to {100 * target:g} %"
+    saved["equivalent"] = False  # the margin is one of Dice
+    verdict = judge_difference(saved)
+    if verdict[1].startswith("inside"):
+        verdict = "not testable here", "the seeds do not agree on who is sooner"
+    if verdict[0] == "reproduced":
+        runs = results[(results.arm == "federated") & (results.split == curves.split)]
+        seen = speed(runs, [target]).set_index("init").images_seen
+        seen = f"{seen[init]:,.0f} images for {init} and {seen['random']:,.0f} for random"
+        verdict = "reproduced", f"outside the noise of seeds; its making included, {seen}"
+    claim = f"Claim 1, rounds to a Dice of {100 * target:g} %: {init} fewer than random"
+    return _claim(claim, "direction", "> 0", saved, verdict, curves.cells("random", init))
+
+
+def _plateau(curves: _Curves, init: str) -> dict[str, object]:
+    sign, bound = (1, ">") if init == "random" else (-1, "<")
+    rounds = curves.by_seed(init, lambda curve: curves.first(curve, curve.iloc[-1] - PLATEAU))
+    missing = f"federated {init} under {curves.split} was not run"
+    ours = curves.over_seeds(rounds, missing)
+    ours["low"] = max(0.0, ours["low"]) if ours["low"] == ours["low"] else np.nan
+    beside = curves.over_seeds(sign * (rounds - PAPER_ROUNDS), missing, np.inf) | {"equivalent": False}
+    verdict = judge_difference(beside)
+    if not ours["missing"] and curves.length <= PAPER_ROUNDS:
+        why = f"the run has {curves.length} rounds: whether more would help is not seen"
+        verdict = "not testable here", why
+    elif verdict[1].startswith("inside"):
+        verdict = "not testable here", f"the seeds lie on both sides of {PAPER_ROUNDS} rounds"
+    claim = f"Fig. 3, rounds until {init} is within {100 * PLATEAU:g} point of its last Dice"
+    return _claim(claim, "direction", f"{bound} {PAPER_ROUNDS}", ours, verdict, curves.cells(init))

@@ -204,6 +204,33 @@ def compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Fit:
     )
 
 
+def not_finite(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """The first of a network's weights that a checkpoint does not hold as finite numbers; empty for none."""
+    for key, wanted in expected.items():
+        if key not in state or not wanted.is_floating_point():
+            continue
+        if not state[key].is_floating_point():
+            kind = str(state[key].dtype).removeprefix("torch.")
+            return f"{key} holds {kind} instead of floating point, as quantised weights do"
+        if not state[key].float().isfinite().all():
+            return f"{key} holds NaN or infinity"
+    return ""
+
+
+def constant(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """The first matrix of a checkpoint in which no matrix has two different numbers; empty where one has."""
+    matrices = [key for key, wanted in expected.items() if key in state and wanted.ndim > 1]
+    if any((state[key] != state[key].flatten()[0]).any() for key in matrices if state[key].numel() > 1):
+        return ""
+    return f"{matrices[0]} and every other matrix hold one number each" if matrices else ""
+
+
+def usable(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise a UserError where a checkpoint's numbers cannot be a trained network's."""
+    if wrong := not_finite(state, expected) or constant(state, expected):
+        raise UserError(f"{path} is no trained network: {wrong}; fetch the weights again or choose others")
+
+
 # ------------------------------------------------------------------------------------------ published files
 
 

@@ -1,5 +1,6 @@
 """``fmfl``: the whole study, a look at a data source, the report again, two studies compared."""
 
+import io
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -7,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fmfl import config
+from fmfl import config, errors, interrupt
 from fmfl.errors import UserError
 
 app = typer.Typer(
@@ -122,6 +123,9 @@ def study(
         bool, typer.Option(help="run the notebooks' code in this process, without Jupyter")
     ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="how many notebooks may run at once")] = 1,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="move another study that is in --out to a free name first")
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="say what would run and what it costs, and stop")] = False,
     progress: Annotated[bool, typer.Option(help="show a bar with the time left")] = True,
 ) -> None:
@@ -143,13 +147,15 @@ def study(
     if cfg.teacher.checkpoint and not Path(cfg.teacher.checkpoint).is_file():
         raise UserError(f"--checkpoint {cfg.teacher.checkpoint}: there is no such file")
 
-    from fmfl import grid  # imports torch, which a typing mistake need not wait for
+    with interrupt.while_importing():
+        from fmfl import grid  # imports torch, which a typing mistake need not wait for
 
     cells = grid.plan(cfg, seed_list, split_list, variants)
     if dry_run:
-        _say_cost(cells, grid.estimate(cells))
+        _say_cost(cells, grid.estimate(cells, replace_other=replace))
         return
-    ran, done = grid.run(cells, plain=plain, progress=progress and sys.stderr.isatty(), jobs=jobs)
+    shown = progress and sys.stderr.isatty()
+    ran, done = grid.run(cells, plain=plain, progress=shown, jobs=jobs, replace_other=replace)
     typer.echo(f"{ran} notebooks run, {done} were done already")
     typer.echo(f"report: {cfg.run_dir / 'report.html'}")
 
@@ -160,10 +166,17 @@ def check_data(
     size: Annotated[int, typer.Option(help="pixels a side")] = 256,
     mask_class: Annotated[str, typer.Option(help="the annotated class that is segmented")] = "lung",
     strict: Annotated[bool, typer.Option(help="a bad file is an error")] = False,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="write a PNG of images with the contours of their masks"),
+    ] = None,
 ) -> None:
-    """Check a data source: what it holds, what is left out and why."""
-    from fmfl import data
+    """Check a data source: what it holds, what is left out and why, and what is worth a look."""
+    with interrupt.while_importing():
+        from fmfl import data, inspection
 
+    if sheet is not None:
+        inspection.sheet_file(sheet)  # before the long work
     cohort = data.load(sources, size=size, mask_class=mask_class, strict=strict, progress=sys.stderr.isatty())
     typer.echo(cohort.summary().to_string())
     typer.echo(
@@ -172,6 +185,10 @@ def check_data(
     )
     for row in cohort.left_out[cohort.left_out.defect].itertuples():
         typer.echo(f"left out: {row.source}/{row.file}: {row.detail}", err=True)
+    for sentence in inspection.warnings(cohort):
+        typer.echo(f"warning: {sentence}", err=True)
+    if sheet is not None:
+        typer.echo(f"sheet: {sheet} with {inspection.sheet(cohort, sheet)} images")
 
 
 @app.command("report")
@@ -185,7 +202,8 @@ def rebuild_report(
     ] = None,
 ) -> None:
     """Write DIR/report.html again from the files beside it."""
-    from fmfl import report
+    with interrupt.while_importing():
+        from fmfl import report
 
     typer.echo(
         f"results: {report.write_into(into, directory)}" if into else f"report: {report.write(directory)}"
@@ -204,7 +222,8 @@ def check_teacher(
     ] = None,
 ) -> None:
     """Say which weights a file holds, and how they fit; exit code 2 where they do not."""
-    from fmfl import teacher
+    with interrupt.while_importing():
+        from fmfl import teacher
 
     found = teacher.check(file, name)
     numbers = sum(value.numel() for value in found.state.values())
@@ -221,12 +240,16 @@ def check_teacher(
             f"{len(found.fit.matched)} fit, {len(found.fit.missing)} missing, "
             f"{len(found.fit.unexpected)} unexpected, {len(found.fit.reshaped)} of another shape"
         )
+    if wrong := found.not_finite or found.constant:
+        lines["numbers"] = f"no trained network's: {wrong}"
     for what, value in lines.items():
         typer.echo(f"{what:<13} {value}")
     if found.fit is None:
         raise UserError(f"{file} fits no teacher: choose a checkpoint of SAM, MedSAM or SAM-Med2D")
     if problems := found.fit.sentence():
         raise UserError(f"{file} does not fit teacher {found.name!r}: {problems}")
+    if found.not_finite:
+        raise UserError(f"{file} is no trained network: {found.not_finite}; fetch it again")
 
 
 @teachers.command("download")
@@ -234,7 +257,8 @@ def download_teacher(
     name: Annotated[str, typer.Argument(metavar="NAME", help="sam_vit_b, sam_vit_l or sam_vit_h")],
 ) -> None:
     """Fetch a teacher's published weights and check their SHA-256; a broken download is continued."""
-    from fmfl import checkpoints
+    with interrupt.while_importing():
+        from fmfl import checkpoints
 
     typer.echo(f"weights: {checkpoints.download(name, progress=sys.stderr.isatty())}")
 
@@ -251,7 +275,8 @@ def verify(
     if not 0 <= tolerance < float("inf"):
         raise UserError(f"--tolerance is {tolerance}: it must be a number of at least 0")
 
-    from fmfl import verify
+    with interrupt.while_importing():
+        from fmfl import verify
 
     lines, equal = verify.compare(one, other, tolerance)
     for line in lines:
@@ -322,20 +347,31 @@ def flower_client(
 
 def _deploy() -> ModuleType:
     try:
-        from fmfl.engines import deploy
+        with interrupt.while_importing():
+            from fmfl.engines import deploy
     except ImportError:
         raise UserError("Flower is not installed: pip install -c requirements.lock -e '.[flower]'") from None
     return deploy
 
 
 def main() -> None:
-    """The command ``fmfl``: a person's mistake is one sentence and exit code 2."""
+    """Run ``fmfl``: a person's mistake is one sentence and exit code 2, Ctrl-C one and 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no × gets an escape, not an error
+            stream.reconfigure(errors="backslashreplace")
+    noted = interrupt.Noted()
     try:
-        app()
-    except UserError as error:
-        print(f"fmfl: {error}", file=sys.stderr)
-        sys.exit(2)
-    except SystemExit as ended:
-        if ended.code == 130:  # what typer makes of Ctrl-C
-            print("fmfl: stopped; the same command continues where it stopped", file=sys.stderr)
+        with interrupt.handled(noted.act):
+            app()
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 2
+        if code and (noted.came or code == 130):  # 130 is what typer makes of it
+            print(interrupt.STOPPED, file=sys.stderr)
+            sys.exit(130)
+        if isinstance(error, UserError):
+            print(f"fmfl: {error}", file=sys.stderr)
+            sys.exit(2)
+        if isinstance(error, OSError):
+            print(f"fmfl: {errors.of_the_system(error)}", file=sys.stderr)
+            sys.exit(2)
         raise

@@ -134,6 +134,9 @@ class FederateConfig:
     dirichlet_concentration: float = _in(0.5, 0.01, 1e6)  # small: each client lives in few age bands
     arms: str = _some_of("federated,centralised,standalone", *ARMS)
     inits: str = _some_of("random,pretraining,fm", *INITS)
+    # A split by age cannot deal an image without an age. leave_out: no client holds one, under any split, so
+    # that all splits train on the same images. auto: leave_out where a split of the study deals by age.
+    images_without_age: str = _one_of("auto", "auto", "keep", "leave_out")
     num_clients: int = _in(3, 1, 100_000)
     num_rounds: int = _in(5, 1, 100_000)  # paper: 100
     local_epochs: int = _in(1, 1, 1000)  # E in McMahan et al. 2017; paper: 5

@@ -1,4 +1,12 @@
-"""The one exception for mistakes that a person can mend."""
+"""The one exception for mistakes that a person can mend, and what to say of a system's refusals."""
+
+import errno
+
+#: The disk is full, the quota used up, the file too large.
+FULL = {errno.ENOSPC, errno.EFBIG, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") else [])}
+
+#: Somebody else may write here, or nobody.
+CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class UserError(ValueError):
@@ -11,3 +19,22 @@ class UserError(ValueError):
     def _render_traceback_(self) -> list[str]:
         """IPython's hook for how an exception is shown in a notebook."""
         return [f"{type(self).__name__}: {self}"]
+
+
+def of_the_system(error: OSError, file: object = "") -> str:
+    """One sentence on what the system refused, and what helps.
+
+    Args:
+        error: from the system.
+        file: what was written or read, where the error does not say it.
+    """
+    where = error.filename or file or "a file"
+    why = error.strerror or str(error) or type(error).__name__
+    if error.errno in FULL:
+        return (
+            f"there is no room for {where} ({why}): make some there, "
+            "and the same command continues where it stopped"
+        )
+    if error.errno in CLOSED:
+        return f"{where} cannot be read or written ({why}): name another place, or allow it there"
+    return f"{where}: {why}; see that the path is right and what is there can be used"

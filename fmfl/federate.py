@@ -7,6 +7,8 @@ the arms differ in nothing but who averages with whom.
 
 import contextlib
 import copy
+import itertools
+import json
 import os
 import warnings
 from collections import deque
@@ -29,6 +31,7 @@ from fmfl.states import (
     code_digest,
     fingerprint,
     previous,
+    read_record,
     read_state,
     state_digest,
     write_state,
@@ -265,6 +268,7 @@ class Server:
         kept: what is kept between rounds besides the state: ``adam-{client}``, a client's moments;
             ``norm-{client}``, its own BatchNorm; ``server``, the moments of the server's optimizer.
         file: the checkpoint, and at the end the final weights.
+        made_of: all that the run's bytes depend on, by name; ``fingerprint`` is its short name.
         exchange: of the round to be finished, where an engine has measured it; else it is reckoned.
         replicas: of the model, and ``spread``, the clients' images, where several devices train side by side.
     """
@@ -280,6 +284,7 @@ class Server:
     state: State
     file: Path
     fingerprint: str
+    made_of: dict = field(default_factory=dict)
     round_number: int = 0
     seconds: float = 0.0
     images_seen: int = 0
@@ -308,11 +313,13 @@ class Server:
         arm: str = "federated",
         precision: str = "float32",
         engine: object = "local",
+        move_aside: bool = True,
     ) -> "Server":
         """A server at the round where the same run stopped, or before the first one.
 
         What makes a run the same one is the initial state's bytes, the cohort, who holds which images, the
-        test images and every setting; with anything else changed it starts anew.
+        test images and every setting; with anything else changed it starts anew. The rounds of another run
+        are never deleted: see :func:`aside`.
 
         Args:
             run_dir: the study's folder; the checkpoint is ``weights/{arm}-{split}-{init}-seed{seed}...``.
@@ -320,28 +327,24 @@ class Server:
             clients: see :func:`clients_of` and :func:`pooled`.
             test: (n,) int64, the images it is scored on.
             engine: what brings the clients' updates, and all of its settings that a result depends on.
+            move_aside: False refuses a file that holds another run, instead of moving it.
+
+        Raises:
+            UserError: the file holds another run, and it is not to be moved.
         """
         split = "pooled" if arm == "centralised" else cfg.split
         client = next(iter(clients)) if arm == "standalone" else -1
-        # A stateless client begins each round with a new Adam; where no server comes in between, as in the
-        # centralised and standalone arms, resetting it would only be a handicap. All else that a server or a
-        # federation can choose is not theirs to choose.
-        if arm != "federated":
-            plain = FederateConfig()
-            cfg = replace(cfg, optimizer_state="keep", **{k: getattr(plain, k) for k in FEDERATED_SETTINGS})
-            if cfg.batch_norm == "local":  # as it is anyway where there is one client
-                cfg = replace(cfg, batch_norm="average")
-        settings = {
-            key: value
-            for key, value in asdict(cfg).items()
-            if key not in ("arms", "inits") and not (arm == "centralised" and key in PARTITION_SETTINGS)
+        cfg = own_settings(cfg, arm)
+        made_of = {
+            "settings": {"arm": arm, "student": student, "precision": precision} | run_settings(cfg, arm),
+            "code": code_digest((*TRAINING_CODE, "metrics.py")),
+            "data": cohort.fingerprint,
+            "start": state_digest(initial.state),
+            "clients": fingerprint({k: examples.indices.tolist() for k, examples in clients.items()}),
+            "test images": fingerprint(test.tolist()),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "engine": engine if arm == "federated" else "local",
         }
-        key = fingerprint(
-            code_digest((*TRAINING_CODE, "metrics.py")), arm, student, precision, settings,
-            state_digest(initial.state), cohort.fingerprint,
-            {k: examples.indices.tolist() for k, examples in clients.items()}, test.tolist(),
-            torch.are_deterministic_algorithms_enabled(), engine if arm == "federated" else "local",
-        )  # fmt: skip
         suffix = f"-client{client}" if arm == "standalone" else ""
         file = run_dir / "weights" / f"{arm}-{split}-{initial.name}-seed{cfg.seed}{suffix}.safetensors"
         server = cls(
@@ -356,11 +359,14 @@ class Server:
             state=initial.state,
             initial=initial.state,
             file=file,
-            fingerprint=key,
+            fingerprint=fingerprint(made_of),
+            made_of=made_of,
             seconds=initial.fitted.seconds,
             images_seen=initial.fitted.images_seen,
         )
-        if (stored := _last_checkpoint(file, key, cohort.device)) is not None:
+        if not move_aside:
+            _refuse_other(file, made_of)
+        if (stored := _last_checkpoint(file, made_of, cohort.device)) is not None:
             tensors, record = stored
             server.state = {k: v for k, v in tensors.items() if not k.startswith(KEPT)}
             for name, value in tensors.items():
@@ -432,6 +438,7 @@ class Server:
             self.state | flat,
             keep_previous=not last,
             fingerprint=self.fingerprint,
+            made_of=self.made_of,
             arm=self.arm,
             init=self.init,
             split=self.split,
@@ -513,17 +520,128 @@ FEDERATED_SETTINGS = (
 )
 
 
-def _last_checkpoint(file: Path, key: str, device: torch.device) -> tuple[State, dict] | None:
-    """The newest whole checkpoint of a run, or None; a damaged one gives way to the one before it."""
+def own_settings(cfg: FederateConfig, arm: str) -> FederateConfig:
+    """Take from the settings what an arm has no use for: a server's or federation's choices are its alone.
+
+    A stateless client begins each round with a new Adam; where no server comes in between, as in the
+    centralised and standalone arms, resetting it would only be a handicap.
+    """
+    if arm == "federated":
+        return cfg
+    plain = FederateConfig()
+    cfg = replace(cfg, optimizer_state="keep", **{k: getattr(plain, k) for k in FEDERATED_SETTINGS})
+    # FedBN's own BatchNorm is what there is anyway with one client.
+    return replace(cfg, batch_norm="average") if cfg.batch_norm == "local" else cfg
+
+
+def run_settings(cfg: FederateConfig, arm: str) -> dict[str, object]:
+    """The settings of :func:`own_settings` that an arm's run depends on, by name."""
+    # Who holds which images is told by the clients themselves.
+    left_out = ("arms", "inits", "images_without_age", *(PARTITION_SETTINGS if arm == "centralised" else ()))
+    return {name: value for name, value in asdict(own_settings(cfg, arm)).items() if name not in left_out}
+
+
+def unlike(record: Mapping, made_of: Mapping) -> list[str]:
+    """Name what differs between a checkpoint's record and another run, each difference in a few words."""
+    there = record.get("made_of")
+    if not isinstance(there, dict):
+        return ["an older version of fmfl wrote it"]
+    there, here = ({**one.get("settings", {}), **one} for one in (there, made_of))
+    # As JSON gives them back.
+    here = json.loads(json.dumps(here, default=str))
+    found = []
+    for name in sorted({*there, *here} - {"settings"}):
+        one, other = there.get(name), here.get(name)
+        if one != other:
+            found.append(IDENTITIES.get(name, f"{name} {one}, now {other}"))
+    return found
+
+
+#: What :attr:`Server.made_of` holds as digests, which say nothing to a reader, and words for another one.
+IDENTITIES = {
+    "code": "other code",
+    "data": "other images",
+    "start": "other weights to begin with",
+    "clients": "other images at the clients",
+    "test images": "other test images",
+    "engine": "another engine",
+}
+
+
+def aside(file: Path, record: Mapping) -> Path:
+    """Name the file that keeps another run's checkpoint: in ``aside/``, with 8 characters of its fingerprint.
+
+    It stays a file of safetensors. No table or manifest takes it for a result, but a run of its very
+    fingerprint goes on from it.
+    """
+    return file.parent / "aside" / f"{file.stem}.{str(record.get('fingerprint', ''))[:8]}{file.suffix}"
+
+
+def _others(file: Path, made_of: Mapping) -> list[tuple[Path, dict]]:
+    """The whole checkpoints of other runs under a run's name, each with its record, the newest first."""
+    key, found = fingerprint(made_of), []
+    for place in (file, previous(file)):
+        record = read_record(place)
+        other = record.get("fingerprint") != key and read_state(place) is not None
+        # The one before it adds nothing to a newer one of the same run.
+        if other and record.get("fingerprint") not in {of.get("fingerprint") for _, of in found}:
+            found.append((place, record))
+    return found
+
+
+def _refuse_other(file: Path, made_of: Mapping) -> None:
+    for place, record in _others(file, made_of):
+        raise UserError(
+            f"{place} holds {record.get('round_number', 0)} rounds made with other settings, test images or "
+            f"version of fmfl ({_few(unlike(record, made_of))}): name another folder with --out, or the same "
+            "settings to go on"
+        )
+
+
+def _few(differences: list[str]) -> str:
+    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return ", ".join(differences[:3]) + more
+
+
+def _move_aside(place: Path, file: Path, record: Mapping, why: list[str]) -> None:
+    """Move the checkpoint of another run out of the way of this one, over no other file."""
+    kept = first = aside(file, record)
+    for number in itertools.count(1):
+        if not kept.exists():
+            break
+        kept = first.with_name(f"{first.stem}.{number}{first.suffix}")
+    kept.parent.mkdir(exist_ok=True)
+    os.replace(place, kept)
+    warnings.warn(
+        f"{file} held {record.get('round_number', 0)} rounds of another run ({_few(why)}): "
+        f"they are kept in {kept}",
+        stacklevel=4,
+    )
+
+
+def _last_checkpoint(file: Path, made_of: Mapping, device: torch.device) -> tuple[State, dict] | None:
+    """The newest whole checkpoint of a run, or None; a damaged one gives way to the one before it.
+
+    The rounds of other runs under the same name are moved aside, and those of this one come back from there.
+    """
+    key = fingerprint(made_of)
     if (newest := read_state(file, fingerprint=key, device=device)) is not None:
         return newest
-    before = read_state(previous(file), fingerprint=key, device=device)
-    if file.exists() and read_state(file) is None:
-        how = "continues from the checkpoint before it" if before else "begins anew"
-        warnings.warn(f"{file} is damaged: the run {how}", stacklevel=3)
-    if before:
-        os.replace(previous(file), file)  # else the next round would keep the damaged one
-    return before
+    for place, record in _others(file, made_of):
+        _move_aside(place, file, record, unlike(record, made_of))
+    kept = aside(file, {"fingerprint": key})
+    places = [previous(file), *kept.parent.glob(f"{kept.stem}*{kept.suffix}")]
+    for place in sorted(places, key=lambda one: -read_record(one).get("round_number", 0)):
+        if (before := read_state(place, fingerprint=key, device=device)) is not None:
+            if file.exists():
+                warnings.warn(
+                    f"{file} is damaged: the run continues from the checkpoint before it", stacklevel=3
+                )
+            os.replace(place, file)  # else the next round would keep the damaged one
+            return before
+    if file.exists():
+        warnings.warn(f"{file} is damaged: the run begins anew", stacklevel=3)
+    return None
 
 
 def train_client(server: Server, number: int) -> tuple[State, int]:

@@ -29,36 +29,33 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from fmfl import config, models, paths, states, study, syntax, train
+from fmfl import config, errors, federate, interrupt, models, paths, split, states, study, syntax, train
 from fmfl.config import Settings, several
 from fmfl.errors import UserError
-from fmfl.split import Holdout
-
-#: Which stages' settings a notebook depends on, and single ones besides.
-DEPENDS: dict[str, tuple[str, ...]] = {
-    "01_data": ("data", "federate.num_clients", "federate.age_strength", "federate.quantity_ratio",
-                "federate.seed"),
-    "02_teacher": ("data", "teacher", "distill.student"),
-    "03_distill": ("data", "teacher", "distill", "sweep", "federate.batch_size", "federate.augmentation",
-                   "federate.batch_norm", "federate.seed", "federate.inits", "run.precision",
-                   "run.deterministic"),
-    "04_federate": ("data", "teacher", "distill", "federate", "flower", "run.precision", "run.deterministic",
-                    "run.engine"),
-    "05_analysis": ("data", "teacher", "distill", "sweep", "federate", "flower", "analysis", "run.precision",
-                    "run.deterministic", "run.engine"),
-}  # fmt: skip
+from fmfl.split import AGE_SCHEMES, Holdout
+from fmfl.study import DEPENDS
 
 #: What every notebook is given and no number depends on.
 WHERE = ("run_name", "device", "cohort_device")
 
 #: Modules whose code no number depends on.
-NO_NUMBERS = ("cli.py", "engines/deploy.py", "grid.py", "syntax.py", "teacher_training.py", "verify.py")
+NO_NUMBERS = (
+    "__main__.py",
+    "cli.py",
+    "engines/deploy.py",
+    "grid.py",
+    "inspection.py",
+    "interrupt.py",
+    "syntax.py",
+    "teacher_training.py",
+    "verify.py",
+)
 
 NO_BARS = {"TQDM_DISABLE": "1"}
 """An environment without progress bars, see :func:`fmfl.study.show_bars`."""
@@ -99,12 +96,8 @@ class Cell:
     def parameters(self) -> dict[str, Any]:
         """What is injected: every setting that the notebook depends on, and where it runs."""
         flat = self.cfg.flat()
-        names = {name for name, stage in config.stage_of().items() if self._depends_on(stage, name)}
+        names = study.depends_on(self.notebook)
         return {name: flat[name] for name in flat if name in names or name in WHERE}
-
-    def _depends_on(self, stage: str, name: str) -> bool:
-        wanted = DEPENDS[self.notebook]
-        return stage in wanted or f"{stage}.{name}" in wanted
 
 
 #: Settings that a random start under a split does not depend on, besides all of the teacher's.
@@ -129,7 +122,10 @@ def plan(
             such as the random start by a number of labels, is not trained again.
     """
     reference = cfg.analysis.reference_split if cfg.analysis.reference_split in splits else splits[0]
-    cfg = replace(cfg, federate=replace(cfg.federate, seed=seeds[0]))
+    whose = cfg.federate.images_without_age
+    if whose == "auto":  # all splits of a study train on the same images
+        whose = "leave_out" if set(splits) & set(AGE_SCHEMES) else "keep"
+    cfg = replace(cfg, federate=replace(cfg.federate, seed=seeds[0], images_without_age=whose))
     cells = [Cell("01_data", cfg), Cell("02_teacher", cfg)]
     for seed in seeds:
         seeded = replace(cfg, federate=replace(cfg.federate, seed=seed))
@@ -185,13 +181,19 @@ class Cost(NamedTuple):
     hours: float  # at the speed that this device has just shown
 
 
-def estimate(cells: list[Cell], *, steps: int = 4) -> dict[str, Cost]:
+def estimate(cells: list[Cell], *, steps: int = 4, replace_other: bool = False) -> dict[str, Cost]:
     """What the cells that are not done will cost, by key: their training, without teacher and scoring.
 
     A few steps of the student are timed on this device; on a CPU, trainings that run side by side share the
     cores.
+
+    Raises:
+        UserError: the study cannot run to its end, or its folder holds another one.
     """
-    keys = _fingerprints(cells, check(cells))
+    inputs = check(cells)
+    if not replace_other:
+        _refuse(cells, inputs)
+    keys = _fingerprints(cells, inputs)
     cohort = study.load_cohort(cells[0].cfg)
     rates: dict[tuple, float] = {}
     found = {}
@@ -245,11 +247,123 @@ def check(cells: list[Cell]) -> dict[str, str]:
     here = replace(cfg, run=replace(cfg.run, device="cpu"))  # the GPU's memory is the notebooks'
     who = study.load_teacher(here)
     cohort = study.load_cohort(here)
-    federated = study.hold_out(here, cohort).federated
+    parts = study.hold_out(here, cohort)
     for cell in cells:
+        if cell.notebook == "03_distill" and {"pretraining", "fm"} & {*several(cell.cfg.federate.inits)}:
+            known = int(study.labelled(cell.cfg, parts.proxy).sum())
+            _check_batches(cell.cfg, {"the proxy set": len(parts.proxy), "its labelled part": known})
         if cell.notebook == "04_federate":
-            study.partition(cohort, federated, cell.cfg.federate)
+            one = cell.cfg.federate
+            if one.split == "age" and one.age_strength and one.num_clients > 1:
+                split.check_ages(cohort.table, parts.federated)
+            clients = study.partition(cohort, parts.federated, one)
+            _check_batches(cell.cfg, {f"client {k}": len(images) for k, images in enumerate(clients)})
     return {"data": cohort.fingerprint, "teacher": who.sha256}
+
+
+def other_study(cells: list[Cell], inputs: dict[str, str]) -> dict[str, tuple[Any, Any]]:
+    """Compare what the study's folder holds with what is to run there: settings, images, teacher.
+
+    Seeds, splits, starts, arms, variants and all else in :data:`fmfl.study.FREE` may differ, and so may the
+    code. Images and teacher are told by their bytes, so that they may have moved.
+
+    Args:
+        inputs: from :func:`check`.
+
+    Returns:
+        Of each thing that differs its value there and here; empty where the study can go on.
+    """
+    cfg = cells[0].cfg
+    found: dict[str, tuple[Any, Any]] = {}
+    images, weights = set(), set()
+    for _, about in study.cell_records(cfg.run_dir):
+        found |= study.changed(about, cfg)
+        record = about.get("record") or {}
+        images |= {record.get({"01_data": "fingerprint", "04_federate": "images"}.get(about["notebook"]))}
+        weights |= {record.get("sha256")} if about["notebook"] == "02_teacher" else set()
+    for folder in (cfg.run_dir / study.VARY).glob("*=*"):
+        for _, about in study.cell_records(folder):
+            other = study.changed(about, cfg)
+            found |= {name: values for name, values in other.items() if name != folder.name.split("=")[0]}
+    for file in sorted((cfg.run_dir / "weights").glob("*.safetensors")):
+        if isinstance(made_of := states.read_record(file).get("made_of"), dict):
+            there = made_of["settings"]
+            here = federate.run_settings(cfg.federate, there["arm"]) | {"student": cfg.distill.student}
+            names = [name for name in here if name in there and name not in study.FREE]
+            found |= {name: (there[name], here[name]) for name in names if there[name] != here[name]}
+            images.add(made_of["data"])
+    held = _read_marker(cfg.run_dir / "manifest.json")
+    if isinstance(settings := held.get("settings"), dict):
+        settings = {name: value for name, value in settings.items() if name not in study.PLACES}
+        found |= study.changed({"notebook": "05_analysis", "settings": cfg.flat() | settings}, cfg)
+        images.add((held.get("data") or {}).get("fingerprint"))
+    elif (cfg.run_dir / "results.csv").exists() and not any((cfg.run_dir / "cells").glob("*/cell.json")):
+        found["results.csv"] = ("of another origin", "to be written")
+    for what, name, seen in (("data", "data", images), ("teacher", "checkpoint", weights)):
+        seen.discard(None)
+        if seen:
+            found.pop(name, None)
+        if other := seen - {inputs[what]}:
+            short = f"of fingerprint {min(other)[:8]}"
+            found[f"{what} (by its bytes)"] = (short, f"of fingerprint {inputs[what][:8]}")
+    # The splits decide it, and a study may add one. Where that changes who holds which images, the cells are
+    # run again and the rounds that there are move aside.
+    found.pop("images_without_age", None)
+    return found
+
+
+def _refuse(cells: list[Cell], inputs: dict[str, str]) -> None:
+    """Raise a UserError where the study's folder holds another one."""
+    root = cells[0].cfg.run_dir
+    if found := other_study(cells, inputs):
+        raise UserError(
+            f"--out {root} holds another study ({study.first_few(found)}): name another folder, or add "
+            f"--replace, which first moves that one to {_free_name(root)}"
+        )
+
+
+def _free_name(folder: Path) -> Path:
+    """The folder's name with the first number that makes it a name nobody has."""
+    numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+    return next(name for name in numbered if not os.path.lexists(name))
+
+
+def _move_away(root: Path) -> Path:
+    """Move a study's folder to a free name beside it.
+
+    Raises:
+        UserError: another process is at work in it, or it cannot be moved.
+    """
+    if any(Claims(root).held()):
+        raise UserError(
+            f"--out {root} holds another study that is being run: stop it, or name another folder"
+        )
+    aside = _free_name(root)
+    try:
+        os.rename(root, aside)
+    except OSError as error:
+        raise UserError(
+            f"--out {root} cannot be moved to {aside} ({error.strerror}): move it yourself, or name another"
+        ) from None
+    return aside
+
+
+def _check_batches(cfg: Settings, holders: dict[str, int]) -> None:
+    """Raise a UserError where a step would see one image and the student's BatchNorm one pixel of it."""
+    batch, norm = cfg.federate.batch_size, cfg.federate.batch_norm
+    # An epoch is cut into steps that differ by at most one image, see train.batches.
+    alone = {who: n for who, n in holders.items() if n and n // -(-n // batch) == 1}
+    if not alone:
+        return
+    model = models.build(cfg.distill.student, batch_norm=norm)
+    if models.smallest_batch(model, cfg.data.size) > 1:
+        who, n = next(iter(alone.items()))
+        how = "give it more images" if n == 1 else "raise batch_size"
+        raise UserError(
+            f"{who} has {n} image{'s' * (n != 1)}, so with batch_size {batch} a step sees one alone, which "
+            f"is too little for the BatchNorm of {cfg.distill.student} at size {cfg.data.size}: {how}, "
+            "raise size or set batch_norm to group"
+        )
 
 
 def run(
@@ -258,6 +372,7 @@ def run(
     plain: bool = False,
     progress: bool = True,
     jobs: int = 1,
+    replace_other: bool = False,
     say: Callable[[str], None] = tqdm.write,
 ) -> tuple[int, int]:
     """Run what is not done yet.
@@ -268,21 +383,28 @@ def run(
         progress: show bars, the study's with the time left, counted in federated rounds.
         jobs: how many notebooks may run at once. On two cores, which one notebook's trainings fill already,
             two take 0.91 of the time; what 02_teacher says of speed is then of a shared machine.
+        replace_other: another study in the folder is moved to a free name beside it.
         say: takes one line for each cell.
 
     Returns:
         How many cells were run and how many were done already.
 
     Raises:
-        UserError: the study cannot begin (see :func:`check`), or a notebook failed: the sentence names it
-            and where its outputs are kept. Notebooks that run beside it are let come to their end first.
+        UserError: the study cannot begin (see :func:`check`), its folder holds another one, or a notebook
+            failed: the sentence names it and where its outputs are kept. Notebooks that run beside it are let
+            come to their end first.
     """
     if plain and jobs > 1:
         raise UserError(f"--jobs {jobs} needs Jupyter: with --plain the notebooks run one after the other")
-    with _environment({} if progress else NO_BARS):
+    with _environment({} if progress else NO_BARS), _sentences():
         inputs = check(cells)
         root = cells[0].cfg.run_dir
         check_folder(root)
+        if not replace_other:
+            _refuse(cells, inputs)
+        elif other_study(cells, inputs):
+            say(f"{root} held another study: it is now {_move_away(root)}")
+            check_folder(root)
         keys = _fingerprints(cells, inputs)
         Claims(root).sweep()
         with _bar(cells, sum(cell.rounds for cell in cells), progress) as tick:
@@ -290,6 +412,24 @@ def run(
             ran = work.by_several() if jobs > 1 else work.alone()
         Claims(root).forget()
     return ran, len(cells) - ran
+
+
+@contextlib.contextmanager
+def _sentences() -> Iterator[None]:
+    """A full disk is a sentence; Ctrl-C ends the kernels at once, and is not waited for in vain."""
+
+    def end_kernels(go_on: Callable[[], object]) -> None:
+        _kill_kernels()
+        go_on()
+
+    try:
+        with interrupt.handled(end_kernels):
+            yield
+    except OSError as error:
+        raise UserError(errors.of_the_system(error)) from error
+    except KeyboardInterrupt:
+        _kill_kernels()  # one that was only starting
+        raise
 
 
 class _Work:
@@ -366,7 +506,7 @@ POLL_SECONDS = 1.0
 
 def _fingerprints(cells: list[Cell], inputs: dict[str, str]) -> dict[str, str]:
     """What each cell's results depend on."""
-    modules = sorted(str(file.relative_to(paths.PACKAGE)) for file in paths.PACKAGE.rglob("*.py"))
+    modules = sorted(file.relative_to(paths.PACKAGE).as_posix() for file in paths.PACKAGE.rglob("*.py"))
     code = states.code_digest(tuple(name for name in modules if name not in NO_NUMBERS))
     found: dict[str, str] = {}
     for cell in cells:
@@ -454,19 +594,23 @@ class Claims:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
+    def held(self) -> Iterator[Path]:
+        """The locks that living processes hold."""
+        for file in self.folder.glob("*.lock"):
+            if file.name != "gate.lock":
+                try:
+                    with FileLock(file).acquire(timeout=0):
+                        pass
+                except Timeout:
+                    yield file
+
     def sweep(self) -> None:
         """Remove what killed processes were writing, if no other one is at work."""
         if not any(_unfinished(self.root)):
             return
         with self.gate():
-            for file in self.folder.glob("*.lock"):
-                if file.name == "gate.lock":
-                    continue
-                try:
-                    with FileLock(file).acquire(timeout=0):
-                        pass
-                except Timeout:
-                    return
+            if any(self.held()):
+                return
             for file in _unfinished(self.root):
                 file.unlink(missing_ok=True)
 
@@ -608,19 +752,39 @@ def execute(cell: Cell, output: Path, share: int = 1) -> None:
         """Jupyter's own; this process's environment and folder stay as they are, whoever else runs here."""
 
         async def start_kernel(self, **options: Any) -> None:
-            await super().start_kernel(**options | {"env": os.environ | own, "cwd": str(paths.NOTEBOOKS)})
             _kernels.add(self)
+            # What a kernel says outside a cell is of its own end: not for the terminal.
+            there = {"env": os.environ | own, "cwd": str(paths.NOTEBOOKS), "stdout": said, "stderr": said}
+            await super().start_kernel(**options | there)
 
-    try:
-        with _private_sockets() as private:
-            papermill.execute_notebook(
-                str(source), str(output), cell.parameters, kernel_name="python3", progress_bar=False,
-                log_output=False, kernel_manager_class=Manager, config=private,
-            )  # fmt: skip
-    except PapermillExecutionError as error:
-        raise _failure(output, error.ename, error.evalue) from None
-    except (RuntimeError, NoSuchKernel) as error:  # the kernel died, or there is none
-        raise _failure(output, type(error).__name__, str(error)) from None
+    with tempfile.TemporaryFile() as said:
+        try:
+            with _private_sockets() as private:
+                papermill.execute_notebook(
+                    _as_it_is(source), _as_it_is(output), cell.parameters, kernel_name="python3",
+                    progress_bar=False, log_output=False, kernel_manager_class=Manager, config=private,
+                )  # fmt: skip
+        except PapermillExecutionError as error:
+            raise _failure(output, error.ename, error.evalue) from None
+        except (RuntimeError, NoSuchKernel) as error:  # the kernel died, or there is none
+            raise _failure(output, type(error).__name__, f"{error}{_last_words(said)}") from None
+        except OSError as error:  # the notebook itself could not be written
+            if not _read_marker(output):
+                output.unlink(missing_ok=True)  # else it would stand there half
+            raise UserError(errors.of_the_system(error, output)) from error
+
+
+def _as_it_is(path: Path) -> str:
+    """A path for papermill, which would put a parameter's value in place of its name in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def _last_words(said: IO[bytes]) -> str:
+    """The last line that a kernel wrote before it died, such as a missing module; empty if there is none."""
+    said.seek(max(0, said.seek(0, os.SEEK_END) - 10_000))
+    lines = said.read().decode(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f" ({last})" if last else ""
 
 
 @contextlib.contextmanager
@@ -731,9 +895,17 @@ def _run_plain(source: str, namespace: dict[str, Any], part: dict[str, Any]) -> 
     return cell
 
 
+#: What the text of an OSError holds: in another process that is all there is of it.
+_REFUSED = re.compile(r"\[Errno (?P<number>\d+)\] (?P<why>[^:]+)(: '(?P<file>.*)')?")
+
+
 def _failure(output: Path, kind: str, message: str) -> UserError:
     if kind == UserError.__name__:
         return UserError(message)
+    refused = _REFUSED.fullmatch(message.strip())
+    if refused and int(refused["number"]) in errors.FULL | errors.CLOSED:
+        error = OSError(int(refused["number"]), refused["why"], refused["file"])
+        return UserError(errors.of_the_system(error, output.parent.parent))
     first = message.strip().splitlines()[0] if message.strip() else "no message"
     return UserError(f"notebook {output.stem} failed with {kind}: {first}; its outputs are in {output}")
 

@@ -114,7 +114,28 @@ def load_weights(model: nn.Module, file: str | Path, *, encoder_only: bool = Fal
     fit = checkpoints.compare(given, wanted)
     if problems := fit.sentence():
         raise UserError(f"{file} does not fit the student: {problems}")
+    checkpoints.usable(Path(file), given, wanted)
     model.load_state_dict(own | {key: value.to(own[key]) for key, value in given.items()})
+
+
+@torch.no_grad()
+def smallest_batch(model: nn.Module, size: int) -> int:
+    """Images that a step of training needs at this size: 2 where some BatchNorm sees one pixel, else 1.
+
+    BatchNorm needs two values of each channel to have a variance.
+    """
+    pixels: list[int] = []
+    hooks = [
+        norm.register_forward_pre_hook(lambda norm, inputs: pixels.append(inputs[0][0, 0].numel()))
+        for norm in model.modules()
+        if isinstance(norm, NORMS)
+    ]
+    training, device = model.training, next(model.parameters()).device
+    model.eval()(torch.zeros(1, 1, size, size, device=device))
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    return 2 if 1 in pixels else 1
 
 
 NORMS = nn.modules.batchnorm._BatchNorm

@@ -3,11 +3,14 @@
 Every function draws with pyplot, so a notebook shows the figure where it is called (end the line with `;`),
 and returns it, so that a caller can save it. Axes carry their unit. A start has one colour and one marker
 everywhere: the colours are Okabe & Ito's, told apart with any colour vision, the markers in grey print too.
+Clients, sites and the teacher have colours of their own. A figure is no wider than a phone's page can show
+with its text still readable, unless it holds many groups.
 Images and masks may be tensors on any device or arrays, [B, 1, H, W] or [B, H, W]: whole numbers 0..255, or
 floats 0..1 as a network sees them; masks 0/1 or bool.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fmfl.analysis import FAILURE, bootstrap_mean, final, ordered_inits, reference_split, seed_interval
+from fmfl.analysis import FAILURE, contrast, final, ordered_inits, reference_split, seed_interval
 
 PALETTE = {
     "random": "#E69F00",
@@ -35,7 +38,9 @@ MARKERS = {
     "standalone": "v",
     "imagenet": "P",
 }
-TRUTH, PREDICTED, BOX = "#009E73", "#D55E00", "#F0E442"  # contours on X-rays
+TRUTH, PREDICTED, BOX = "#56B4E9", "#D55E00", "#F0E442"  # contours on X-rays
+LINES = {TRUTH: "solid", PREDICTED: (0, (3, 1.5)), BOX: "dotted"}  # for those to whom two colours are one
+TEACHER = "#5B2A86"
 OTHERS = ("#56B4E9", "#D55E00", "#F0E442")
 NAMES = {
     "random": "random",
@@ -51,7 +56,8 @@ SPLITS = {
     "site": "split by site",
     "dirichlet": "Dirichlet over ages",
 }
-WIDTH = 8.0  # inches, the width of a notebook's text
+WIDTH = 4.8  # inches; at 390 pixels a page shows 72 pixels of each, so that 10 points are 10 pixels
+SMALL = 9  # points, the least size of text
 
 
 def use_style() -> None:
@@ -61,15 +67,21 @@ def use_style() -> None:
         {
             "axes.grid": True,
             "axes.grid.axis": "y",
+            "axes.labelsize": 10,
+            "axes.titlesize": 10,
             "axes.spines.right": False,
             "axes.spines.top": False,
             "figure.dpi": 100,
             "figure.constrained_layout.use": True,
-            "font.size": 11,
+            "figure.titlesize": 10,
+            "font.size": 10,
             "grid.alpha": 0.4,
             "image.cmap": "gray",
+            "legend.fontsize": 10,
             "legend.frameon": False,
-            "savefig.dpi": 150,
+            "savefig.dpi": 200,
+            "xtick.labelsize": 10,
+            "ytick.labelsize": 10,
         }
     )
 
@@ -81,10 +93,15 @@ def colours(inits: Iterable[str]) -> dict[str, str]:
     return {init: PALETTE.get(init) or next(free) for init in inits}
 
 
+def group_colours(number: int) -> list[str]:
+    """Colours of `number` clients, sites or other groups, light to dark: none is that of a start."""
+    return sns.light_palette(TEACHER, number + 1).as_hex()[1:]
+
+
 # Images
 
 
-def images(cohort, indices: Iterable[int], *, columns: int = 6) -> Figure:
+def images(cohort, indices: Iterable[int], *, columns: int = 4) -> Figure:
     """X-rays of a Cohort with the contour of their mask; below each its site and age."""
     indices = [int(index) for index in indices]
     figure, axes = _gallery(len(indices), columns)
@@ -92,11 +109,11 @@ def images(cohort, indices: Iterable[int], *, columns: int = 6) -> Figure:
         row = cohort.table.iloc[index]
         _xray(axis, cohort.images[index], {TRUTH: cohort.masks[index]})
         age = "age unknown" if pd.isna(row.age) else f"{row.age:g} years"
-        axis.set_xlabel(f"{row.site}\n{age}", fontsize=9)
+        axis.set_xlabel(f"{row.site}\n{age}", fontsize=SMALL)
     return figure
 
 
-def augmented(images, masks, *, columns: int = 6) -> Figure:
+def augmented(images, masks, *, columns: int = 4) -> Figure:
     """Images as the network sees them, after augmentation, with their masks moved along."""
     pictures, outlines = _pixels(images), _pixels(masks)
     figure, axes = _gallery(len(pictures), columns, text=0)
@@ -114,7 +131,7 @@ def boxes(image, boxes, *, teacher_mask=None, mask=None) -> Figure:
         teacher_mask: what the teacher makes of the boxes, like `image`.
         mask: the ground truth, like `image`.
     """
-    figure, axis = plt.subplots(figsize=(WIDTH / 2, WIDTH / 2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(0.8 * WIDTH, 0.85 * WIDTH), layout="constrained")
     _xray(axis, image, {TRUTH: mask, PREDICTED: teacher_mask})
     _boxes(axis, boxes)
     labels = {"ground truth": TRUTH, "teacher": PREDICTED, "box prompt": BOX}
@@ -144,14 +161,14 @@ def teacher_gallery(images, masks, predicted, dice, *, boxes=None, count: int = 
     chosen = np.stack(kinds, axis=1).ravel()  # a column a kind
     figure = _compared(images, masks, predicted, dice, chosen, boxes=boxes, columns=3)
     for axis, kind in zip(figure.axes, ("best", "median", "worst"), strict=False):
-        axis.set_title(kind, fontsize=10)
+        axis.set_title(kind)
     return figure
 
 
 def worst_cases(images, masks, predicted, dice, *, count: int = 6) -> Figure:
     """The `count` images with the lowest Dice, the worst first: truth and prediction. Arguments as above."""
     dice = _numbers(dice)
-    return _compared(images, masks, predicted, dice, np.argsort(dice, kind="stable")[:count], columns=6)
+    return _compared(images, masks, predicted, dice, np.argsort(dice, kind="stable")[:count], columns=3)
 
 
 # Data
@@ -175,7 +192,6 @@ def ages(table: pd.DataFrame, groups: str | Mapping[str, Iterable[int]] = "site"
     figure, axis = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
     if len(frame):
         hue = frame.name.map(labels)
-        palette = sns.color_palette("colorblind", len(labels))
         bins = np.arange(0, max(10, frame.age.max()) + 5, 5)
         sns.histplot(
             frame,
@@ -184,10 +200,11 @@ def ages(table: pd.DataFrame, groups: str | Mapping[str, Iterable[int]] = "site"
             hue_order=list(labels.values()),
             multiple="stack",
             bins=bins,
-            palette=palette,
+            palette=group_colours(len(labels)),
+            alpha=1,
             ax=axis,
         )
-        axis.get_legend().set_title("")
+        sns.move_legend(axis, "lower left", bbox_to_anchor=(0, 1), ncols=2, title="")
     axis.set(xlabel="age (years)", ylabel="images")
     return figure
 
@@ -202,15 +219,16 @@ def clients(table: pd.DataFrame, clients: Sequence[Iterable[int]], *, title: str
     """
     parts = [table.iloc[_indices(indices)] for indices in clients]
     names = [f"client {k}" for k in range(len(parts))]
-    palette = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+    palette = dict(zip(names, group_colours(len(names)), strict=True))
     figure, (sizes, ages) = plt.subplots(
-        1, 2, figsize=(WIDTH, 0.9 + 0.5 * len(parts)), width_ratios=[1, 2], sharey=True, layout="constrained"
+        1, 2, figsize=(WIDTH, 0.9 + 0.5 * len(parts)), width_ratios=[2, 3], sharey=True, layout="constrained"
     )
     counts = [len(part) for part in parts]
     bars = sizes.barh(names, counts, color=palette.values())
     people = [f"{len(part)} ({part.patient_id.nunique()})" for part in parts]
-    sizes.bar_label(bars, people, padding=3, fontsize=9)
-    sizes.set(xlabel="images (patients)", xlim=(0, 1.5 * max([*counts, 1])))
+    sizes.bar_label(bars, people, padding=3, fontsize=SMALL)
+    sizes.set(xlabel="images (patients)", xlim=(0, 2.2 * max([*counts, 1])))
+    sizes.xaxis.get_major_locator().set_params(nbins=3)
     frame = pd.concat(
         [
             pd.DataFrame({"age": part.age.dropna(), "client": name})
@@ -234,7 +252,7 @@ def clients(table: pd.DataFrame, clients: Sequence[Iterable[int]], *, title: str
     for axis in (sizes, ages):
         axis.grid(axis="x")
         axis.grid(visible=False, axis="y")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title)
     return figure
 
 
@@ -249,18 +267,20 @@ def dice_by_rule(scores: pd.DataFrame) -> Figure:
     """
     rules = list(dict.fromkeys(scores.rule))
     figure, axes = plt.subplots(
-        1, 2, figsize=(WIDTH, 0.8 + 0.55 * len(rules)), sharey=True, width_ratios=[3, 2], layout="constrained"
+        1, 2, figsize=(WIDTH, 0.8 + 0.6 * len(rules)), sharey=True, width_ratios=[3, 2], layout="constrained"
     )
     for axis, score in zip(axes, ("dice", "hd95"), strict=True):
         common = dict(data=scores, x=score, y="rule", order=rules, ax=axis)
-        sns.boxplot(**common, color="#BBDDEE", showfliers=False, width=0.6)
-        sns.stripplot(**common, color=PALETTE["pretraining"], size=3, alpha=0.5)
+        sns.boxplot(**common, color=group_colours(5)[0], showfliers=False, width=0.6)
+        sns.stripplot(**common, color=TEACHER, size=2, alpha=0.5)
         axis.grid(axis="x")
         axis.grid(visible=False, axis="y")
     means = scores.groupby("rule")[["dice", "hd95"]].mean()
-    labels = [f"{rule}\n{means.dice[rule]:.3f}, {means.hd95[rule]:.1f} px" for rule in rules]
-    axes[0].set_yticks(range(len(rules)), labels)
-    axes[0].set(xlabel="Dice of the teacher's mask", ylabel="rule, and mean scores")
+    labels = [
+        f"{rule.replace(', ', chr(10))}\n{means.dice[rule]:.3f}, {means.hd95[rule]:.1f} px" for rule in rules
+    ]
+    axes[0].set_yticks(range(len(rules)), labels, fontsize=SMALL)
+    axes[0].set(xlabel="teacher's Dice", ylabel="rule, and mean scores")
     axes[1].set(xlabel="HD95 (pixels)", ylabel="")
     return figure
 
@@ -271,26 +291,26 @@ def dice_by_jitter(scores: pd.DataFrame) -> Figure:
     Args:
         scores: one row an image and distance, columns pixels, dice (0..1) and hd95 (pixels).
     """
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.0), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.6), layout="constrained")
     for axis, score, label in zip(axes, ("dice", "hd95"), ("Dice", "HD95 (pixels)"), strict=True):
         sns.lineplot(
             scores,
             x="pixels",
             y=score,
             ax=axis,
-            color=PALETTE["pretraining"],
+            color=TEACHER,
             marker="o",
             err_style="bars",
             seed=0,
         )
         axis.set(xlabel="", ylabel=f"teacher's mean {label}")
         axis.grid(axis="y")
-    figure.supxlabel("each side of the box moved by up to so many pixels", fontsize=11)
+    figure.supxlabel("each side of the box moved by up to so many pixels", fontsize=10)
     return figure
 
 
 def reliability(table: pd.DataFrame, error: float) -> Figure:
-    """Of the pixels called 70 % lung, how many are? On the diagonal, as many as said.
+    """Share of the pixels that are in the mask, by the probability predicted for them; ideal: the diagonal.
 
     Args:
         table: from :func:`fmfl.metrics.reliability`.
@@ -299,9 +319,9 @@ def reliability(table: pd.DataFrame, error: float) -> Figure:
     filled = table.dropna()
     figure, axis = plt.subplots(figsize=(4.2, 4.0), layout="constrained")
     axis.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--")
-    axis.plot(filled.probability, filled.frequency, marker="o", color=PALETTE["pretraining"])
+    axis.plot(filled.probability, filled.frequency, marker="o", color=TEACHER)
     axis.set(
-        xlabel="probability of lung, as said", ylabel="share of lung, as found", xlim=(0, 1), ylim=(0, 1),
+        xlabel="predicted probability", ylabel="share of pixels in the mask", xlim=(0, 1), ylim=(0, 1),
         title=f"expected calibration error {error:.4f}", aspect="equal",
     )  # fmt: skip
     return figure
@@ -322,11 +342,11 @@ def loss_curves(history: pd.DataFrame) -> Figure:
         for part, line in zip(parts, ["-", "--", ":", "-."], strict=False):
             name = part.removesuffix("_loss") if part != "loss" else ("loss" if len(parts) == 1 else "sum")
             label = ", ".join(filter(None, [NAMES.get(init, init), name if len(parts) > 1 else ""]))
-            axis.plot(run.epoch, run[part], line, color=palette[init], label=label or None)
+            marker = "o" if len(run) == 1 else None  # a line through one epoch is not to be seen
+            axis.plot(run.epoch, run[part], line, marker=marker, color=palette[init], label=label or None)
     axis.set(xlabel="epoch", ylabel="each start's own training loss" if len(runs) > 1 else "loss")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend()
+    _legend_above(figure, axis)
     return figure
 
 
@@ -338,17 +358,18 @@ def dice_by_alpha(table: pd.DataFrame, teacher: float | None = None) -> Figure:
     Args:
         table: one row a student, with alpha, temperature, labels (soft, hard), views (cached, fresh) and
             dice (0..1).
-        teacher: his own Dice, 0..1, drawn as a level.
+        teacher: its own Dice, 0..1, drawn as a level.
     """
     usual = (table.labels == "soft") & (table["views"] == "cached")
     alone = table[table.alpha == 0]
     lines = table[usual & (table.alpha > 0)]
     figure, axis = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")
-    palette = sns.color_palette("colorblind")
-    for color, (temperature, rows) in zip(palette, lines.groupby("temperature"), strict=False):
+    temperatures = list(lines.groupby("temperature"))
+    palette = group_colours(max(1, len(temperatures)))
+    for color, marker, (temperature, rows) in zip(palette, cycle("os^Dv"), temperatures, strict=False):
         rows = pd.concat([alone, rows]).sort_values("alpha")
         label = f"T = {temperature:g}"
-        axis.plot(rows.alpha, 100 * rows.dice, marker="o", color=color, label=label)
+        axis.plot(rows.alpha, 100 * rows.dice, marker=marker, color=color, label=label)
     if lines.empty:
         axis.plot(alone.alpha, 100 * alone.dice, "o", color=palette[0], label="masks alone")
     others = table[~usual & (table.alpha > 0)]
@@ -362,7 +383,7 @@ def dice_by_alpha(table: pd.DataFrame, teacher: float | None = None) -> Figure:
         label = f"the teacher, told the box: {100 * teacher:.1f}"
         axis.axhline(100 * teacher, color="black", linestyle="--", linewidth=1.2, label=label)
     axis.set(
-        xlabel="alpha: the teacher's share in the loss (0: Dice loss alone, 1: KL divergence alone)",
+        xlabel="alpha: the teacher's share in the loss\n(0: Dice loss alone, 1: KL divergence alone)",
         ylabel="Dice on the test images (%)",
         xlim=(-0.04, 1.04),
     )
@@ -388,15 +409,16 @@ def dice_by_round(history: pd.DataFrame) -> Figure:
 def fig2(results: pd.DataFrame, per_image: pd.DataFrame | None = None) -> Figure:
     """The paper's Fig. 2: final federated Dice by split and start, centralised training as a line.
 
-    A large marker is the mean over seeds, small ones are the seeds. The line is the 95 % interval: by
-    patient over the test images where `per_image` is given, else Student's t over seeds. Markers and not
+    A large marker is the mean over seeds, small ones are the seeds. The line is the 95 % interval: over seeds
+    and patients together where `per_image` is given, else Student's t over seeds. Markers and not
     bars, because bars from zero would hide the differences and cut bars would exaggerate them.
     """
     last = final(results)
     federated = last[last.arm == "federated"]
     inits, splits = ordered_inits(federated), _known_first(federated.split, SPLITS)
     palette = colours(inits)
-    figure, axis = plt.subplots(figsize=(WIDTH, 4), layout="constrained")
+    width = max(WIDTH, 0.7 + 0.45 * len(inits) * len(splits))  # the means' labels side by side
+    figure, axis = plt.subplots(figsize=(width, 4), layout="constrained")
     _level(axis, last)
     step = 0.75 / max(1, len(inits))
     for i, init in enumerate(inits):
@@ -415,7 +437,7 @@ def fig2(results: pd.DataFrame, per_image: pd.DataFrame | None = None) -> Figure
                     np.full(len(dice), x + 0.22 * step), dice, linestyle="", markersize=4, alpha=0.6, **style
                 )
             top = np.nanmax([dice.mean(), high])
-            at = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+            at = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": SMALL}
             axis.annotate(f"{dice.mean():.1f}", (x, top), **at)
             label = None
     axis.set_xticks(range(len(splits)), [SPLITS.get(split, split) for split in splits])
@@ -425,14 +447,14 @@ def fig2(results: pd.DataFrame, per_image: pd.DataFrame | None = None) -> Figure
 
 
 def fig3(results: pd.DataFrame, split: str | None = None) -> Figure:
-    """The paper's Fig. 3: Dice by round under one split, whole on the left and its top on the right.
+    """The paper's Fig. 3: Dice by round under one split, whole above and its top enlarged below.
 
     A line is the mean over seeds, its band their range; the dashed line is centralised training's end. The
     split is `reference_split` if not given.
     """
     split = reference_split(results) if split is None else split
     runs = results[(results.arm == "federated") & (results.split == split)]
-    figure, (whole, top) = plt.subplots(1, 2, figsize=(WIDTH, 4), layout="constrained")
+    figure, (whole, top) = plt.subplots(2, 1, figsize=(WIDTH, 6.4), layout="constrained")
     for axis in (whole, top):
         _level(axis, final(results))
         _rounds(axis, runs)
@@ -441,7 +463,7 @@ def fig3(results: pd.DataFrame, split: str | None = None) -> Figure:
     informed = ends[ends.init != "random"]  # a start far below would leave nothing to enlarge
     lowest = 100 * (informed if len(informed) else ends).dice.min() - 2
     if np.isfinite(lowest):
-        top.set(ylim=(lowest, 100 * results.dice.max() + 1), ylabel="")
+        top.set(ylim=(lowest, 100 * results.dice.max() + 1), ylabel="the same, enlarged (%)")
     _legend_above(figure, whole)
     return figure
 
@@ -502,46 +524,29 @@ def per_image(per_image: pd.DataFrame, split: str | None = None) -> Figure:
 def when_it_pays(gains: pd.DataFrame) -> Figure:
     """The map: points of final Dice that the teacher's student gains where one setting is changed.
 
-    A column an axis, a row a pair of starts; bars are 95 % intervals over patients, hollow markers are gains
-    inside the noise, and the study's own value is among the others.
+    A row an axis, a column a pair of starts; bars are 95 % intervals over seeds and patients, hollow markers
+    are gains inside the noise, and the study's own value is among the others.
 
     Args:
         gains: from `analysis.gains`.
     """
-    axes_, pairs = (
-        list(dict.fromkeys(gains.axis)),
-        list(dict.fromkeys(zip(gains.higher, gains.lower, strict=True))),
-    )
-    size = (max(WIDTH / 2, 2.4 * len(axes_) + 0.6), 2.3 * len(pairs) + 0.4)
-    figure, grid = plt.subplots(len(pairs), len(axes_), figsize=size, squeeze=False, layout="constrained")
-    for row, (higher, lower) in enumerate(pairs):
-        color = colours([lower])[lower]
-        for column, name in enumerate(axes_):
-            axis = grid[row, column]
+    axes_ = list(dict.fromkeys(gains.axis))
+    pairs = list(dict.fromkeys(zip(gains.higher, gains.lower, strict=True)))
+    size = (max(WIDTH, 2.2 * len(pairs) + 0.4), 2.1 * len(axes_) + 0.4)
+    figure, grid = plt.subplots(len(axes_), len(pairs), figsize=size, squeeze=False, layout="constrained")
+    for column, (higher, lower) in enumerate(pairs):
+        grid[0, column].set_title(f"{NAMES.get(higher, higher)}\nabove {NAMES.get(lower, lower)}")
+        for axis, name in zip(grid[:, column], axes_, strict=True):
             points = gains[(gains.axis == name) & (gains.higher == higher) & (gains.lower == lower)]
-            places = np.arange(len(points))
-            errors = [points.gain - points.low, points.high - points.gain]
-            axis.errorbar(places, points.gain, errors, fmt="none", ecolor=color, capsize=3)
-            for place, point in zip(places, points.itertuples(), strict=True):
-                fill = "white" if point.inside_noise else color
-                axis.plot(place, point.gain, MARKERS[higher], color=color, markerfacecolor=fill)
-            axis.axhline(0, color="black", linewidth=1)
-            labels = [str(value) for value in points["value"]]
-            axis.set_xticks(places, labels)
-            if sum(map(len, labels)) > 14:  # side by side they would run into each other
-                plt.setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
-            axis.margins(x=0.15)
-            axis.set_xlabel(name if row == len(pairs) - 1 else "")
-            if column == 0:
-                axis.set_ylabel(
-                    f"{NAMES.get(higher, higher)}\nabove {NAMES.get(lower, lower)}\n(points of Dice)"
-                )
+            _gains(axis, points, colours([lower])[lower], MARKERS[higher])
+            axis.set_xlabel(name)
+            axis.set_ylabel("" if column else "points of Dice")
     return figure
 
 
 DRIFT = {
     "update_norm": "length of an update",
-    "update_cosine": "cosine of two clients' updates",
+    "update_cosine": "cosine of two updates",
     "update_diversity": "diversity of the updates",
     "distance_from_start": "distance from the start",
 }
@@ -556,32 +561,23 @@ def why(drift: pd.DataFrame, starts: pd.DataFrame, split: str) -> Figure:
         split: the partition that is shown.
     """
     runs = drift[drift.split == split]
-    inits = ordered_inits(starts if len(starts) else runs)
-    palette = colours(inits)
-    figure, grid = plt.subplots(2, 3, figsize=(WIDTH * 1.25, 5.6), layout="constrained")
-    panels = iter(grid.flat)
-    for name, label in DRIFT.items():
-        axis = next(panels)
-        for init, color in palette.items():
-            mean = runs[runs.init == init].groupby("round")[name].mean()
-            marker, label_of = MARKERS.get(init, "X"), NAMES.get(init, init)
-            axis.plot(mean.index, mean, color=color, marker=marker, markersize=4, label=label_of)
-        axis.set_xlabel("round", fontsize=10)
-        axis.set_ylabel(label, fontsize=10)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+    palette = colours(ordered_inits(starts if len(starts) else runs))
     ground = {
-        "barrier": "barrier between two clients\n(Dice loss)",
+        "barrier": "barrier between two\nclients (Dice loss)",
         "sharpness": "sharpness of the start\n(top eigenvalue)",
     }
-    names = [NAMES.get(init, init).replace(" ", "\n") for init in starts.init]
-    for name, label in ground.items():
-        axis = next(panels)
-        bars = axis.bar(range(len(starts)), starts[name], color=[palette[init] for init in starts.init])
-        axis.bar_label(bars, fmt="%.2g", fontsize=9)  # a barrier of 0 has no bar to be seen
-        if len(starts) and starts[name].max() <= 0:
-            axis.set_ylim(0, 1)
-        axis.set_xticks(range(len(starts)), names, fontsize=9)
-        axis.set_ylabel(label, fontsize=10)
+    measured = [name for name in DRIFT if runs[name].notna().any()]
+    measured += [name for name in ground if starts[name].notna().any()]
+    height = 2.1 * -(-len(measured) // 2) + 0.4
+    figure, grid = plt.subplots(-(-len(measured) // 2) or 1, 2, figsize=(WIDTH, height), squeeze=False)
+    for axis in grid.flat[len(measured) :]:
+        axis.remove()
+    for axis, name in zip(grid.flat, measured, strict=False):
+        if name in DRIFT:
+            _drift(axis, runs, name, palette)
+        else:
+            _ground(axis, starts, name, palette)
+            axis.set_ylabel(ground[name])
     _legend_above(figure, grid.flat[0])
     return figure
 
@@ -589,15 +585,50 @@ def why(drift: pd.DataFrame, starts: pd.DataFrame, split: str) -> Figure:
 # Parts of figures
 
 
+def _gains(axis: Axes, points: pd.DataFrame, color: str, marker: str) -> None:
+    """Gains of one pair along one axis of the map, with their intervals; hollow inside the noise."""
+    places = np.arange(len(points))
+    errors = [points.gain - points.low, points.high - points.gain]
+    axis.errorbar(places, points.gain, errors, fmt="none", ecolor=color, capsize=3)
+    for place, point in zip(places, points.itertuples(), strict=True):
+        fill = "white" if point.inside_noise else color
+        axis.plot(place, point.gain, marker, color=color, markerfacecolor=fill)
+    axis.axhline(0, color="black", linewidth=1)
+    labels = [str(value) for value in points["value"]]
+    axis.set_xticks(places, labels)
+    if sum(map(len, labels)) > 12:  # side by side they would run into each other
+        plt.setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
+    axis.margins(x=0.15)
+
+
+def _drift(axis: Axes, runs: pd.DataFrame, name: str, palette: Mapping[str, str]) -> None:
+    """One measure of the clients' updates by round: a line a start, the mean over seeds."""
+    for init, color in palette.items():
+        mean = runs[runs.init == init].groupby("round")[name].mean()
+        marker, label = MARKERS.get(init, "X"), NAMES.get(init, init)
+        axis.plot(mean.index, mean, color=color, marker=marker, markersize=4, label=label)
+    axis.set(xlabel="round", ylabel=DRIFT[name])
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _ground(axis: Axes, starts: pd.DataFrame, name: str, palette: Mapping[str, str]) -> None:
+    """One measure of the loss around each start: a bar with its number."""
+    bars = axis.bar(range(len(starts)), starts[name], color=[palette[init] for init in starts.init])
+    axis.bar_label(bars, fmt="%.2g", fontsize=SMALL)  # a barrier of 0 has no bar to be seen
+    if starts[name].max() <= 0:
+        axis.set_ylim(0, 1)
+    names = [NAMES.get(init, init) for init in starts.init]
+    axis.set_xticks(
+        range(len(starts)), names, fontsize=SMALL, rotation=30, ha="right", rotation_mode="anchor"
+    )
+
+
 def _interval(dice: pd.Series, per_image: pd.DataFrame | None, init: str, split: str) -> tuple[float, float]:
     """95 % interval of a federated cell in %; `dice` holds its seeds."""
     if per_image is not None:
-        rows = per_image[
-            (per_image.arm == "federated") & (per_image.init == init) & (per_image.split == split)
-        ]
-        by_image = rows.groupby(["image_id", "patient_id"]).dice.mean().reset_index()
-        if len(by_image):
-            return bootstrap_mean(100 * by_image.dice.to_numpy(), by_image.patient_id)
+        cell = contrast(per_image, {("federated", init, split): 1})
+        if not cell["missing"]:
+            return cell["low"], cell["high"]
     return seed_interval(dice)
 
 
@@ -632,7 +663,7 @@ def _level(axis: Axes, last: pd.DataFrame) -> None:
 def _legend_above(figure: Figure, axis: Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=9)
+        figure.legend(handles, labels, loc="outside upper left", ncols=2)
 
 
 def _gallery(number: int, columns: int, text: float = 0.4) -> tuple[Figure, np.ndarray]:
@@ -657,7 +688,7 @@ def _compared(images, masks, predicted, dice, chosen, *, boxes=None, columns: in
     figure, axes = _gallery(len(chosen), columns)
     for axis, index in zip(axes, chosen, strict=True):
         _xray(axis, pictures[index], {TRUTH: truths[index], PREDICTED: guesses[index]})
-        axis.set_xlabel(f"Dice {dice[index]:.3f}", fontsize=9)
+        axis.set_xlabel(f"Dice {dice[index]:.3f}")
         if boxes is not None:
             _boxes(axis, boxes[index])
     _key(
@@ -675,7 +706,7 @@ def _xray(axis: Axes, image, contours: Mapping[str, object]) -> None:
     for color, mask in contours.items():
         outline = None if mask is None else _numbers(mask).squeeze()
         if outline is not None and outline.any() and not outline.all():  # else there is no contour
-            axis.contour(outline, levels=[0.5], colors=[color], linewidths=1.3)
+            axis.contour(outline, levels=[0.5], colors=[color], linestyles=[LINES[color]], linewidths=1.5)
     axis.set(xticks=[], yticks=[])
     axis.grid(visible=False)
     sns.despine(ax=axis, left=True, bottom=True)
@@ -684,13 +715,18 @@ def _xray(axis: Axes, image, contours: Mapping[str, object]) -> None:
 def _boxes(axis: Axes, boxes) -> None:
     for x0, y0, x1, y1 in _numbers(boxes).reshape(-1, 4):
         axis.add_patch(
-            Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=BOX, linewidth=1.3, linestyle="--")
+            Rectangle(
+                (x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=BOX, linewidth=1.5, linestyle=LINES[BOX]
+            )
         )
 
 
 def _key(figure: Figure, entries: Mapping[str, str]) -> None:
-    lines = [plt.Line2D([], [], color=color, label=label) for label, color in entries.items()]
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=9)
+    lines = [
+        plt.Line2D([], [], color=color, linestyle=LINES[color], label=label)
+        for label, color in entries.items()
+    ]
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), columnspacing=1)
 
 
 def _known_first(values: Iterable[str], known: Iterable[str]) -> list[str]:

@@ -2,13 +2,15 @@
 
 The page stands alone: figures and data are inside it as data URIs, and its security policy forbids the
 browser to fetch anything. Every sentence of the methods is made of the manifest's values; a value that is
-not there takes its sentence with it.
+not there takes its sentence with it. The paper's numbers stand on the page only where the organ is the
+paper's, and a banner says where the images are synthetic.
 """
 
 import base64
 import gzip
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -21,12 +23,27 @@ from PIL import Image
 
 from fmfl import analysis, paths
 from fmfl.errors import UserError
+from fmfl.markdown import (  # noqa: F401  the command line takes write_into and its marks from here
+    BEGIN,
+    END,
+    estimate,
+    headline,
+    interval,
+    largest_p,
+    number,
+    reading,
+    write_into,
+)
 from fmfl.plots import NAMES, SPLITS
 
 TITLE = "Where should federated segmentation begin?"
+DASH = "–"  # stands in a table where there is no number; a line below the table says why
 PAGE_BYTES = 3_000_000  # what a phone on a slow line still takes
 FIGURE_BYTES = 150_000  # a heavier picture is reduced to 256 colours
 FIGURE_WIDTH = 1600  # pixels, two for each that is shown
+FIGURE_SCALE = 120  # pixels of the page for an inch of a figure
+READABLE_SCALE = 72  # the fewest: 9 points of text are 9 pixels; a wider figure is scrolled on a phone
+PHONE_WIDTH = 358  # pixels that a page of 390 leaves for a figure
 CSV_BYTES = 200_000  # longer data go in compressed, and stay beside the page if they are as long even so
 
 TABLES = {
@@ -36,81 +53,98 @@ TABLES = {
     "claims.csv": ["claim", "paper", "ours", "low", "high", "n", "seeds", "verdict", "why"],
 }
 
-#: Tables that a study may have besides, each shown in a section of its own with the data beside it.
+#: Tables that a study may have besides, each shown in a section of its own with the data beside it:
+#: title, caption, and what a dash in it means.
 MORE_TABLES = {
     "speed.csv": (
         "How soon",
-        "Rounds to the target Dice (mean over the seeds that reach it, 95 % interval over seeds), megabytes "
-        "sent by then, and the mean height of the curve over all rounds in %.",
+        "Rounds until the test images' mean Dice is at the target: mean over seeds, with 95 % interval over "
+        "seeds. Seconds, images and megabytes are those spent until then. Curve: mean Dice in % over all "
+        "rounds.",
+        "the target was not reached",
     ),
     "gap.csv": (
         "The gap closed",
-        "Share of the way from the random start to centralised training, with 95 % interval over patients; "
-        "none where that way is not longer than the noise.",
+        "Share of the way from the random start to centralised training, with 95 % interval.",
+        "no share, for the reason beside it",
     ),
     "weakest.csv": (
         "Who fares worst",
         "Final Dice in %: all test images, the tenth with the lowest, the worst age band, and the mixture of "
-        "the worst client; images below 0.8 in %; surface distances in pixels.",
+        "the worst client. Below 0.8: share of the images with a Dice under 0.8. HD95 and ASSD in pixels.",
+        "not measured, or no group with enough patients",
     ),
 }
 
-CAPTIONS = {  # by how a figure's file name begins, the longest that fits
-    "ages": "Ages of the patients.",
-    "augmented": "Images as the network sees them, augmented with their masks.",
-    "boxes": "Box prompts and the teacher's mask.",
-    "clients": "The partition over clients: sizes and ages.",
-    "dice_by_alpha": "Students before any round, by the teacher's share in their loss.",
-    "dice_by_jitter": "The teacher's scores when its boxes' sides are moved; 95 % intervals over images.",
-    "dice_by_round": "Dice by round.",
-    "dice_by_rule": "The teacher's Dice and HD95 by how its box prompts are made.",
-    "fig2": "Final federated Dice by partition and start. Large markers: means over seeds, with 95 % "
-    "intervals over patients; small markers: single seeds; dashed: centralised training.",
-    "fig3": "Dice by round; right, the top enlarged. Lines: means over seeds; bands: their range; dashed: "
-    "the end of centralised training.",
-    "images": "Images of the cohort with their masks.",
-    "loss_curves": "Loss while the initial states are made.",
-    "per_image": "Final Dice of each test image by start; points are images below 0.8.",
-    "reliability": "The teacher's calibration: of the pixels called so likely lung, how many are.",
-    "teacher_gallery": "The teacher's best, median and worst masks.",
-    "when_it_pays": "Points of final Dice that the teacher's student gains over the other starts where one "
-    "setting of the study is changed, with 95 % intervals over patients; hollow: inside the noise.",
-    "why": "The clients' updates by round (means over seeds), and for the first seed the barrier between two "
-    "clients' models after the first round and the sharpness of each start.",
-    "worst_cases": "The test images with the lowest Dice.",
+#: Captions of the figures by stage, in the order of the story. A figure's name begins with one of these
+#: names, and the longest that fits is its own.
+STORY = {
+    "Images and clients": {
+        "images": "Images with their masks.",
+        "ages": "Ages of the patients.",
+        "clients": "The partition over clients: images, patients and ages.",
+    },
+    "Teacher": {
+        "boxes": "Box prompts and the teacher's mask.",
+        "teacher_gallery": "The teacher's best, median and worst masks.",
+        "dice_by_rule": "The teacher's Dice and HD95 by how its box prompts are made.",
+        "dice_by_jitter": "The teacher's scores when the sides of its boxes are moved. Bars: 95 % intervals "
+        "over images.",
+        "reliability": "The teacher's calibration: share of pixels in the mask by predicted probability.",
+    },
+    "Starts": {
+        "augmented": "Images as the network sees them, augmented with their masks.",
+        "loss_curves": "Loss while the starts are trained.",
+        "dice_by_alpha": "Students before any round, by the teacher's share in their loss.",
+        "worst_cases": "The test images with the lowest Dice.",
+    },
+    "Rounds": {"dice_by_round": "Dice by round."},
+    "Results": {
+        "fig2": "Final federated Dice by partition and start. Large markers: means over seeds. Lines: 95 % "
+        "intervals. Small markers: single seeds. Dashed: centralised training.",
+        "fig3": "Dice by round. One panel enlarges the top. Lines: means over seeds. Bands: their range. "
+        "Dashed: the end of centralised training.",
+        "per_image": "Final Dice of each test image by start. Points: images below 0.8.",
+        "when_it_pays": "Points of final Dice that the teacher's student gains over the other starts where "
+        "one setting of the study is changed. Bars: 95 % intervals. Hollow: inside the noise.",
+        "why": "The clients' updates by round (means over seeds). For the first seed: the barrier between "
+        "two clients' models after the first round, and the sharpness of each start.",
+    },
 }
+CAPTIONS = {name: caption for captions in STORY.values() for name, caption in captions.items()}
 
-METHODS = (  # paragraphs of sentences; {a.b} is the manifest's value, and a sentence needs all of its values
+METHODS = (
+    # Paragraphs of sentences. {a.b} is the manifest's value, {a.b|image} a number of images; a sentence needs
+    # all of its values.
     (
-        "The images are those of {settings.data}.",
-        "{data.images} images of {data.patients} patients have a mask.",
-        "Left out were {data.left_out}.",
-        "Images are grey, {settings.size} × {settings.size} pixels.",
-        "Whole patients were dealt to the parts: {data.proxy} proxy images, {data.test} test images and "
-        "{data.federated} images of the clients.",
+        "Images: {data.source}.",
+        "{data.images|image} with a mask, of {data.patients|patient}.",
+        "Left out: {data.left_out}.",
+        "Each is grey, {settings.size} × {settings.size} pixels.",
+        "Parts: {data.proxy|proxy image}, {data.test|test image} and {data.federated|image} of the clients; "
+        "no patient is in two parts.",
     ),
     (
-        "The teacher is {teacher.name}.",
-        "The teacher has {teacher.parameters} parameters and stays frozen.",
-        "The teacher's box prompts follow the rule {settings.box_rule}.",
-        "The teacher's mean Dice is {teacher.dice}.",
+        "Teacher: {teacher.name}, {teacher.parameters|parameter}, frozen.",
+        "Its box prompts: rule {settings.box_rule}.",
+        "Its mean Dice on the proxy images: {teacher.percent} %.",
         "{teacher.note}",
-        "The student, which is also the network that the clients train, is {settings.student}.",
-        "The fm start is the student after {settings.proxy_epochs} epochs on the proxy images (Eq. 5).",
+        "The student is {settings.student}; the clients train the same network.",
+        "The fm start is the student after {settings.proxy_epochs|epoch} on the proxy images (Eq. 5).",
         "Eq. 5 gives weight {settings.alpha} to the divergence from the teacher's mask (Eq. 4, "
         "temperature {settings.temperature}) and the rest to the true mask.",
     ),
     (
-        "{settings.num_clients} clients trained for {settings.num_rounds} rounds of {settings.local_epochs} "
-        "local epochs (Eq. 2), and the server averaged their weights (Eq. 3).",
-        "The clients' weights in that average: {settings.client_weights}.",
-        "A local step of Adam took {settings.batch_size} images at learning rate {settings.learning_rate}.",
+        "{settings.num_clients|client} trained for {settings.num_rounds|round} of "
+        "{settings.local_epochs|local epoch} (Eq. 2).",
+        "The server averaged their weights (Eq. 3), weighted by: {settings.client_weights}.",
+        "A local step of Adam: {settings.batch_size|image}, learning rate {settings.learning_rate}.",
         "Each client's update was clipped to length {privacy.clipping} and their sum was noised with "
         "deviation {privacy.noise} times that: epsilon is {privacy.epsilon} for a client at delta "
-        "{privacy.delta}, over {privacy.rounds} rounds of one run. Centralised and standalone training and "
+        "{privacy.delta}, over {privacy.rounds|round} of one run. Centralised and standalone training and "
         "the scores are not noised. What it cost in Dice is the difference from the same study without it "
         "(--vary privacy=none puts both on the map).",
-        "The {privacy.runs} federated runs here come together to epsilon {privacy.epsilon_of_all_runs} for a "
+        "{privacy.runs|federated run} here come together to epsilon {privacy.epsilon_of_all_runs} for a "
         "client who took part in all of them.",
         "Partitions: {settings.splits}.",
         "Starts: {settings.inits}.",
@@ -118,26 +152,31 @@ METHODS = (  # paragraphs of sentences; {a.b} is the manifest's value, and a sen
     ),
 )
 STATISTICS = (
-    "Scores are those of the last round; the test images select nothing. Intervals are 95 %: over the test "
-    "set's patients by bootstrap, seeds averaged first and images paired, and over seeds by Student's t. "
-    "Differences are tested on patients' means by Wilcoxon's signed-rank test and by permutation of signs, "
-    "each with Holm's correction; the effect size is d_z, the patients' mean over their standard deviation."
+    "Scores are those of the last round; the test images select nothing. Intervals are 95 % over seeds "
+    "and test patients together; with one seed, over patients alone. All seeds share one draw of proxy,"
+    " test and client images: what another draw would give is in no interval. Differences are paired by"
+    " image and seed. They are tested on patients' means by Wilcoxon's signed-rank test and by "
+    "permutation of signs, and by the two-way t test, each with Holm's correction. Two starts are "
+    f"equivalent where two one-sided tests place their difference within {analysis.EQUIVALENCE:g} "
+    f"points. With fewer than {analysis.MIN_PATIENTS} test patients there is no interval and no test. "
+    "The effect size is d_z, the patients' mean over their standard deviation."
 )
 VERDICTS = (
-    "Reproduced: a difference in the paper's direction, outside the noise of images and of at least two "
-    "seeds, and at least half the paper's size; or a number within "
-    f"{analysis.MARGIN:g} points, interval included. Direction only: the paper's direction, but one seed, "
-    "seeds that differ too much, another size or another number. Not testable here: an arm is missing, or "
-    "the noise is too large to say."
+    f"Reproduced: a number within {analysis.MARGIN:g} points of the paper's, noise included; or a "
+    "difference in the paper's direction, outside the noise and at least half the paper's size. "
+    "Direction only: outside the noise, but smaller. Not reproduced: outside the noise the other way, "
+    "or alike, or another number. Not testable here: an arm is missing, one seed, fewer than "
+    f"{analysis.MIN_PATIENTS} test patients, a skew that costs the random start nothing here, or an "
+    "interval too wide to say."
 )
 
 
 def write(directory: str | Path) -> Path:
     """Build DIR/report.html from the tables, the manifest and the figures in DIR.
 
-    It reads the files of TABLES, manifest.json and figures/*.png. Figures fig2.png and fig3.png have their
-    places; all others follow in the order of their names, each with the data beside it if figures/NAME.csv
-    exists. The page appears whole or not at all.
+    It reads the files of TABLES, manifest.json and figures/*.png: those that the manifest lists, or else
+    those of STORY. Figures fig2.png and fig3.png have their places; the others follow in the story's order,
+    each with the data beside it if figures/NAME.csv exists. The page appears whole or not at all.
 
     Raises:
         UserError: one of these files is missing or cannot be read.
@@ -158,105 +197,31 @@ def write(directory: str | Path) -> Path:
     return path
 
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-
-
-def write_into(file: str | Path, directory: str | Path) -> Path:
-    """Put a study's answer into a Markdown file, between two comments: figure, sentences and Table 1.
-
-    Args:
-        file: holds the lines BEGIN and END; what stands between them is replaced.
-        directory: the study's folder; its figure is named relative to the file.
-
-    Raises:
-        UserError: the file lacks the two lines, or one of the study's files is missing.
-    """
-    file, directory = Path(file), Path(directory)
-    text = _required(file).read_text(encoding="utf-8")
-    if not 0 <= text.find(BEGIN) < text.find(END):
-        raise UserError(
-            f"{file} has no place for results: write the lines {BEGIN} and {END} where they shall stand"
-        )
-    tables = {name: _table(directory / name, columns) for name, columns in TABLES.items()}
-    results, per_image, table1, claims = (tables[name] for name in TABLES)
-    split = str(table1.split.iloc[0])
-    picture = os.path.relpath(_required(directory / "figures" / "fig3.png"), file.parent).replace(os.sep, "/")
-    said = headline(results, analysis.paired_differences(per_image), claims, split)
-    lines = [
-        f"![Dice by round from three starts]({picture})",
-        "",
-        *said,
-        "",
-        f"| Dice in %, {SPLITS.get(split, split)} | {' | '.join(analysis.ARMS)} | the paper's federated |",
-        "|---" * (2 + len(analysis.ARMS)) + "|",
-    ]
-    for row in _table1_rows(table1):
-        ours = [f"{c['ours']} ({c['interval']})" if c["interval"] else "" for c in row["cells"]]
-        lines.append(f"| {row['name']} | {' | '.join(ours)} | {row['cells'][0]['paper']} |")
-    lines += ["", f"{_counted(per_image)} Intervals are 95 % over the patients of the test set."]
-    before, after = text[: text.find(BEGIN) + len(BEGIN)], text[text.find(END) :]
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(before + "\n" + "\n".join(lines) + "\n" + after, encoding="utf-8")
-    os.replace(unfinished, file)
-    return file
-
-
-def headline(
-    results: pd.DataFrame, differences: pd.DataFrame, claims: pd.DataFrame, split: str | None = None
-) -> list[str]:
-    """The answer in a few sentences; better and worse are said only outside the noise.
-
-    Args:
-        results: the run's scored rounds.
-        differences: `analysis.paired_differences`.
-        claims: `analysis.claims`.
-        split: what the answer is about, `analysis.reference_split` if not given.
-    """
-    split = analysis.reference_split(results) if split is None else split
-    last = analysis.final(results)
-    fm = last[(last.arm == "federated") & (last.init == "fm") & (last.split == split)]
-    if fm.empty:
-        return ["These results hold no federated run from the teacher's student."]
-    seeds = f"{len(fm)} seeds" if len(fm) > 1 else "one seed"
-    sentences = [
-        f"Under {SPLITS.get(split, split)}, federated training that starts from the teacher's "
-        f"student ends at a mean Dice of {100 * fm.dice.mean():.1f} % "
-        f"after {fm['round'].max()} rounds ({seeds})."
-    ]
-    against = {"random": "a random start", "pretraining": "a start from supervised pre-training"}
-    for row in differences[(differences.split == split) & (differences.higher == "fm")].itertuples():
-        size = f"{_number(row.value, 1, sign=True)} points (95 % interval {_interval(row.low, row.high)})"
-        other = against.get(row.lower, row.lower)
-        if row.reading == "inside the noise":
-            sentences.append(f"Its difference from {other}, {size}, is inside the noise.")
-        else:
-            sentences.append(f"It ends {'above' if row.value > 0 else 'below'} {other}: {size}.")
-            if row.seeds == 1:
-                sentences.append("That is one training run of each: the noise between runs is unknown.")
-    saved = claims[claims.claim == analysis.ROUNDS_SAVED]
-    if split == analysis.PAPER_SPLIT and (saved.verdict == "reproduced").any():
-        sentences.append(
-            f"It reaches the random start's final Dice {saved.ours.iloc[0]:.1f} rounds sooner "
-            f"(95 % interval over seeds {_interval(saved.low.iloc[0], saved.high.iloc[0], 1)})."
-        )
-    counts = claims.verdict.value_counts()
-    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in analysis.VERDICTS if verdict in counts)
-    sentences.append(f"Of {len(claims)} numbers and statements of the paper: {said}.")
-    return sentences
-
-
 def methods(manifest: Mapping) -> list[str]:
     """Paragraphs of METHODS with the manifest's values in place, without the sentences that lack one."""
     values = _flat(manifest)
+    settings, teacher, data = (manifest.get(name) or {} for name in ("settings", "teacher", "data"))
+    if settings.get("data"):
+        values["data.source"] = _subject(manifest)["images"]
+    if isinstance(left_out := data.get("left_out"), Mapping):
+        values["data.left_out"] = ", ".join(f"{name} ({_text(count)})" for name, count in left_out.items())
+    if isinstance(dice := teacher.get("dice"), int | float):
+        values["teacher.percent"] = number(100 * dice, 1)
+
+    def word(match: re.Match) -> str:
+        value, noun = values[match[1]], match[2]
+        return value if noun is None else f"{value} {noun}{'s' * (value != '1')}"
 
     def said(sentence: str) -> str:
-        names = re.findall(r"\{([\w.]+)\}", sentence)
-        if any(values.get(name, "") == "" for name in names):
+        if any(values.get(name, "") == "" for name, _ in re.findall(_PLACE, sentence)):
             return ""
-        return re.sub(r"\{([\w.]+)\}", lambda name: values[name[1]], sentence)
+        return re.sub(_PLACE, word, sentence)
 
     paragraphs = [" ".join(filter(None, map(said, sentences))) for sentences in METHODS]
     return [*filter(None, paragraphs), STATISTICS]
+
+
+_PLACE = r"\{([\w.]+)(?:\|([\w ]+))?\}"
 
 
 # What is read
@@ -296,182 +261,305 @@ def _manifest(path: Path) -> dict:
 
 def _contents(directory: Path, tables: Mapping[str, pd.DataFrame], manifest: Mapping) -> dict[str, object]:
     results, per_image, table1, claims = (tables[name] for name in TABLES)
+    subject = _subject(manifest)
     differences = analysis.paired_differences(per_image)
     last = analysis.final(results)
-    files = {name: _download(name, (directory / name).read_bytes()) for name in [*TABLES, "manifest.json"]}
+    names = [name for name in TABLES if subject["compared"] or name != "claims.csv"]
+    files = {name: _download(name, (directory / name).read_bytes()) for name in [*names, "manifest.json"]}
     files["differences.csv"] = _download("differences.csv", _csv(differences))
-    data = {"fig2": _csv(last), "fig3": _csv(results[results.arm == "federated"])}
-    beside = {"when_it_pays": "gains.csv", "why": "drift.csv"}
-    data |= {
-        stem: (directory / name).read_bytes() for stem, name in beside.items() if (directory / name).exists()
-    }
-
-    pictures = sorted((directory / "figures").glob("*.png"))
-    figures = {path.stem: _figure(path, last, data.get(path.stem)) for path in pictures}
-    used = sum(len(file["uri"]) for file in files.values()) + 50_000  # the page itself
-    used += sum(_weight(figures[stem]) for stem in ("fig2", "fig3", "when_it_pays") if stem in figures)
-    others, left_out = [], []
-    for stem, item in figures.items():
-        if stem not in ("fig2", "fig3", "when_it_pays"):
-            fits = used + _weight(item) <= PAGE_BYTES
-            (others if fits else left_out).append(item if fits else f"{stem}.png")
-            used += _weight(item) * fits
     split = str(table1.split.iloc[0]) if len(table1) else ""
+    shown, others, left_out = _figures(directory, results, manifest, subject, files)
     return {
         "title": TITLE,
-        "answer": [*headline(results, differences, claims, split or None), *_note(manifest)],
-        "split": SPLITS.get(split, split),
-        "arms": analysis.ARMS,
-        "table1": _table1_rows(table1),
-        "counted": _counted(per_image),
-        "differences": [_difference_row(row) for row in differences.itertuples()],
-        "claims": [_claim_row(row) for row in claims.itertuples()],
+        "subject": subject,
+        "answer": _answer(results, differences, claims, split or None, subject),
+        "note": _text((manifest.get("teacher") or {}).get("note")),
+        "facts": _facts(per_image, last, manifest, subject),
+        "table1": _table1(table1, _counted(per_image), subject, files["table1.csv"]),
+        "differences": _differences(differences, files["differences.csv"]),
+        "ledger": _ledger(claims) if subject["compared"] else [],
+        "tested": _tested(claims),
         "verdicts": VERDICTS,
-        "fig2": figures["fig2"],
-        "fig3": figures["fig3"],
-        "map": figures.get("when_it_pays"),
-        "tables": _more_tables(directory),
-        "others": others,
+        **shown,
+        "tables": _more_tables(directory, manifest),
+        "stages": others,
         "left_out": left_out,
         "methods": methods(manifest),
         "run": _run(manifest),
+        "details": _details(manifest),
         "files": files,
     }
 
 
-def _note(manifest: Mapping) -> list[str]:
-    """What the teacher is, where that limits the answer."""
-    note = (manifest.get("teacher") or {}).get("note")
-    return [note] if note else []
+def _subject(manifest: Mapping) -> dict[str, object]:
+    """What the images are: of which organ, from where, synthetic or not, and so beside whose numbers."""
+    settings, data = manifest.get("settings") or {}, manifest.get("data") or {}
+    organ = str(data.get("organ") or settings.get("mask_class") or "lung")
+    sources = [source.strip() for source in str(settings.get("data") or "").split(",") if source.strip()]
+    drawn = [source == "phantom" for source in sources]
+    synthetic = data.get("kind") == "synthetic" or (bool(drawn) and all(drawn))
+    phantoms = "the built-in synthetic chest X-rays"
+    named = ", ".join(phantoms if source == "phantom" else source for source in sources)
+    lungs = organ.lower() in ("lung", "lungs")
+    warning = "these X-rays were drawn by a program. The numbers say nothing about patients"
+    if any(drawn) and not synthetic:
+        warning = "some of these X-rays were drawn by a program. The numbers say little about patients"
+    return {
+        "organ": organ,
+        "images": named or (phantoms if synthetic else "not stated"),
+        "compared": lungs,
+        "synthetic": synthetic or any(drawn),
+        "banner": "SYNTHETIC IMAGES" if synthetic else "PARTLY SYNTHETIC IMAGES",
+        "warning": warning + (" and cannot be compared with the paper's." if lungs else "."),
+    }
 
 
-def _table1_rows(table: pd.DataFrame) -> list[dict[str, object]]:
-    paper = {(arm, init): value for (arm, init, _), value in analysis.PAPER.items()}
+def _answer(results, differences, claims, split: str | None, subject: Mapping) -> list[str]:
+    """The headline, which counts the paper's claims only where they are about the same organ."""
+    if not subject["compared"] or "kind" not in claims:  # which older ledgers lack
+        claims = claims.head(0).assign(kind="")
+    return headline(results, differences, claims, split)
+
+
+def _facts(
+    per_image: pd.DataFrame, last: pd.DataFrame, manifest: Mapping, subject: Mapping
+) -> dict[str, str]:
+    teacher = manifest.get("teacher") or {}
+    name = {"builtin": "built-in"}.get(teacher.get("name"), _text(teacher.get("name")))
+    dice = teacher.get("dice")
+    measured = isinstance(dice, int | float) and math.isfinite(dice)
+    rounds = last.loc[last.arm == "federated", "round"]
+    facts = {
+        "Images": subject["images"],
+        "Organ": subject["organ"],
+        "Test set": _many(per_image.image_id.nunique(), "image")
+        + f" of {_many(per_image.patient_id.nunique(), 'patient')}",
+        "Teacher": name + (f", mean Dice {100 * dice:.1f} % on the proxy images" if measured else ""),
+        "Runs": _many(per_image.seed.nunique(), "seed")
+        + (f", {_many(int(rounds.max()), 'round')}" if len(rounds) else ""),
+    }
+    return {label: value for label, value in facts.items() if value}
+
+
+def _counted(per_image: pd.DataFrame) -> str:
+    people, seeds, images = (per_image[name].nunique() for name in ("patient_id", "seed", "image_id"))
+    few = f" Fewer than {analysis.MIN_PATIENTS} patients: no intervals and no tests."
+    counts = f"{_many(images, 'test image')} of {_many(people, 'patient')}, {_many(seeds, 'seed')}."
+    return counts + few * (people < analysis.MIN_PATIENTS)
+
+
+# Tables
+
+
+def _section(name: str, title: str, caption: str, rows: list[dict], file: Mapping, dash: str) -> dict:
+    """A table as the page shows it: without columns that say nothing, and no cell empty."""
+    said = [
+        column for column in (rows[0] if rows else ()) if any(row[column] not in ("", DASH) for row in rows)
+    ]
+    rows = [{column: row[column] or DASH for column in said} for row in rows]
+    return {
+        "id": name,
+        "title": title,
+        "caption": caption,
+        "columns": said,
+        "words": {"start", "split", "arm", "why", "reading", "difference", "worst age band"},
+        "rows": rows,
+        "dash": f"{DASH}: {dash}." if any(DASH in row.values() for row in rows) else "",
+        "file": file,
+    }
+
+
+def _start(init: str) -> str:
+    return NAMES.get(init, init)
+
+
+def _paper(arm: str, init: str) -> str:
+    found = [value for (known, start, _), value in analysis.PAPER.items() if (known, start) == (arm, init)]
+    return number(found[0]) if found else ""
+
+
+def _table1_cell(row: Mapping, arm: str) -> str:
+    if pd.isna(row[arm]):
+        return "not run"
+    return estimate(row[arm], row.get(f"{arm}_low", np.nan), row.get(f"{arm}_high", np.nan))
+
+
+def _table1(table: pd.DataFrame, counted: str, subject: Mapping, file: Mapping) -> dict[str, object]:
     gap = analysis.gap_closed(table).set_index("init").gap_closed
     start, top = analysis.PAPER[analysis.RANDOM], analysis.PAPER[analysis.CENTRALISED]
+    arms = [arm for arm in analysis.ARMS if table[arm].notna().any()]
     rows = []
     for row in table.to_dict("records"):
-        init = row["init"]
-        cells = [
-            {
-                "arm": arm,
-                "ours": _number(row[arm]),
-                "interval": _interval(row.get(f"{arm}_low", np.nan), row.get(f"{arm}_high", np.nan), 2),
-                "paper": _number(paper[arm, init]) if (arm, init) in paper else "",
-            }
-            for arm in analysis.ARMS
-        ]
-        informed = ("federated", init) in paper and init != "random"
-        rows.append(
-            {
-                "name": NAMES.get(init, init),
-                "cells": cells,
-                "gap": _percent(gap.get(init, np.nan)),
-                "paper_gap": _percent((paper["federated", init] - start) / (top - start)) if informed else "",
-            }
+        init, paper = row["init"], {arm: _paper(arm, row["init"]) for arm in analysis.ARMS}
+        cells = {arm: _table1_cell(row, arm) for arm in arms} | {
+            "gap closed": _percent(gap.get(init, np.nan))
+        }
+        informed = init != "random" and paper["federated"]
+        paper["gap closed"] = (
+            _percent((float(paper["federated"]) - start) / (top - start)) if informed else ""
         )
-    return rows
+        if subject["compared"]:
+            cells = {k: f"{cell}\npaper {paper[k]}" if paper[k] else cell for k, cell in cells.items()}
+        rows.append({"start": _start(init)} | cells)
+    split = str(table.split.iloc[0]) if len(table) else ""
+    caption = (
+        f"Final Dice on the test images in % under {SPLITS.get(split, split)}, with 95 % interval. {counted} "
+    )
+    caption += "Gap closed: the share of the way from the random start to centralised training."
+    if subject["compared"]:
+        caption += " Below each number the paper's, from other images, under age skew."
+    title = "Table 1: starts compared" if subject["compared"] else "Starts compared"
+    return _section("table1", title, caption, rows, file, "no share of a gap")
 
 
-def _more_tables(directory: Path) -> list[dict[str, object]]:
-    found = []
-    for name, (title, caption) in MORE_TABLES.items():
-        path = directory / name
-        if not path.is_file():
-            continue
-        rows = _MORE_ROWS[name](_table(path, ()))
-        columns = list(rows[0]) if rows else []
-        numbers = [c for c in columns if c not in ("start", "arm", "split", "worst band", "why")]
-        page = {"id": path.stem, "title": title, "caption": caption, "columns": columns, "numbers": numbers}
-        found.append(page | {"rows": rows, "file": _download(name, path.read_bytes())})
-    return found
-
-
-def _who(row: Mapping) -> dict[str, str]:
-    split = SPLITS.get(row["split"], row["split"])
-    return {"start": NAMES.get(row["init"], row["init"]), "arm": row["arm"], "split": split}
-
-
-def _speed_rows(table: pd.DataFrame) -> list[dict[str, str]]:
-    return [
-        _who(row)
-        | {
-            "rounds": _number(row["rounds"], 1),
-            "95 % over seeds": _interval(row["rounds_low"], row["rounds_high"]),
-            "reached": f"{row['reached']} of {row['seeds']}",
-            "MB": _number(row["bytes"] / 1e6, 0),
-            "curve": _number(row["curve"]),
-        }
-        for row in table.to_dict("records")
-    ]
-
-
-def _gap_rows(table: pd.DataFrame) -> list[dict[str, str]]:
-    return [
-        {
-            "start": NAMES.get(row["init"], row["init"]),
-            "gap closed": _percent(row["gap_closed"]),
-            "95 %": "" if pd.isna(row["low"]) else f"{_percent(row['low'])} to {_percent(row['high'])}",
-            "why": "" if pd.isna(row["why"]) else row["why"],
-        }
-        for row in table.to_dict("records")
-    ]
-
-
-def _weakest_rows(table: pd.DataFrame) -> list[dict[str, str]]:
-    return [
-        _who(row)
-        | {
-            "all": _number(row["dice"]),
-            "worst tenth": _number(row["worst_tenth"]),
-            "worst band": "" if pd.isna(row["worst_band"]) else f"{row['worst_band']} years",
-            "its Dice": _number(row["worst_band_dice"]),
-            "worst client": _number(row["worst_client_dice"]),
-            "below 0.8": f"{_number(row['failures'], 1)} %",
-            "HD95": _number(row.get("hd95", np.nan), 1),
-            "ASSD": _number(row.get("assd", np.nan), 1),
-        }
-        for row in table.to_dict("records")
-    ]
-
-
-_MORE_ROWS = {"speed.csv": _speed_rows, "gap.csv": _gap_rows, "weakest.csv": _weakest_rows}
+def _differences(table: pd.DataFrame, file: Mapping) -> dict[str, object]:
+    caption = (
+        "Points of final Dice, paired by image and seed, with 95 % interval. “Higher” and “lower” only "
+        "outside the noise: the interval excludes zero and each test, corrected by Holm, stays below 5 %. "
+        "p is the largest of the tests'; d is the effect size d_z."
+    )
+    rows = [_difference_row(row) for row in table.itertuples()]
+    return _section("differences", "Differences between starts", caption, rows, file, "not tested")
 
 
 def _difference_row(row) -> dict[str, str]:
     return {
         "split": SPLITS.get(row.split, row.split),
-        "pair": f"{NAMES.get(row.higher, row.higher)} less {NAMES.get(row.lower, row.lower)}",
-        "value": _number(row.value, sign=True),
-        "interval": _interval(row.low, row.high, 2),
-        "seed_interval": _interval(row.seed_low, row.seed_high, 2),
-        "p": "< 0.001"
-        if max(row.p_holm, row.p_permutation_holm) < 0.001
-        else _number(max(row.p_holm, row.p_permutation_holm), 3),
-        "effect": _number(row.effect),
-        "reading": row.reading,
+        "difference": f"{_start(row.higher)} less {_start(row.lower)}",
+        "points": _points(row.value, row.low, row.high),
+        "p": largest_p(row),
+        "d": number(row.effect),
+        "reading": reading(row) or "not compared",
     }
 
 
-def _claim_row(row) -> dict[str, str]:
-    kinds = {"reproduced": "reproduced", "direction only": "direction", "not reproduced": "not"}
+def _more_tables(directory: Path, manifest: Mapping) -> list[dict[str, object]]:
+    found = []
+    for name, (title, caption, dash) in MORE_TABLES.items():
+        path = directory / name
+        if not path.is_file():
+            continue
+        table = _table(path, ())
+        if name == "speed.csv" and "target" not in table:
+            target = (manifest.get("settings") or {}).get("target_dice", np.nan)
+            table = table.assign(target=target if target else np.nan)
+        rows = [_MORE_ROWS[name](row) for row in table.to_dict("records")]
+        found.append(_section(path.stem, title, caption, rows, _download(name, path.read_bytes()), dash))
+    return found
+
+
+def _who(row: Mapping) -> dict[str, str]:
+    return {"start": _start(row["init"]), "arm": row["arm"], "split": SPLITS.get(row["split"], row["split"])}
+
+
+def _speed_row(row: Mapping) -> dict[str, str]:
+    some, all_ = row["reached"] > 0, row["reached"] == row["seeds"]
+    rounds = estimate(row["rounds"], max(row["rounds_low"], 0), row["rounds_high"], 1)
+    rounds = rounds if all_ else f"at least {number(row['rounds'], 1)}" if row.get("capped") else rounds
+
+    def spent(value: float, digits: int = 0) -> str:
+        return f"{value:,.{digits}f}" if some and pd.notna(value) else DASH
+
+    return _who(row) | {
+        "target, %": number(100 * row["target"], 0),
+        "seeds that reach it": f"{row['reached']} of {row['seeds']}",
+        "rounds": rounds if some else DASH,
+        "seconds": spent(row["seconds"], 1),
+        "images seen": spent(row.get("images_seen", np.nan)),
+        "MB": spent(row["bytes"] / 1e6),
+        "curve": estimate(row["curve"], row["curve_low"], row["curve_high"], 1),
+    }
+
+
+def _gap_row(row: Mapping) -> dict[str, str]:
+    low, high = _percent(row["low"]), _percent(row["high"])
+    share = _percent(row["gap_closed"])
     return {
-        "claim": row.claim,
-        "paper": "" if pd.isna(row.paper) else str(row.paper).replace("-", "−"),
-        "ours": _number(row.ours),
-        "interval": _interval(row.low, row.high, 2),
-        "n": f"{row.n:g} / {row.seeds:g}",
-        "verdict": row.verdict,
-        "kind": kinds.get(row.verdict, "untested"),
-        "why": "" if pd.isna(row.why) else row.why,
-        "run": "" if pd.isna(getattr(row, "run", np.nan)) else row.run,
+        "start": _start(row["init"]),
+        "split": SPLITS.get(row.get("split"), row.get("split")) or "",
+        "gap closed": share if DASH in (low, high) else f"{share} ({low} to {high})",
+        "why": row["why"] if isinstance(row["why"], str) else "",
     }
 
 
-def _counted(per_image: pd.DataFrame) -> str:
-    people, seeds = per_image.patient_id.nunique(), per_image.seed.nunique()
-    images = per_image.image_id.nunique()
-    return f"{images} test images of {people} patients, {seeds} seed{'s' * (seeds != 1)}."
+def _weakest_row(row: Mapping) -> dict[str, str]:
+    band = row["worst_band"]
+    band = f"{band} years: {number(row['worst_band_dice'], 1)}" if isinstance(band, str) and band else ""
+    if band and pd.notna(row.get("worst_band_images", np.nan)):
+        people = _many(int(row["worst_band_patients"]), "patient")
+        band += f"\n{_many(int(row['worst_band_images']), 'image')} of {people}"
+    return _who(row) | {
+        "all": number(row["dice"], 1),
+        "worst tenth": number(row["worst_tenth"], 1),
+        "worst age band": band,
+        "worst client": number(row["worst_client_dice"], 1),
+        "below 0.8": f"{number(row['failures'], 1)} %",
+        "HD95": number(row.get("hd95", np.nan), 1),
+        "ASSD": number(row.get("assd", np.nan), 1),
+    }
+
+
+_MORE_ROWS = {"speed.csv": _speed_row, "gap.csv": _gap_row, "weakest.csv": _weakest_row}
+
+
+# The ledger
+
+
+def _ledger(claims: pd.DataFrame) -> list[dict[str, object]]:
+    """The claims by group ("Claim 1", "Table 1"); in each group a reason that several rows share stands once.
+
+    Returns:
+        One dict a group: name, and parts of rows with their shared reason (why, "" where each has its own).
+    """
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in claims.to_dict("records"):
+        name, rest = re.match(r"([^,:]*)[,:]?\s*(.*)", str(row["claim"]), re.DOTALL).groups()
+        groups.setdefault(name, []).append(_claim_row(row, rest or name))
+    ledger = []
+    for name, rows in groups.items():
+        reasons = [row["why"] for row in rows]
+        parts: dict[str, list[dict[str, str]]] = {}
+        for row in rows:
+            parts.setdefault(row["why"] if reasons.count(row["why"]) > 1 else "", []).append(row)
+        ledger.append({"name": name, "parts": [{"why": why, "rows": found} for why, found in parts.items()]})
+    return ledger
+
+
+def _claim_row(row: Mapping, name: str) -> dict[str, str]:
+    kinds = {"reproduced": "reproduced", "direction only": "direction", "not reproduced": "not"}
+    ours, low, high = row["ours"], row["low"], row["high"]
+    if "points" in name:
+        shown = _points(ours, low, high)
+    else:
+        digits = 0 if name.startswith("%") else 1 if "rounds" in name else 2
+        shown = estimate(ours, low, high, digits)
+    return {
+        "claim": name[:1].upper() + name[1:],
+        "paper": DASH if pd.isna(row["paper"]) else str(row["paper"]).replace("-", "−"),
+        "ours": "not run" if pd.isna(ours) else shown,
+        "tested": _on(row),
+        "verdict": row["verdict"],
+        "kind": kinds.get(row["verdict"], "untested"),
+        "why": "" if pd.isna(row["why"]) else row["why"],
+    }
+
+
+def _on(row: Mapping) -> str:
+    """On how much a claim was tested: images, patients where they are known, seeds."""
+    counts = {"image": row["n"], "patient": row.get("patients", np.nan), "seed": row["seeds"]}
+    if (
+        "patients" not in row and row["n"] == row["seeds"]
+    ):  # so older studies count what was tested over seeds
+        del counts["image"]
+    return ", ".join(
+        _many(int(count), noun) for noun, count in counts.items() if pd.notna(count) and count > 0
+    )
+
+
+def _tested(claims: pd.DataFrame) -> str:
+    """What all claims were tested on, "" where it differs: then each row says it."""
+    found = {_on(row) for row in claims.to_dict("records")} - {""}
+    return found.pop() if len(found) == 1 else ""
 
 
 def _run(manifest: Mapping) -> list[tuple[str, str]]:
@@ -490,53 +578,131 @@ def _run(manifest: Mapping) -> list[tuple[str, str]]:
         "teacher.sha256": "Teacher's weights, SHA-256",
         "versions": "Versions",
     }
-    rows = [(label, values[name]) for name, label in names.items() if values.get(name, "") != ""]
-    for name, digest in (manifest.get("weights") or {}).items():
-        rows.append((f"{name}, SHA-256", str(digest)))
-    settings = manifest.get("settings") or {}
-    if settings:
-        rows.append(
-            ("All settings", ", ".join(f"{name} = {_text(value)}" for name, value in settings.items()))
-        )
-    return rows
+    return [(label, values[name]) for name, label in names.items() if values.get(name, "") != ""]
+
+
+def _details(manifest: Mapping) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Long lists that the page shows when they are asked for: title, and pairs of a name and its value."""
+    weights = [(name, str(digest)) for name, digest in (manifest.get("weights") or {}).items()]
+    settings = [(name, _text(value) or "none") for name, value in (manifest.get("settings") or {}).items()]
+    found = [(f"SHA-256 of {_many(len(weights), 'weights file')}", weights), ("All settings", settings)]
+    return [(title, rows) for title, rows in found if rows]
 
 
 # Figures and files inside the page
 
 
+def _figures(
+    directory: Path, results: pd.DataFrame, manifest: Mapping, subject: Mapping, files: Mapping
+) -> tuple[dict, list[dict], list[str]]:
+    """The figures with a place of their own, the others by stage, and the names of those that do not fit."""
+    last = analysis.final(results)
+    data = {"fig2": _csv(last), "fig3": _csv(results[results.arm == "federated"])}
+    beside = {"when_it_pays": "gains.csv", "why": "drift.csv"}
+    data |= {
+        stem: (directory / name).read_bytes() for stem, name in beside.items() if (directory / name).exists()
+    }
+    listed = _story(directory, results, manifest)
+    placed = {"fig2": "fig2", "fig3": "fig3", "when_it_pays": "map"}
+    shown = {"map": None}
+    used = sum(len(file["uri"]) for file in files.values()) + 50_000  # the page itself
+    for stem in [stem for stem in placed if stem in listed]:
+        path = directory / "figures" / f"{stem}.png"
+        shown[placed[stem]] = item = _figure(path, last, data.get(stem))
+        used += _weight(item)
+    stages: dict[str, list[dict]] = {stage: [] for stage in STORY}
+    left_out = []
+    for stem in [stem for stem in listed if stem not in placed]:
+        path = directory / "figures" / f"{stem}.png"
+        item = None if stem in _repeated(listed) else _figure(path, last, data.get(stem))
+        if item is None or used + _weight(item) > PAGE_BYTES:
+            left_out.append(path.name)
+        elif not item["blank"]:
+            stages[_stage(stem)].append(item)
+            used += _weight(item)
+    return shown, [{"title": name, "figures": found} for name, found in stages.items() if found], left_out
+
+
+def _known(stem: str) -> str:
+    """The name in STORY that a figure's name begins with, "" if none does."""
+    return max((name for name in CAPTIONS if re.match(rf"{name}(_|\d|$)", stem)), key=len, default="")
+
+
+def _stage(stem: str) -> str:
+    return next((stage for stage, names in STORY.items() if _known(stem) in names), list(STORY)[-1])
+
+
+def _story(directory: Path, results: pd.DataFrame, manifest: Mapping) -> list[str]:
+    """Stems of the study's figures in the story's order: of the manifest's, or else of STORY's names.
+
+    Left out: partitions that no run of the study used, and a sweep that holds one student.
+    """
+    there = {path.stem for path in (directory / "figures").glob("*.png")}
+    listed = manifest.get("figures")
+    if isinstance(listed, list):
+        stems = [Path(str(name)).stem for name in listed]
+        stems += [stem for stem in ("fig2", "fig3") if stem not in stems]
+    else:
+        order = {name: place for place, name in enumerate(CAPTIONS)}
+        stems = sorted((s for s in there if _known(s)), key=lambda s: (order[_known(s)], s))
+    splits = {f"clients_{split}" for split in results.split}
+    settings = manifest.get("settings") or {}
+    sweeps = [settings.get(name, "?") for name in ("alpha_sweep", "temperature_sweep", "variants")]
+    return [
+        stem
+        for stem in dict.fromkeys(stems)
+        if stem in there
+        and not (stem.startswith("clients_") and stem not in splits)
+        and not (stem.startswith("dice_by_alpha") and not any(sweeps))
+    ]
+
+
+def _repeated(stems: list[str]) -> set[str]:
+    """Figures that another seed's already shows: NAME_seed1 beside NAME_seed0."""
+    first: dict[str, str] = {}
+    parts = {stem: re.fullmatch(r"(.*)_seed(\d+)", stem) for stem in stems}
+    for stem, match in sorted(parts.items(), key=lambda item: int(item[1][2]) if item[1] else 0):
+        if match:
+            first.setdefault(match[1], stem)
+    return {stem for stem, match in parts.items() if match and first[match[1]] != stem}
+
+
 def _figure(path: Path, last: pd.DataFrame, data: bytes | None) -> dict[str, object]:
-    name = max((name for name in CAPTIONS if path.stem.startswith(name)), key=len, default="")
+    name = _known(path.stem)
     caption = CAPTIONS.get(name, path.stem.replace("_", " ").capitalize() + ".")
     if name and path.stem != name:
-        caption = f"{caption[:-1]} ({path.stem[len(name) :].strip('_').replace('_', ' ')})."
+        detail = path.stem[len(name) :].strip("_").replace("_", ", ").replace("seed", "seed ")
+        caption = f"{caption[:-1]} ({', '.join(SPLITS.get(part, part) for part in detail.split(', '))})."
     alt = caption
     if path.stem in ("fig2", "fig3"):
         means = last[last.arm == "federated"].groupby(["split", "init"], sort=False).dice.mean()
         ends = means.mul(100).round(1).items()
         alt += (
-            " Final Dice: "
-            + "; ".join(f"{SPLITS.get(s, s)}, {NAMES.get(i, i)} {d} %" for (s, i), d in ends)
-            + "."
+            " Final Dice: " + "; ".join(f"{SPLITS.get(s, s)}, {_start(i)} {d} %" for (s, i), d in ends) + "."
         )
     if data is None and path.with_suffix(".csv").is_file():
         data = path.with_suffix(".csv").read_bytes()
-    picture, width, height = _png(path)
-    return {
+    return _png(path) | {
         "stem": path.stem,
-        "uri": _uri("image/png", picture),
-        "width": width,
-        "height": height,
         "alt": alt,
         "caption": caption,
         "data": _download(f"{path.stem}.csv", data) if data is not None else None,
     }
 
 
-def _png(path: Path) -> tuple[bytes, int, int]:
-    """A figure's bytes, reduced where it is heavy, and the size at which it is shown."""
+def _png(path: Path) -> dict[str, object]:
+    """A figure's uri, reduced where it is heavy.
+
+    Returns:
+        uri; width and height in pixels of the page; least, the width below which its text would be too small
+        (0 where a phone shows it whole); blank, true where nothing is drawn.
+    """
     try:
         with Image.open(path) as image:
             image.load()
+            inches = image.width / (image.info.get("dpi") or (FIGURE_SCALE,))[0]
+            size = round(FIGURE_SCALE * inches), round(FIGURE_SCALE * inches * image.height / image.width)
+            blank = all(low == high for low, high in np.atleast_2d(image.convert("RGB").getextrema()))
             picture = path.read_bytes()
             if len(picture) > FIGURE_BYTES:
                 image = image.convert("RGB")
@@ -544,9 +710,16 @@ def _png(path: Path) -> tuple[bytes, int, int]:
                 buffer = io.BytesIO()
                 image.quantize(256).save(buffer, "PNG", optimize=True)
                 picture = min(picture, buffer.getvalue(), key=len)
-            return picture, *image.size
     except OSError as error:
         raise UserError(f"{path} cannot be read as a picture ({error}): draw it again.") from error
+    least = round(READABLE_SCALE * inches)
+    return {
+        "uri": _uri("image/png", picture),
+        "width": size[0],
+        "height": size[1],
+        "least": least if least > PHONE_WIDTH else 0,
+        "blank": blank,
+    }
 
 
 def _download(name: str, content: bytes) -> dict[str, str]:
@@ -585,7 +758,7 @@ def _flat(manifest: Mapping, prefix: str = "") -> dict[str, str]:
 
 
 def _text(value: object) -> str:
-    if value is None:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_text(part)}" for name, part in value.items())
@@ -598,15 +771,15 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def _number(value: float, digits: int = 2, *, sign: bool = False) -> str:
-    if pd.isna(value):
-        return "–"
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def _points(value: float, low: float, high: float) -> str:
+    """A difference with its interval: two decimals where one of them is under a point, else one."""
+    small = any(abs(number) < 1 for number in (value, low, high) if pd.notna(number))
+    return estimate(value, low, high, 2 if small else 1, sign=True)
 
 
 def _percent(share: float) -> str:
-    return "–" if pd.isna(share) else f"{100 * share:.0f} %".replace("-", "−")
-
-
-def _interval(low: float, high: float, digits: int = 1) -> str:
-    return "" if pd.isna(low) or pd.isna(high) else f"{_number(low, digits)} to {_number(high, digits)}"
+    return DASH if pd.isna(share) else f"{100 * share:.0f} %".replace("-", "−")

@@ -205,6 +205,31 @@ def partition(
     return [torch.from_numpy(rows[by_row == k]).to(indices.device) for k in range(num_clients)]
 
 
+def with_age(table: pd.DataFrame, indices: Tensor) -> Tensor:
+    """Give those of these images that have an age.
+
+    Raises:
+        UserError: none has.
+    """
+    known = torch.from_numpy(table.age.notna().to_numpy()[_rows(table, indices)])
+    if not known.any():
+        raise UserError(
+            "images_without_age is leave_out, but none of these images has an age: set it to keep, and use "
+            "splits other than age and dirichlet"
+        )
+    return indices[known.to(indices.device)]
+
+
+def check_ages(table: pd.DataFrame, indices: Tensor) -> None:
+    """Raise a UserError where a split by age has one age alone to deal: it would be no skew at all."""
+    ages = table.age.iloc[_rows(table, indices)].dropna()
+    if len(ages) > 1 and ages.nunique() == 1:
+        raise UserError(
+            f"split 'age' needs people of different ages, but all {len(ages)} images with an age that it "
+            f"would deal are of people {ages.iloc[0]:g} years old: use another split"
+        )
+
+
 def without_age(table: pd.DataFrame, indices: Tensor) -> int:
     """How many of these images have no age, and are so left out by the schemes in `AGE_SCHEMES`."""
     return int(table.age.iloc[_rows(table, indices)].isna().sum())

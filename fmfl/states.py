@@ -1,6 +1,5 @@
 """States in files and their digests: what is written whole or not at all, and recognised when read again."""
 
-import ast
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fmfl import paths, syntax
+from fmfl import paths
 
 State = dict[str, Tensor]
 """A model's ``state_dict``: what travels between server and clients."""
@@ -45,16 +44,19 @@ TRAINING_CODE = ("augment.py", "losses.py", "models.py", "train.py", "federate.p
 
 @cache
 def code_digest(files: tuple[str, ...] = TRAINING_CODE) -> str:
-    """SHA-256 of what modules of this package do: comments, docstrings and layout left out."""
-    found = []
+    """SHA-256 of the source of modules of this package: as ``sha256sum FILE ... | sha256sum`` prints it.
+
+    The text counts, comments included, with line endings as LF: syntax trees differ between versions of
+    Python, and a checkout on Windows may end its lines with CRLF.
+
+    Args:
+        files: modules below the package's folder, named with ``/``; their order counts.
+    """
+    lines = ""
     for name in files:
-        tree = syntax.parse((paths.PACKAGE / name).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-            if documented and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        found.append((name, ast.dump(tree)))
-    return fingerprint(found)
+        source = (paths.PACKAGE / name).read_bytes().replace(b"\r\n", b"\n")
+        lines += f"{hashlib.sha256(source).hexdigest()}  {name}\n"
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def previous(file: Path) -> Path:
@@ -73,10 +75,14 @@ def write_bytes(file: Path, content: bytes) -> None:
 def _unfinished(file: Path, content: bytes) -> Path:
     """A hidden file beside the one that it shall become; its content has reached the disk."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    with unfinished.open("wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())  # else a power cut could leave the new name with no content
+    try:
+        with unfinished.open("wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())  # else a power cut could leave the new name with no content
+    except OSError as error:  # a full disk: what could be written takes the little room there is
+        unfinished.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(file)) from error
     return unfinished
 
 

@@ -7,11 +7,14 @@ A run's folder holds ``weights/`` (initial and final states), ``cells/`` (what e
 
 import ctypes
 import importlib.metadata
+import io
 import json
 import os
 import platform
+import re
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -87,8 +90,14 @@ def hold_out(cfg: Settings, cohort: Cohort) -> Holdout:
 def partition(
     cohort: Cohort, federated: Tensor, cfg: FederateConfig, scheme: str | None = None
 ) -> list[Tensor]:
-    """Who holds which federated images under ``cfg.split`` (or the scheme named)."""
+    """Deal the federated images under ``cfg.split`` (or the scheme named).
+
+    With ``images_without_age`` at leave_out every scheme deals those with an age alone, as the schemes by age
+    have to: then all of them train on the same images.
+    """
     scheme = scheme or cfg.split
+    if cfg.images_without_age == "leave_out":
+        federated = split.with_age(cohort.table, federated)
     options = {
         "age": {"strength": cfg.age_strength},
         "quantity": {"ratio": cfg.quantity_ratio},
@@ -185,7 +194,10 @@ def _predicted_masks(
     if (stored := states.read_state(file, device=cohort.images.device)) is not None:
         return stored[0]["masks"], stored[1]["seconds"]
     masks, seconds = train.predicted_masks(examples, patients, cfg.distill, known=known, **how)
-    states.write_state(file, {"masks": masks}, seconds=seconds)
+    try:
+        states.write_state(file, {"masks": masks}, seconds=seconds)
+    except OSError as error:
+        warnings.warn(f"the predicted masks cannot be kept in {file.parent} ({error.strerror})", stacklevel=2)
     return masks, seconds
 
 
@@ -236,7 +248,8 @@ def taught(cfg: Settings, cohort: Cohort, proxy: Tensor) -> Taught:
         )
         return who.logits(images, boxes).clone()  # outside inference mode, so that gradients can pass by
 
-    key = states.fingerprint("fresh", who.about(), asdict(rule), cfg.data.holdout_seed)
+    code = states.code_digest(("teacher.py", "sam.py", "checkpoints.py", "study.py"))  # makes the answers
+    key = states.fingerprint("fresh", code, who.about(), asdict(rule), cfg.data.holdout_seed)
     return Taught(Examples(cohort.images, cohort.masks, proxy, ask=ask, device=cohort.device), key, 0.0)
 
 
@@ -417,8 +430,98 @@ def images_a_second(cfg: Settings, cohort: Cohort, steps: int = 4) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------
-# What a cell leaves behind
+# What a cell depends on, and what it leaves behind
 # ---------------------------------------------------------------------------------------------------
+
+
+#: Which stages' settings a notebook depends on, and single ones besides.
+DEPENDS: dict[str, tuple[str, ...]] = {
+    "01_data": ("data", "federate.num_clients", "federate.age_strength", "federate.quantity_ratio",
+                "federate.images_without_age", "federate.seed"),
+    "02_teacher": ("data", "teacher", "distill.student"),
+    "03_distill": ("data", "teacher", "distill", "sweep", "federate.batch_size", "federate.augmentation",
+                   "federate.batch_norm", "federate.seed", "federate.inits", "run.precision",
+                   "run.deterministic"),
+    "04_federate": ("data", "teacher", "distill", "federate", "flower", "run.precision", "run.deterministic",
+                    "run.engine"),
+    "05_analysis": ("data", "teacher", "distill", "sweep", "federate", "flower", "analysis", "run.precision",
+                    "run.deterministic", "run.engine"),
+}  # fmt: skip
+
+
+PLACES = ("data", "checkpoint", "encoder_file", "init_file", "run_name")
+"""Settings that name files and folders of this machine."""
+
+
+def depends_on(notebook: str) -> set[str]:
+    """Name the settings that a notebook depends on, see :data:`DEPENDS`."""
+    wanted = DEPENDS[notebook]
+    return {
+        name for name, stage in config.stage_of().items() if stage in wanted or f"{stage}.{name}" in wanted
+    }
+
+
+def changed(about: dict[str, Any], cfg: Settings, by: str = "05_analysis") -> dict[str, tuple[Any, Any]]:
+    """Compare the settings that made a cell with others.
+
+    Args:
+        about: the cell's record, see :func:`save`; a parameter that came later was at its default then.
+        cfg: the other settings.
+        by: the notebook that has them; what it does not depend on is not compared.
+
+    Returns:
+        Of each setting that differs its value there and in ``cfg``, without those in :data:`FREE`.
+    """
+    used, here = config.defaults() | about["settings"], cfg.flat()
+    if here["images_without_age"] == "auto":  # whatever the study has decided
+        here["images_without_age"] = used["images_without_age"]
+    names = (depends_on(about["notebook"]) & depends_on(by)).difference(FREE)
+    return {name: (used[name], here[name]) for name in here if name in names and used[name] != here[name]}
+
+
+def first_few(differences: dict[str, tuple[Any, Any]]) -> str:
+    """Name the first three differences, as ``num_rounds is 5 there and 3 here``."""
+    said = [f"{name} is {there!r} there and {here!r} here" for name, (there, here) in differences.items()]
+    more = f" and {len(said) - 3} more" if len(said) > 3 else ""
+    return ", ".join(said[:3]) + more
+
+
+def cell_records(run_dir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and record of each cell in a run's folder, in the order of the story; damaged ones passed over."""
+    for file in sorted((run_dir / "cells").glob("*/cell.json"), key=lambda file: _in_story(file.parent.name)):
+        try:
+            about = read_json(file)
+        except UserError:
+            continue
+        if about.get("notebook") in DEPENDS and isinstance(about.get("settings"), dict):
+            yield file.parent.name, about
+
+
+def _in_story(cell: str) -> list[int | str]:
+    """Sorts names of cells by notebook, split and seed: seed 10 after seed 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", cell)]
+
+
+def check_run(cfg: Settings, notebook: str) -> None:
+    """Stop a notebook that trains before it writes over a run that other settings made.
+
+    A run's folder holds the weights and results of one set of settings. Cells of 01_data and 02_teacher do
+    not count: they are made again in a moment, and 05_analysis leaves out those that do not belong.
+
+    Raises:
+        UserError: the folder holds starts or results of other settings.
+    """
+    other: dict[str, tuple[Any, Any]] = {}
+    for _, about in cell_records(cfg.run_dir):
+        if about["notebook"] in ("03_distill", "04_federate"):
+            other |= changed(about, cfg, notebook)
+    if other:
+        name, (_, here) = next(iter(other.items()))
+        own = re.sub(r"[^\w.=-]+", "_", f"{cfg.run_dir.name}-{name}={Path(as_text(here)).name}")
+        raise UserError(
+            f"run {cfg.run.run_name!r} holds results of other settings ({first_few(other)}), and would lose "
+            f"them: name a run of its own in the parameters cell, such as run_name = {own!r}"
+        )
 
 
 VARY = "vary"
@@ -453,24 +556,21 @@ def save(cfg: Settings, notebook: str, record: dict[str, Any], **tables: pd.Data
     for name, table in tables.items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
     about = {"notebook": notebook, "settings": cfg.flat(), "run": where(cfg), "record": record}
-    about["figures"] = sorted(_drawn)
-    _drawn.clear()
+    about["figures"] = list(_drawn.pop(cfg.run_dir, {}))
     write_text(folder / "cell.json", json.dumps(about, indent=1, default=str))
     return folder
 
 
-_drawn: set[str] = set()
-"""Figures drawn since the last cell was saved: the cell's own."""
+_drawn: dict[Path, dict[str, None]] = {}
+"""Of each run's folder, the figures drawn since the last cell was saved, in their order: the cell's own."""
 
 
 def save_figure(cfg: Settings, name: str, figure: "Figure") -> "Figure":
     """Keep a figure under ``figures/{name}.png`` and give it back to be shown."""
-    folder = cfg.run_dir / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".{name}.png.{os.getpid()}"  # not *.png: a report takes those
-    figure.savefig(unfinished, format="png", dpi=120, bbox_inches="tight")
-    os.replace(unfinished, folder / f"{name}.png")
-    _drawn.add(f"{name}.png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=200, bbox_inches="tight")
+    states.write_bytes(cfg.run_dir / "figures" / f"{name}.png", drawn.getvalue())
+    _drawn.setdefault(cfg.run_dir, {})[f"{name}.png"] = None
     return figure
 
 
@@ -495,8 +595,8 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """All cells' results that were made with this run's settings.
 
     Returns:
-        The rows of results.csv and of per_image.csv, and the names of cells that are left out because
-        other settings made them.
+        The rows of results.csv and of per_image.csv, and the names of cells, of all notebooks, that are left
+        out because other settings made them.
 
     Raises:
         UserError: no cell has results with these settings, or two cells were made from different images or
@@ -504,8 +604,8 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """
     results, per_image, others = [], [], []
     inputs: dict[tuple[str, str], str] = {}
-    for folder, about, changed in _federations(cfg.run_dir, cfg):
-        if changed:
+    for folder, about, other in _federations(cfg.run_dir, cfg):
+        if other:
             others.append(folder.name)
             continue
         inputs.setdefault((about["record"].get("images"), about["record"].get("code")), folder.name)
@@ -519,6 +619,9 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
             f"{' and '.join(inputs.values())} in {cfg.run_dir} were made from different images or by "
             "different code: run 04_federate for all of them again"
         )
+    for name, about in cell_records(cfg.run_dir):
+        if about["notebook"] not in ("04_federate", "05_analysis") and changed(about, cfg):
+            others.append(name)
     key = ["arm", "init", "split", "seed", "round"]
     table = pd.concat(results, ignore_index=True)
     repeated = table[table.duplicated(key, keep=False)]
@@ -535,21 +638,18 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
 
 
 def _federations(run_dir: Path, cfg: Settings) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
-    """Each 04_federate cell in a folder: where it is, its record, and the settings in which it differs."""
-    wanted = {name: value for name, value in cfg.flat().items() if name not in FREE}
+    """Each 04_federate cell in a folder: where it is, its record, and its values of settings that differ."""
     for folder in sorted((run_dir / "cells").glob("04_federate-*")):
         about = read_json(folder / "cell.json")
-        # A parameter that came later was at its default then.
-        used = config.defaults() | about["settings"]
-        yield folder, about, {name: used[name] for name in wanted if used[name] != wanted[name]}
+        yield folder, about, {name: there for name, (there, _) in changed(about, cfg).items()}
 
 
 def collect_drift(cfg: Settings) -> pd.DataFrame:
     """How the clients' updates went in all cells of these settings: see :func:`fmfl.federate.drift`."""
     tables = [
         pd.read_csv(folder / "drift.csv")
-        for folder, _, changed in _federations(cfg.run_dir, cfg)
-        if not changed and (folder / "drift.csv").exists()
+        for folder, _, other in _federations(cfg.run_dir, cfg)
+        if not other and (folder / "drift.csv").exists()
     ]
     empty = pd.DataFrame(columns=["init", "split", "seed", "round", *federate.DRIFT])
     return pd.concat(tables, ignore_index=True) if tables else empty
@@ -564,9 +664,9 @@ def collect_variants(cfg: Settings) -> pd.DataFrame:
     """
     tables = []
     for variant in sorted((cfg.run_dir / VARY).glob("*=*")):
-        for folder, _, changed in _federations(variant, cfg):
-            if len(changed) == 1:
-                ((axis, value),) = changed.items()
+        for folder, _, other in _federations(variant, cfg):
+            if len(other) == 1:
+                ((axis, value),) = other.items()
                 about = {
                     "axis": axis,
                     "value": _on_axis(axis, value),
@@ -597,21 +697,61 @@ def mixtures(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> pd.DataFra
     return pd.concat(tables, ignore_index=True)
 
 
-def first_servers(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> list[Server]:
-    """The federated runs of the reference split and the first seed, as 04_federate has left them."""
+def first_servers(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> tuple[list[Server], str]:
+    """The federated runs of the reference split and the first seed as they began; reads, and writes nothing.
+
+    Returns:
+        The runs before their first round, and a sentence that says why there are none; empty otherwise.
+    """
     runs = results[results.arm == "federated"]
     if runs.empty:
-        return []
+        return [], "diagnostics are left out: there is no federated run"
     shown = cfg.analysis.reference_split
     shown = shown if shown in set(runs.split) else runs.split.iloc[0]
     runs = runs[(runs.split == shown) & (runs.seed == runs[runs.split == shown].seed.min())]
-    own = {"split": shown, "seed": int(runs.seed.iloc[0]), "arms": "federated"}
-    own["inits"] = ",".join(analysis.ordered_inits(runs))
-    cfg = replace(cfg, federate=replace(cfg.federate, **own))
-    parts = hold_out(cfg, cohort)
-    clients = partition(cohort, parts.federated, cfg.federate)
-    starts = initial_states(cfg, cohort, parts.proxy, several(own["inits"]))
-    return servers(cfg, cohort, parts, clients, starts)
+    seed, weights = int(runs.seed.iloc[0]), cfg.run_dir / "weights"
+    cfg = replace(cfg, federate=replace(cfg.federate, split=shown, seed=seed))
+    holders = federate.clients_of(cohort, partition(cohort, hold_out(cfg, cohort).federated, cfg.federate))
+    servers = []
+    for init in analysis.ordered_inits(runs):
+        start, end = f"init-{init}-seed{seed}.safetensors", f"federated-{shown}-{init}-seed{seed}.safetensors"
+        state = _start_of(weights / start, weights / end, runs[runs.init == init], cohort.device)
+        if state is None:
+            return [], (
+                f"diagnostics are left out: weights/{start} or weights/{end} is not there or not of these "
+                "results, so run 03_distill and 04_federate again"
+            )
+        servers.append(
+            Server(
+                arm="federated",
+                init=init,
+                split=shown,
+                client=-1,
+                clients=holders,
+                cfg=cfg.federate,
+                precision=train.precision_of(cfg.run),
+                model=models.build(
+                    cfg.distill.student, device=cohort.device, batch_norm=cfg.federate.batch_norm
+                ),
+                state=state,
+                initial=state,
+                file=weights / end,
+                fingerprint="",
+            )
+        )
+    return servers, ""
+
+
+def _start_of(start: Path, end: Path, rows: pd.DataFrame, device: torch.device) -> states.State | None:
+    """The state in a start's file; None unless the run in another file began there and has these results."""
+    record = states.read_record(end)
+    found = states.read_state(start, device=device)
+    rounds, history = record.get("rounds"), record.get("history")
+    if found is None or not rounds or not history:
+        return None
+    began = states.state_digest(found[0]) == rounds[0]["sha256"]
+    dice = rows.sort_values("round").dice.iloc[-1]
+    return found[0] if began and abs(history[-1]["dice"] - dice) < 1e-9 else None
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -727,11 +867,10 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
         results: the rows of results.csv.
         others: cells that are not part of them, from :func:`collect`.
     """
-    cells = {
-        folder.parent.name: read_json(folder)
-        for folder in sorted((cfg.run_dir / "cells").glob("*/cell.json"))
-        if folder.parent.name not in set(others)
-    }
+    left_out = {*others, "05_analysis"}
+    cells = {name: about for name, about in cell_records(cfg.run_dir) if name not in left_out}
+    figures = [name for about in cells.values() for name in about.get("figures", [])]
+    figures += _drawn.get(cfg.run_dir, {})  # by the analysis that asks
     here = where(cfg)
     settings = cfg.flat() | {
         "seeds": sorted(int(seed) for seed in results.seed.unique()),
@@ -742,7 +881,7 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
     for name in ("split", "seed"):
         del settings[name]
     # Results are passed on; where they lay on this machine is nobody's business.
-    for name in ("data", "checkpoint", "encoder_file", "init_file", "run_name"):
+    for name in PLACES:
         settings[name] = ",".join(Path(part).name for part in several(settings[name]))
     runs = {f"{row.arm}-{row.split}-{row.init}-seed{row.seed}" for row in results.itertuples()}
     runs |= {f"init-{row.init}-seed{row.seed}" for row in results.itertuples()}
@@ -773,6 +912,7 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
         "data": cells.get("01_data", {}).get("record", {}),
         "teacher": who,
         "student": next((c["record"] for n, c in cells.items() if n.startswith("03_distill")), {}),
+        "figures": list(dict.fromkeys(figures)),
         "weights": weights,
         "rounds": rounds,
         "cells": {name: cell["run"] | {"record": cell["record"]} for name, cell in cells.items()},

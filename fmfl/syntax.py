@@ -1,4 +1,4 @@
-"""Syntax trees of Python source: of this package's modules and of notebooks' cells."""
+"""Syntax trees of the Python source of notebooks' cells."""
 
 import ast
 import contextlib

@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -408,22 +409,34 @@ def default_file(name: str) -> Path:
 
 def _load_builtin(path: Path) -> "Sam":
     """The built-in network as its file describes it, with the file's weights."""
+    network, stored = _builtin_parts(path)
+    checkpoints.usable(path, stored, network.state_dict())
+    return network
+
+
+def _builtin_parts(path: Path) -> tuple["Sam", State]:
+    """The built-in network with a file's weights, and these as they are stored."""
     if not path.is_file():
         raise UserError(
             f"the teacher's weights {path} are not there: name an existing file with --checkpoint"
         )
     try:
-        with safe_open(path, "pt") as file:
-            settings = json.loads((file.metadata() or {}).get("network", "{}"))
-        network = builtin_sam(**settings)
-        state = {key: value.float() for key, value in load_file(path).items()}
+        if zipfile.is_zipfile(path):  # PyTorch's format, which says nothing of the network
+            network, stored = builtin_sam(), checkpoints.read(path)
+        else:
+            with safe_open(path, "pt") as file:
+                settings = json.loads((file.metadata() or {}).get("network", "{}"))
+            network, stored = builtin_sam(**settings), load_file(path)
+        state = {key: value.float() for key, value in stored.items()}
         network.load_state_dict(state, strict=True)
+    except UserError:
+        raise
     except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path} does not hold the built-in teacher's weights as safetensors ({reason})"
         ) from None
-    return network
+    return network, stored
 
 
 def _load_published(
@@ -439,6 +452,7 @@ def _load_published(
     fit = checkpoints.compare(state, network.state_dict())
     if problems := fit.without(allow).sentence():
         raise UserError(f"{path} does not fit teacher {name!r}: {problems}")
+    checkpoints.usable(path, {key: state[key] for key in fit.matched}, network.state_dict())
     network.load_state_dict({key: state[key] for key in fit.matched}, strict=False)
     sam.resize(network, size or sam.FAMILIES[name].size)
     return network, fit
@@ -455,6 +469,7 @@ class Checked:
         name: the teacher that was asked for, or that its keys look like; None where they look like none.
         input_size: side in pixels that its positions were made for; None where it has none.
         fit: its keys against that teacher's network; None without one.
+        not_finite, constant: what is wrong with its numbers, see the functions of :mod:`fmfl.checkpoints`.
     """
 
     sha256: str
@@ -463,6 +478,8 @@ class Checked:
     name: str | None
     input_size: int | None
     fit: Fit | None
+    not_finite: str = ""
+    constant: str = ""
 
 
 def check(path: str | Path, name: str | None = None) -> Checked:
@@ -479,15 +496,17 @@ def check(path: str | Path, name: str | None = None) -> Checked:
     if name is not None and name not in NAMES:
         raise UserError(f"teacher {name!r} is unknown: choose {', '.join(NAMES[:-1])} or {NAMES[-1]}")
     state = checkpoints.read(path)
-    sha256, input_size, fit = checkpoints.sha256_of(path), _input_size(state), None
+    sha256, input_size, fit, expected = checkpoints.sha256_of(path), _input_size(state), None, {}
     name = name or checkpoints.published_as(sha256) or _looks_like(state)
     if name == "builtin":
-        fit = checkpoints.compare(state, _load_builtin(path).state_dict())
+        expected = _builtin_parts(path)[0].state_dict()
     elif name:
         with torch.device("meta"):
-            network = sam.network(name, size=input_size)
-        fit = checkpoints.compare(state, network.state_dict())
-    return Checked(sha256, checkpoints.published_as(sha256), state, name, input_size, fit)
+            expected = sam.network(name, size=input_size).state_dict()
+    if name:
+        fit = checkpoints.compare(state, expected)
+    numbers = [find(state, expected) for find in (checkpoints.not_finite, checkpoints.constant)]
+    return Checked(sha256, checkpoints.published_as(sha256), state, name, input_size, fit, *numbers)
 
 
 def _looks_like(state: State) -> str | None:
@@ -638,7 +657,7 @@ class CachedLogits(NamedTuple):
     """A teacher's answers, and what they have cost."""
 
     logits: Tensor  # (B, 1, H, W) float16
-    seconds: float  # that the teacher took, on the day when it was asked
+    seconds: float  # that the teacher took when it was asked: of CPU time on a CPU, else on the wall
 
 
 def cached_logits(
@@ -670,11 +689,14 @@ def cached_logits(
     file = cache / f"logits-{key.hexdigest()[:24]}.safetensors"
     if (stored := states.read_state(file, device=images.device)) is not None:
         return CachedLogits(stored[0]["logits"], stored[1]["seconds"])
-    started = time.perf_counter()
+    # The clock of training (see train.fit): a CPU's own time, here of all its cores; elsewhere wall time.
+    clock = time.process_time if teacher.device.type == "cpu" else time.perf_counter
+    started = clock()
     steps = zip(images.split(32), boxes.split(32), strict=True)
     bar = tqdm(steps, total=-(-len(images) // 32), desc="teacher", disable=not progress, leave=False)
     logits = torch.cat([teacher.logits(*step).half() for step in bar])
-    seconds = time.perf_counter() - started
+    logits.flatten()[-1:].tolist()  # wait for the device
+    seconds = clock() - started
     try:
         states.write_state(file, {"logits": logits}, seconds=seconds)
     except OSError as error:

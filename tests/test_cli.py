@@ -117,6 +117,17 @@ def test_an_empty_folder_of_data_is_one_sentence(tmp_path, fmfl):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_holds_another_study_is_one_sentence_that_names_the_way_out(tmp_path, fmfl):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "manifest.json").write_text('{"settings": {"num_rounds": 100}}')
+    for more in ([], ["--dry-run"]):
+        wrong = sentence(*fmfl("study", *TINY, "--out", run, *more))
+        assert f"--out {run} holds another study (num_rounds is 100 there and" in wrong
+        assert f"add --replace, which first moves that one to {run}.1" in wrong
+    assert [file.name for file in run.iterdir()] == ["manifest.json"]
+
+
 def test_results_below_a_file_are_one_sentence(tmp_path, fmfl):
     (tmp_path / "file").touch()
     wrong = sentence(*fmfl("study", *TINY, "--out", tmp_path / "file" / "run"))
@@ -261,6 +272,14 @@ def test_a_bad_file_is_named_and_the_rest_is_counted(folder, fmfl):
 
 def test_with_strict_a_bad_file_is_an_error(folder, fmfl):
     assert "x3.png" in sentence(*fmfl("data", folder, "--size", "32", "--strict"))
+
+
+def test_what_is_worth_a_look_is_said_and_drawn(folder, fmfl, tmp_path):
+    code, out, err = fmfl("data", folder, "--size", "32", "--sheet", tmp_path / "sheet.png")
+    assert code == 0 and "rays: no image has a patient_id" in err
+    assert out.splitlines()[-1] == f"sheet: {tmp_path / 'sheet.png'} with 3 images"
+    assert Image.open(tmp_path / "sheet.png").format == "PNG"
+    assert "ends in .png" in sentence(*fmfl("data", folder, "--size", "32", "--sheet", tmp_path / "s.txt"))
 
 
 @pytest.mark.parametrize(

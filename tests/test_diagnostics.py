@@ -1,11 +1,13 @@
 """The ground at a start: lines, barriers and sharpness where they are known."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from fmfl import config, diagnostics, study
+from fmfl import config, diagnostics, federate, study, train
 from fmfl.states import state_digest
 
 
@@ -60,14 +62,56 @@ def test_sharpness_is_the_largest_eigenvalue_of_the_hessian():
 def test_the_ground_is_looked_at_without_changing_a_run(tmp_path):
     tiny = {"run_name": tmp_path, "size": 32, "num_phantoms": 40, "student": "tiny_unet", "proxy_epochs": 1}
     cfg = config.settings(tiny | {"inits": "random,pretraining", "num_rounds": 1})
-    cohort, results = study.load_cohort(cfg), []
-    for init in ("random", "pretraining"):
-        results.append({"arm": "federated", "init": init, "split": "age", "seed": 0})
-    servers = study.first_servers(cfg, cohort, pd.DataFrame(results))
+    cohort, (results, begun) = study.load_cohort(cfg), a_round(cfg)
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
+    servers, why_not = study.first_servers(cfg, cohort, results)
     before = [(state_digest(server.state), server.round_number) for server in servers]
+    assert why_not == "" and before == [(digest, 0) for digest in begun]
     found = diagnostics.of_starts(servers, cohort, images=4)
     assert found.init.tolist() == ["random", "pretraining"]
     assert (found.barrier >= 0).all() and found.sharpness.notna().all()
     assert [(state_digest(server.state), server.round_number) for server in servers] == before
     alone = diagnostics.of_starts(servers, cohort, images=4, clients=1)
     assert alone.barrier.isna().all() and alone.sharpness.equals(found.sharpness)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.*")} == files, "it only reads"
+
+
+@pytest.mark.parametrize("gone", ["start", "run", "another start", "other results"])
+def test_where_starts_are_missing_or_stale_diagnostics_are_left_out_and_nothing_is_trained(
+    tmp_path, monkeypatch, gone
+):
+    tiny = {"run_name": tmp_path, "size": 32, "num_phantoms": 40, "student": "tiny_unet", "proxy_epochs": 1}
+    cfg = config.settings(tiny | {"inits": "random,pretraining", "num_rounds": 1})
+    cohort, (results, _) = study.load_cohort(cfg), a_round(cfg)
+    start = tmp_path / "weights" / "init-pretraining-seed0.safetensors"
+    if gone == "start":
+        start.unlink()
+    elif gone == "run":
+        (tmp_path / "weights" / "federated-age-pretraining-seed0.safetensors").unlink()
+    elif gone == "another start":
+        start.write_bytes((tmp_path / "weights" / "init-random-seed0.safetensors").read_bytes())
+    else:
+        results.dice += 0.01
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
+    monkeypatch.setattr(train, "fit", None)
+    servers, why_not = study.first_servers(cfg, cohort, results)
+    assert servers == [] and len(diagnostics.of_starts(servers, cohort)) == 0
+    wanted = "random" if gone == "other results" else "pretraining"
+    assert (
+        f"weights/init-{wanted}-seed0.safetensors" in why_not and "run 03_distill and 04_federate" in why_not
+    )
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.*")} == files
+
+
+def a_round(cfg: config.Settings) -> tuple[pd.DataFrame, list[str]]:
+    """The results of one round from each start, as 04_federate leaves them, and the starts' digests."""
+    cohort = study.load_cohort(cfg)
+    parts = study.hold_out(cfg, cohort)
+    clients = study.partition(cohort, parts.federated, cfg.federate)
+    starts = study.initial_states(cfg, cohort, parts.proxy, ["random", "pretraining"])
+    cfg = replace(cfg, federate=replace(cfg.federate, arms="federated"))
+    servers = study.servers(cfg, cohort, parts, clients, starts)
+    for server in servers:
+        state = federate.aggregate(federate.train_clients(server, server.participants()))
+        server.finish_round(state, cohort, parts.test)
+    return federate.results(servers), [state_digest(start.state) for start in starts.values()]

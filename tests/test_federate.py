@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import threading
+import warnings
 import weakref
 
 import numpy as np
@@ -744,9 +745,90 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_run_goes_on_only_where_nothing_has_changed(tmp_path, change):
     stopped = run(serve(tmp_path), rounds=1)
-    again = serve(tmp_path, **CHANGES[change]())
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        again = serve(tmp_path, **CHANGES[change]())
     assert again.file == stopped.file
     assert again.round_number == (1 if change == "nothing" else 0)
+
+
+SAYS = {
+    "a setting": "learning_rate 0.01, now 0.001",
+    "more rounds": "num_rounds 3, now 4",
+    "another start": "other weights to begin with",
+    "other images": "other images",
+    "other owners": "other images at the clients",
+    "other test images": "other test images",
+    "precision": "precision float32, now bfloat16",
+    "another server": "server average, now momentum",
+    "own BatchNorm": "batch_norm average, now local",
+}
+
+
+@pytest.mark.parametrize("change", SAYS)
+def test_a_finished_run_is_moved_aside_with_a_warning_that_says_what_differs(tmp_path, change):
+    done = run(serve(tmp_path))
+    before = done.file.read_bytes()
+    with pytest.warns(UserWarning, match="another run") as caught:
+        serve(tmp_path, **CHANGES[change]())
+    kept = done.file.parent / "aside" / f"{done.file.stem}.{done.fingerprint[:8]}.safetensors"
+    (said,) = [str(one.message) for one in caught if "another run" in str(one.message)]
+    assert said == f"{done.file} held 3 rounds of another run ({SAYS[change]}): they are kept in {kept}"
+    assert kept.read_bytes() == before and not done.file.exists()
+    assert list(done.file.parent.glob("*.safetensors")) == [], "no manifest takes it for a result"
+
+
+def test_rounds_made_by_other_code_are_kept(tmp_path, monkeypatch):
+    done = run(serve(tmp_path))
+    monkeypatch.setattr(federate, "code_digest", lambda files: "edited")
+    with pytest.warns(UserWarning, match=r"held 3 rounds of another run \(other code\)"):
+        serve(tmp_path)
+    assert federate.unlike({}, done.made_of) == ["an older version of fmfl wrote it"]
+
+
+@pytest.mark.filterwarnings("ignore:.*another run:UserWarning")
+def test_a_run_comes_back_from_aside_and_is_not_done_again(tmp_path, monkeypatch):
+    """Two settings in turn: each is trained once, and nothing is written over."""
+    first = run(serve(tmp_path))
+    other = run(serve(tmp_path, cfg=settings(learning_rate=1e-3)))
+    monkeypatch.setattr(train, "fit", None)
+    assert equal(run(serve(tmp_path)).state, first.state)
+    again = run(serve(tmp_path, cfg=settings(learning_rate=1e-3)))
+    assert equal(again.state, other.state) and again.round_number == 3
+    assert [file.name for file in (first.file.parent / "aside").iterdir()] == [
+        f"{first.file.stem}.{first.fingerprint[:8]}.safetensors"
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*another run:UserWarning")
+def test_what_is_aside_is_never_written_over(tmp_path):
+    """A damaged file of the same name stays, and the whole one goes beside it."""
+    first = run(serve(tmp_path), rounds=2)
+    kept = federate.aside(first.file, {"fingerprint": first.fingerprint})
+    kept.parent.mkdir()
+    kept.write_bytes(b"something else")
+    serve(tmp_path, cfg=settings(learning_rate=1e-3))
+    assert kept.read_bytes() == b"something else"
+    beside = kept.with_name(f"{kept.stem}.1.safetensors")
+    assert states.read_record(beside)["round_number"] == 2
+    assert serve(tmp_path).round_number == 2, "and it goes on from there"
+
+
+@pytest.mark.filterwarnings("ignore:.*(another run|damaged):UserWarning")
+def test_of_a_run_whose_newest_checkpoint_is_damaged_the_one_before_is_kept(tmp_path):
+    first = run(serve(tmp_path), rounds=2)
+    first.file.write_bytes(b"")
+    serve(tmp_path, cfg=settings(learning_rate=1e-3))
+    kept = federate.aside(first.file, {"fingerprint": first.fingerprint})
+    assert states.read_record(kept)["round_number"] == 1
+
+
+def test_a_run_that_may_not_move_another_is_refused_and_nothing_is_touched(tmp_path):
+    done = run(serve(tmp_path))
+    before = done.file.read_bytes()
+    with pytest.raises(UserError, match=r"holds 3 rounds made with other settings.*learning_rate 0.01, now"):
+        serve(tmp_path, cfg=settings(learning_rate=1e-3), move_aside=False)
+    assert done.file.read_bytes() == before and list(done.file.parent.iterdir()) == [done.file]
+    assert serve(tmp_path, move_aside=False).round_number == 3
 
 
 def test_which_other_arms_are_run_does_not_matter(tmp_path):

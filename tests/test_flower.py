@@ -554,6 +554,15 @@ def test_a_run_with_other_settings_is_not_written_over(tmp_path):
         with pytest.raises(UserError, match=r"holds 1 rounds made with other settings.*--out"):
             flower.serve(nodes_of(other), other)
     assert first.file.read_bytes() == before
+    table = (tmp_path / "results.csv").read_bytes()
+    other = settings(tmp_path, num_rounds=1, seed=1)
+    with pytest.raises(UserError, match=r"is of another run than federated-age-random-seed1: .*--out"):
+        flower.serve(nodes_of(other), other)
+    (tmp_path / "cells" / "01_data").mkdir(parents=True)
+    (tmp_path / "cells" / "01_data" / "cell.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds a study: name another folder with --out"):
+        flower.serve(nodes_of(cfg), cfg)
+    assert first.file.read_bytes() == before and (tmp_path / "results.csv").read_bytes() == table
 
 
 # ------------------------------------------------------------------------------------------ privacy

@@ -1,6 +1,7 @@
 """What runs, in which order, with which parameters, once; and what is kept when something fails."""
 
 import hashlib
+import json
 import multiprocessing
 import os
 import re
@@ -85,7 +86,7 @@ def test_a_cell_gets_the_settings_it_depends_on_and_no_others(tmp_path):
     cells = {c.notebook: c.parameters for c in grid.plan(settings(tmp_path), [0], ["age"])}
     stages = {name: {n for n, s in config.stage_of().items() if s == name} for name in config.STAGES}
     where = {"run_name", "device", "cohort_device"}
-    client = {"num_clients", "age_strength", "quantity_ratio"}
+    client = {"num_clients", "age_strength", "quantity_ratio", "images_without_age"}
     assert set(cells["01_data"]) == where | stages["data"] | client | {"seed"}
     assert set(cells["02_teacher"]) == where | stages["data"] | stages["teacher"] | {"student"}
     assert set(cells["03_distill"]) == (
@@ -153,10 +154,10 @@ LEAVE = {
     "01_data": """
 from matplotlib import pyplot
 study.save_figure(cfg, "ages", pyplot.figure(figsize=(1, 1)))
-study.save(cfg, "01_data", {})
+study.save(cfg, "01_data", {"fingerprint": "these images"})
 """,
     "02_teacher": """
-study.save(cfg, "02_teacher", {})
+study.save(cfg, "02_teacher", {"sha256": "these weights"})
 """,
     "03_distill": """
 study.save(cfg, "03_distill", {})
@@ -164,7 +165,7 @@ inits = config.several(cfg.federate.inits)
 leave(*(f"weights/init-{init}-seed{cfg.federate.seed}.safetensors" for init in inits))
 """,
     "04_federate": """
-folder = study.save(cfg, "04_federate", {}).relative_to(cfg.run_dir)
+folder = study.save(cfg, "04_federate", {"images": "these images"}).relative_to(cfg.run_dir)
 leave(folder / "results.csv", folder / "per_image.csv")
 leave(*(f"weights/{name}.safetensors" for name in grid._runs(cfg)))
 """,
@@ -240,22 +241,154 @@ def test_what_is_done_is_not_done_again(tmp_path, notebooks):
     [
         ({"device": "cpu"}, []),
         ({"cohort_device": "host"}, []),
-        ({"deterministic": True}, ["03_distill-seed0", *FEDERATE, "05_analysis"]),
-        ({"batch_norm": "group"}, ["03_distill-seed0", *FEDERATE, "05_analysis"]),
-        ({"server": "adam"}, [*FEDERATE, "05_analysis"]),
         ({"target_dice": 0.8}, ["05_analysis"]),
-        ({"num_rounds": 3}, [*FEDERATE, "05_analysis"]),
-        ({"learning_rate": 0.1}, [*FEDERATE, "05_analysis"]),
-        ({"alpha": 0.5}, ["03_distill-seed0", *FEDERATE, "05_analysis"]),
-        ({"jitter_pixels": 6.0}, ["02_teacher", "03_distill-seed0", *FEDERATE, "05_analysis"]),
-        ({"num_clients": 4}, ["01_data", *FEDERATE, "05_analysis"]),
-        ({"phantom_seed": 1}, ALL),
+        ({"alpha_sweep": "0,1"}, ["03_distill-seed0", *FEDERATE, "05_analysis"]),
+        ({"inits": "random,fm,pretraining"}, ["03_distill-seed0", *FEDERATE, "05_analysis"]),
     ],
 )
-def test_a_changed_setting_runs_what_depends_on_it(tmp_path, notebooks, changed, again):
+def test_a_changed_setting_of_the_same_study_runs_what_depends_on_it(tmp_path, notebooks, changed, again):
     run(settings(tmp_path / "run"))
     assert run(settings(tmp_path / "run", **changed)) == again
     assert run(settings(tmp_path / "run", **changed)) == []
+
+
+# ------------------------------------------------------------------------------------------ another study
+
+
+def everything(folder: Path) -> dict[Path, bytes]:
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+OTHER = {
+    "deterministic": (True, "False there and True here"),
+    "batch_norm": ("group", "'average' there and 'group' here"),
+    "server": ("adam", "'average' there and 'adam' here"),
+    "num_rounds": (3, "2 there and 3 here"),
+    "learning_rate": (0.1, "0.001 there and 0.1 here"),
+    "alpha": (0.5, "0.6 there and 0.5 here"),
+    "jitter_pixels": (6.0, "5.0 there and 6.0 here"),
+    "num_clients": (4, "3 there and 4 here"),
+    "phantom_seed": (1, "0 there and 1 here"),
+    "engine": ("flower", "'local' there and 'flower' here"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_second_study_in_a_used_folder_is_refused(tmp_path, notebooks, name):
+    """And it touches nothing."""
+    value, said = OTHER[name]
+    folder = tmp_path / "run"
+    run(settings(folder))
+    before = everything(folder)
+    with pytest.raises(UserError) as caught:
+        run(settings(folder, **{name: value}))
+    assert str(caught.value) == (
+        f"--out {folder} holds another study ({name} is {said}): name another folder, or add --replace, "
+        f"which first moves that one to {folder}.1"
+    )
+    assert everything(folder) == before
+    assert run(settings(folder)) == []
+
+
+def test_the_first_three_differences_are_named(tmp_path, notebooks):
+    run(settings(tmp_path / "run"))
+    other = settings(tmp_path / "run", num_rounds=3, learning_rate=0.1, proximal=0.5, seed=1, batch_size=4)
+    with pytest.raises(UserError, match=r"\(batch_size .*, num_rounds .*, learning_rate .* and 1 more\)"):
+        run(other)
+
+
+def test_replace_moves_another_study_aside_whole_and_says_so(tmp_path, notebooks):
+    folder, said = tmp_path / "run", []
+    (tmp_path / "run.1").mkdir()
+    run(settings(folder))
+    before = everything(folder)
+    cells = grid.plan(settings(folder, num_rounds=3), [0], ["iid", "age"])
+    grid.run(cells, plain=True, progress=False, replace_other=True, say=said.append)
+    assert said[0] == f"{folder} held another study: it is now {folder}.2"
+    assert [line.split(":")[0] for line in said[1:]] == ALL
+    assert everything(tmp_path / "run.2") == before
+    grid.run(cells, plain=True, progress=False, replace_other=True, say=said.append)
+    assert len(said) == 1 + len(ALL) and not (tmp_path / "run.3").exists(), "the same study is no other"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that begin as copies")
+def test_a_study_that_is_being_run_is_not_moved(tmp_path, notebooks):
+    cfg = settings(tmp_path / "run")
+    run(cfg)
+    held, cell = grid.Claims(cfg.run_dir), grid.plan(cfg, [0], ["iid", "age"])[0]
+    assert held.take([cell], lambda _: False) is cell
+
+    def replace(_: int) -> None:
+        with pytest.raises(UserError, match="another study that is being run"):
+            run(settings(tmp_path / "run", num_rounds=3), replace_other=True)
+
+    assert in_processes(1, replace) == [0]
+    held.release(cell)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"data": "one image more", "teacher": "these weights"}, "data (by its bytes)"),
+        ({"data": "these images", "teacher": "other weights"}, "teacher (by its bytes)"),
+    ],
+)
+def test_other_images_or_weights_under_the_same_name_are_another_study(
+    tmp_path, notebooks, monkeypatch, inputs, said
+):
+    run(settings(tmp_path / "run"))
+    monkeypatch.setattr(grid, "check", lambda cells: inputs)
+    with pytest.raises(UserError, match=re.escape(f"({said} is 'of fingerprint these")):
+        run(settings(tmp_path / "run"))
+
+
+def test_the_same_images_in_another_place_are_no_other_study(tmp_path, notebooks):
+    run(settings(tmp_path / "run"))
+    assert run(settings(tmp_path / "run", data=str(tmp_path))) == ALL
+
+
+def test_a_study_that_was_stopped_inside_a_cell_is_known_by_its_checkpoints(tmp_path, notebooks):
+    """No record of a cell says yet what the rounds were made of."""
+    cfg = settings(tmp_path / "run")
+    made_of = {"settings": {"arm": "federated", "learning_rate": 0.25}, "data": "these images"}
+    file = cfg.run_dir / "weights" / "federated-age-fm-seed0.safetensors"
+    states.write_state(file, {"w": torch.ones(1)}, made_of=made_of, round_number=7)
+    with pytest.raises(UserError, match=r"\(learning_rate is 0\.25 there and 0\.001 here\)"):
+        run(cfg)
+    made_of["settings"]["learning_rate"] = 0.001
+    states.write_state(file, {"w": torch.ones(1)}, made_of=made_of | {"data": "theirs"}, round_number=7)
+    with pytest.raises(UserError, match=r"\(data \(by its bytes\) is 'of fingerprint theirs'"):
+        run(cfg)
+    states.write_state(file, {"w": torch.ones(1)}, made_of=made_of, round_number=7)
+    assert run(cfg) == ALL
+
+
+def test_results_that_were_passed_on_without_their_cells_are_not_written_over(tmp_path, notebooks):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "results.csv").write_text("theirs")
+    with pytest.raises(UserError, match=r"holds another study \(results.csv is"):
+        run(settings(folder))
+    about = {"settings": {"num_rounds": 100, "data": "rays"}, "data": {"fingerprint": "theirs"}}
+    (folder / "manifest.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"\(num_rounds is 100 there and 2 here, data \(by its bytes\)"):
+        run(settings(folder))
+    assert (folder / "results.csv").read_text() == "theirs"
+
+
+def test_a_variant_of_other_settings_than_the_studys_is_another_study(tmp_path, notebooks):
+    cfg = settings(tmp_path / "run")
+    own = settings(study.variant_dir(cfg, "labelled=10"), labelled=10.0, learning_rate=0.5)
+    study.save(own, "04_federate", {"images": "these images"})
+    with pytest.raises(UserError, match=r"\(learning_rate is 0\.5 there"):
+        run(cfg)
+
+
+def test_a_dry_run_says_too_that_the_folder_holds_another_study(tmp_path, notebooks):
+    run(settings(tmp_path / "run"))
+    cells = grid.plan(settings(tmp_path / "run", num_rounds=3), [0], ["age"])
+    with pytest.raises(UserError, match="holds another study"):
+        grid.estimate(cells)
 
 
 def test_another_seed_or_split_runs_its_own_cells(tmp_path, notebooks):
@@ -272,22 +405,6 @@ def test_another_seed_or_split_runs_its_own_cells(tmp_path, notebooks):
         "04_federate-site-seed1",
         "05_analysis",
     ]
-
-
-@pytest.mark.parametrize(
-    ("inputs", "again"),
-    [
-        ({"data": "one image more", "teacher": "these weights"}, ALL),
-        ({"data": "these images", "teacher": "other weights"}, ALL[1:]),
-    ],
-)
-def test_other_images_or_weights_under_the_same_name_are_noticed(
-    tmp_path, notebooks, monkeypatch, inputs, again
-):
-    cfg = settings(tmp_path / "run")
-    run(cfg)
-    monkeypatch.setattr(grid, "check", lambda cells: inputs)
-    assert run(cfg) == again
 
 
 def test_changed_code_of_a_notebook_runs_it_and_what_continues_it(tmp_path, notebooks):
@@ -322,7 +439,8 @@ def test_the_code_that_no_number_depends_on_is_left_out(tmp_path, notebooks, mon
     monkeypatch.setattr(states, "code_digest", lambda files: seen.append(files) or "code")
     run(settings(tmp_path / "run"))
     every = {file.name for file in paths.PACKAGE.glob("*.py")}
-    assert every - set(seen[0]) == {"cli.py", "grid.py", "syntax.py", "teacher_training.py", "verify.py"}
+    without = {"__main__", "cli", "grid", "inspection", "interrupt", "syntax", "teacher_training", "verify"}
+    assert every - set(seen[0]) == {f"{name}.py" for name in without}
 
 
 @pytest.mark.parametrize(
@@ -378,13 +496,13 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path, notebooks):
 
 
 def test_what_another_run_began_to_overwrite_is_not_done(tmp_path, notebooks):
-    """Run with one setting, fail with a second one after its first files, come back to the first."""
-    fails = "assert cfg.federate.learning_rate != 0.5, 'diverged'"
+    """Run with some starts, fail with others after the first files, come back to the first."""
+    fails = "assert cfg.federate.inits != 'fm', 'diverged'"
     notebooks.write("04_federate", LEAVE["04_federate"] + fails)
     run(settings(tmp_path / "run"))
     with pytest.raises(UserError, match=r"04_federate-iid-seed0 failed with AssertionError: diverged"):
-        run(settings(tmp_path / "run", learning_rate=0.5))
-    assert run(settings(tmp_path / "run")) == ["04_federate-iid-seed0"]
+        run(settings(tmp_path / "run", inits="fm"))
+    assert run(settings(tmp_path / "run")) == ["03_distill-seed0", "04_federate-iid-seed0"]
 
 
 def test_a_notebook_that_leaves_less_than_it_should_is_not_done(tmp_path, notebooks):
@@ -426,7 +544,7 @@ def test_a_variant_differs_in_one_setting_and_trains_what_that_can_change(tmp_pa
         "learning_rate=0.1/03_distill-seed0",
         "learning_rate=0.1/04_federate-age-seed0",
     ]
-    base, inits = cfg.flat(), []
+    base, inits = cells[0].cfg.flat(), []
     for cell in variants.values():
         flat = cell.cfg.flat()
         free = {"run_name", "inits", "arms", "split", "seed"}

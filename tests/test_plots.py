@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 
 from fmfl import analysis, plots
 
@@ -89,13 +90,19 @@ def drawn(axis, init, style):
 
 def test_fig2_places_means_seeds_and_intervals():
     table = results()
-    axis = plots.fig2(table, per_image(table)).axes[0]
+    once = per_image(table)
+    twice = pd.concat([once, once.assign(image_id="b" + once.image_id, patient_id="b" + once.patient_id)])
+    axis = plots.fig2(table, twice).axes[0]
 
     mean, seeds, mean_age, seeds_age = drawn(axis, "fm", "None")  # two seeds, a point apart
     assert [*mean, *seeds] == pytest.approx([88.5, 88, 89])
     assert [*mean_age, *seeds_age] == pytest.approx([87.5, 87, 88])
     interval, _ = drawn(axis, "fm", "-")
-    assert interval == pytest.approx(analysis.bootstrap_mean(88.5 + 100 * SPREAD, range(12)))
+    by_patient = np.var(np.tile(100 * SPREAD, 2), ddof=1) / 24
+    by_seed = np.var([88, 89], ddof=1) / 2
+    df = (by_patient + by_seed) ** 2 / (by_patient**2 / 23 + by_seed**2 / 1)  # Satterthwaite
+    half = stats.t.ppf(0.975, df) * np.sqrt(by_patient + by_seed)
+    assert interval == pytest.approx([max(0, 88.5 - half), min(100, 88.5 + half)])
     assert [text.get_text() for text in axis.get_xticklabels()] == ["IID", "age skew"]
     assert axis.get_ylabel() == "Dice on the test images (%)"
 
@@ -287,15 +294,19 @@ def test_the_map_has_a_panel_for_each_axis_and_pair_with_hollow_points_in_the_no
                 rows.append((axis, value, "fm", lower, 2.0, 1.0, 4.0, noise))
     names = ["axis", "value", "higher", "lower", "gain", "low", "high", "inside_noise"]
     figure = plots.when_it_pays(pd.DataFrame(rows, columns=names))
-    assert [axis.get_xlabel() for axis in figure.axes] == ["", "", "labelled", "server"]
-    assert [tick.get_text() for tick in figure.axes[2].get_xticklabels()] == ["10", "all"]
+    assert [axis.get_xlabel() for axis in figure.axes] == ["labelled", "labelled", "server", "server"]
+    assert [axis.get_title() for axis in figure.axes[:2]] == [
+        "foundation model\nabove random",
+        "foundation model\nabove pre-training",
+    ]
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["10", "all"]
     hollow = [
         line.get_markerfacecolor() == "white"
         for axis in figure.axes
         for line in axis.lines
         if line.get_marker() == plots.MARKERS["fm"]
     ]
-    assert hollow == [False] * 4 + [False, True, False, False]
+    assert hollow == [False, False, False, True] + [False] * 4
 
 
 def test_the_maps_values_do_not_run_into_each_other():
@@ -327,3 +338,190 @@ def test_why_shows_each_measure_by_round_and_both_of_the_ground():
     assert list(line.get_ydata()) == [1.0, 2.0]
     assert [bar.get_height() for bar in figure.axes[4].patches] == [0.3, 0.1]
     assert plots.why(drift, starts.head(0), "age")
+
+
+def test_why_has_no_panel_without_a_measurement():
+    drift = pd.DataFrame(
+        [("fm", "age", 0, number, 1.0, 0.5, 1.2, 3.0) for number in (1, 2)],
+        columns=["init", "split", "seed", "round", *plots.DRIFT],
+    )
+    nothing = pd.DataFrame(columns=["init", "sharpness", "barrier"])
+    assert len(plots.why(drift, nothing, "age").axes) == 4
+    starts = pd.DataFrame({"init": ["fm"], "sharpness": [np.nan], "barrier": [0.0]})
+    assert len(plots.why(drift.assign(update_cosine=np.nan), starts, "age").axes) == 4
+
+
+def test_a_loss_of_one_epoch_is_seen():
+    history = pd.DataFrame({"epoch": [1, 1], "loss": [4.0, 2.0], "init": ["fm", "pretraining"]})
+    assert [line.get_marker() for line in plots.loss_curves(history).axes[0].lines] == ["o", "o"]
+
+
+# Seen by everyone, on every screen
+
+#: Linear RGB as people without one kind of cone see it: Machado, Oliveira & Fernandes 2009, severity 1.
+VISION = {
+    "common": np.eye(3),
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+
+
+def lab(colour, vision="common"):
+    """CIE L*a*b* (D65) of an sRGB colour as it is seen with that vision."""
+    stored = np.array(matplotlib.colors.to_rgb(colour))
+    linear = np.where(stored <= 0.04045, stored / 12.92, ((stored + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(np.asarray(VISION[vision]) @ linear, 0, 1)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    x, y, z = np.asarray(to_xyz) @ seen / [0.9505, 1, 1.089]
+    x, y, z = (np.cbrt(v) if v > 0.008856 else 7.787 * v + 16 / 116 for v in (x, y, z))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def apart(one, other, vision="common"):
+    """Distance of two colours (CIE 1976): 2 is just seen, 10 at a glance."""
+    return np.linalg.norm(lab(one, vision) - lab(other, vision))
+
+
+def test_the_measure_of_colours_knows_which_ones_merge():
+    assert lab("white") == pytest.approx([100, 0, 0], abs=0.1) and lab("black") == pytest.approx([0, 0, 0])
+    assert lab("red") == pytest.approx([53.2, 80.1, 67.2], abs=0.2)  # as published for sRGB
+    red, green = "#B23A3A", "#6B7A1F"
+    assert apart(red, green) > 60 and apart(red, green, "deuteranopia") < 25
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_truth_prediction_and_box_are_told_apart_with_any_colour_vision(vision):
+    """The green and vermilion that they once had are 53 apart for deuteranopes and 37 for protanopes."""
+    assert apart(plots.TRUTH, plots.PREDICTED, vision) > 80
+    assert apart(plots.TRUTH, plots.BOX, vision) > 30 and apart(plots.PREDICTED, plots.BOX, vision) > 30
+
+
+def test_the_truth_is_solid_the_prediction_dashed_and_the_box_dotted_in_picture_and_key():
+    images, masks, predicted, dice = squares()
+    figure = plots.worst_cases(images, masks, predicted, dice, count=1)
+    truth, guess = figure.axes[0].collections
+    solid = (0, None)
+    assert truth.get_linestyle()[0] == solid and guess.get_linestyle()[0] != solid
+    assert [line.get_linestyle() for line in figure.legends[0].get_lines()] == ["-", "--"]
+    boxed = plots.boxes(images[0], [1, 2, 3, 4], mask=masks[0], teacher_mask=predicted[1])
+    assert boxed.axes[0].patches[0].get_linestyle() == plots.LINES[plots.BOX] == "dotted"
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5])
+def test_clients_and_other_groups_have_no_colour_of_a_start(number):
+    starts = [*plots.PALETTE.values(), *plots.OTHERS]
+    found = plots.group_colours(number)
+    assert len(found) == number
+    assert min(apart(group, start) for group in found for start in starts) > 15
+    assert all(apart(*pair, vision) > 9 for pair in itertools.pairwise(found) for vision in VISION)
+
+
+def test_the_clients_bars_and_the_sites_bars_are_of_those_colours():
+    bars = plots.clients(table(), [torch.tensor([0, 1, 2]), torch.tensor([4, 5])]).axes[0].patches
+    assert [matplotlib.colors.to_hex(bar.get_facecolor()) for bar in bars] == plots.group_colours(2)
+    shown = {matplotlib.colors.to_hex(bar.get_facecolor()) for bar in plots.ages(table()).axes[0].patches}
+    assert shown == set(plots.group_colours(2))
+
+
+def gains_of(axes, pairs=2):
+    names = ["axis", "value", "higher", "lower", "gain", "low", "high", "inside_noise"]
+    rows = [
+        (axis, value, "fm", lower, 2.0, 1.0, 4.0, False)
+        for axis in axes
+        for value in ("average", "momentum", "adam")
+        for lower in ("random", "pretraining")[:pairs]
+    ]
+    return pd.DataFrame(rows, columns=names)
+
+
+@pytest.fixture(scope="module")
+def every_figure():
+    """Name -> figure of every function, drawn, with as long words as a study has."""
+    plots.use_style()
+    figures = dict(_every_figure())
+    for figure in figures.values():
+        figure.draw_without_rendering()
+    return figures
+
+
+def _every_figure():
+    images, masks, predicted, dice = squares(9)
+    scores = per_image(results(splits=("iid", "age", "quantity")))
+    ends = results(splits=("iid", "age", "quantity"))
+    drift = pd.DataFrame(
+        [(init, "age", 0, n, 1.0 * n, 0.5, 1.2, 3.0) for init in analysis.INITS for n in range(11)],
+        columns=["init", "split", "seed", "round", *plots.DRIFT],
+    )
+    starts = pd.DataFrame({"init": analysis.INITS, "sharpness": [5.0, 2, 1], "barrier": [0.3, 0.1, 0]})
+    rules = [f"{rule}, per_lung" for rule in ("ground_truth", "ground_truth_jitter", "predicted")]
+    by_rule = pd.DataFrame({"rule": rules * 2, "dice": np.linspace(0.8, 0.9, 6), "hd95": np.arange(6.0)})
+    by_pixels = {"pixels": [0, 0, 5, 5], "dice": [0.9, 1.0, 0.6, 0.8], "hd95": [1.0, 2.0, 4.0, 8.0]}
+    epochs = pd.DataFrame(
+        {"epoch": [1, 2] * 2, "loss": 1.0, "dice_loss": 0.5, "init": ["fm"] * 2 + ["random"] * 2}
+    )
+    people = pd.DataFrame(
+        {"patient_id": range(9), "age": 9.0 * np.arange(9), "site": ["children", "archive", "clinic"] * 3}
+    )
+    cohort = SimpleNamespace(images=images, masks=masks, table=people)
+    parts = [torch.arange(3), torch.arange(3, 9)]
+    yield "images", plots.images(cohort, range(9))
+    yield "augmented", plots.augmented(images, masks)
+    yield "boxes", plots.boxes(images[0], [1, 2, 9, 9], teacher_mask=predicted[0], mask=masks[0])
+    yield "teacher_gallery", plots.teacher_gallery(images, masks, predicted, dice, boxes=[[1, 2, 3, 4]] * 9)
+    yield "worst_cases", plots.worst_cases(images, masks, predicted, dice)
+    yield "ages", plots.ages(people)
+    yield "clients", plots.clients(people, parts, title="quantity: ages 22 years apart, sizes 9.4 : 1")
+    yield "dice_by_rule", plots.dice_by_rule(by_rule)
+    yield "dice_by_jitter", plots.dice_by_jitter(pd.DataFrame(by_pixels))
+    yield (
+        "reliability",
+        plots.reliability(pd.DataFrame({"probability": [0.1, 1], "frequency": [0.2, 1]}), 0.01),
+    )
+    yield "loss_curves", plots.loss_curves(epochs)
+    yield "dice_by_alpha", plots.dice_by_alpha(distilled((0.6, 1.0, "soft", "cached", 0.9)), teacher=0.97)
+    yield "dice_by_round", plots.dice_by_round(ends[ends.arm == "federated"])
+    yield "fig2", plots.fig2(ends, scores)
+    yield "fig3", plots.fig3(ends)
+    yield "per_image", plots.per_image(scores)
+    yield "when_it_pays", plots.when_it_pays(gains_of(("optimizer_state", "server")))
+    yield "why", plots.why(drift, starts, "age")
+
+
+def test_every_figures_text_is_readable_where_the_page_is_390_pixels_wide(every_figure):
+    """The page leaves 358 pixels, and a saved figure has 0.1 inches around it: no text under 9 pixels."""
+    for name, figure in every_figure.items():
+        width = figure.get_tightbbox().width + 0.2
+        texts = [
+            text for text in figure.findobj(matplotlib.text.Text) if text.get_text() and text.get_visible()
+        ]
+        smallest = min(text.get_fontsize() for text in texts) if texts else np.inf
+        assert smallest / 72 * 358 / width >= 9, f"{name}: {smallest} points, {width:.2f} inches wide"
+    style = {"use_style", "colours", "group_colours"}
+    own = {name for name, found in vars(plots).items() if getattr(found, "__module__", "") == plots.__name__}
+    assert {name for name in own if not name.startswith("_")} - style == set(every_figure)
+
+
+def test_no_figures_words_run_into_each_other(every_figure):
+    for name, figure in every_figure.items():
+        for axis in figure.axes:
+            for labels_ in (axis.get_xticklabels(), axis.get_yticklabels(), axis.texts):
+                boxes = [
+                    text.get_window_extent() for text in labels_ if text.get_text() and text.get_visible()
+                ]
+                if any(text.get_rotation() for text in labels_):
+                    continue  # slanted boxes overlap where their words do not; see the map's own test
+                for one, other in itertools.combinations(boxes, 2):
+                    assert not one.shrunk(0.9, 0.9).overlaps(other.shrunk(0.9, 0.9)), name

@@ -2,8 +2,10 @@
 
 import base64
 import gzip
+import itertools
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fmfl import analysis, config, privacy, report
+from fmfl import analysis, config, paths, plots, privacy, report
 from fmfl.errors import UserError
 
 MANIFEST = {
@@ -25,7 +27,9 @@ MANIFEST = {
 }
 
 
-def study(directory, *, gain=3.0, seeds=3, inits=analysis.INITS, images=40, pictures=("fig2", "fig3")):
+def study(
+    directory, *, gain=3.0, seeds=3, inits=analysis.INITS, images=40, pictures=("fig2", "fig3"), **manifest
+):
     """A run in which every informed start is `gain` points above random, written as the study writes it."""
     rng = np.random.default_rng(0)
     hard = rng.normal(0, 3, images)
@@ -46,7 +50,7 @@ def study(directory, *, gain=3.0, seeds=3, inits=analysis.INITS, images=40, pict
     per_image.to_csv(directory / "per_image.csv", index=False)
     analysis.table1(results, per_image).to_csv(directory / "table1.csv", index=False)
     analysis.claims(results, per_image).to_csv(directory / "claims.csv", index=False)
-    (directory / "manifest.json").write_text(json.dumps(MANIFEST))
+    (directory / "manifest.json").write_text(json.dumps(MANIFEST | manifest))
     (directory / "figures").mkdir()
     for name in pictures:
         picture = Image.fromarray(rng.integers(0, 256, (30, 40), dtype=np.uint8))
@@ -55,15 +59,22 @@ def study(directory, *, gain=3.0, seeds=3, inits=analysis.INITS, images=40, pict
 
 
 class Page(HTMLParser):
-    """Every tag with its attributes, and the text."""
+    """Every tag with its attributes, the text, and the tables: {id of the section: rows of cells}."""
 
     def __init__(self, html):
         super().__init__()
         self.tags, self.text, self.open = [], "", []
+        self.tables, self.section = {}, ""
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
+        if tag == "section":
+            self.section = dict(attributes).get("id", "")
+        elif tag == "tr":
+            self.tables.setdefault(self.section, []).append([])
+        elif tag in ("td", "th"):
+            self.tables[self.section][-1].append("")
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
@@ -72,6 +83,14 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += " ".join(data.split()) + " " if self.open[-1:] not in (["style"],) else ""
+        if {"td", "th"} & set(self.open):
+            row = self.tables[self.section][-1]
+            row[-1] = " ".join(f"{row[-1]} {data}".split())
+
+    @classmethod
+    def of(cls, directory):
+        """The page of a study, written anew."""
+        return cls(report.write(directory).read_text(encoding="utf-8"))
 
     def all(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
@@ -119,7 +138,8 @@ def test_page_shows_our_numbers_beside_the_papers(tmp_path):
     for number in ("74.67", "83.92", "85.38", "89.41", "67.20", "73 %", "63 %"):
         assert number in page.text
     claims = pd.read_csv(tmp_path / "claims.csv")
-    assert all(" ".join(claim.split()) in page.text for claim in claims.claim)
+    rest = [re.split("[,:]", claim, maxsplit=1)[1].strip() for claim in claims.claim]
+    assert all(f"{claim[0].upper()}{claim[1:]}" in page.text for claim in rest)
 
 
 def test_headline_calls_better_only_what_is_outside_the_noise(tmp_path):
@@ -167,9 +187,9 @@ def test_headline_of_no_effect_and_of_one_seed(tmp_path):
 
 def test_methods_say_what_the_manifest_says_and_nothing_else():
     text = " ".join(report.methods(MANIFEST))
-    assert "12,345 images of 60 patients have a mask." in text
-    assert "Left out were lateral view 2." in text
-    assert "3 clients trained for 2 rounds of 1 local epochs" in text
+    assert "12,345 images with a mask, of 60 patients." in text
+    assert "Left out: lateral view (2)." in text
+    assert "3 clients trained for 2 rounds of 1 local epoch (Eq. 2)." in text
     assert "Seeds: 0, 1, 2." in text
     assert "learning rate" not in text  # not in this manifest
     assert "{" not in text
@@ -182,7 +202,7 @@ def test_methods_state_epsilon_where_there_was_noise():
     text = " ".join(report.methods(MANIFEST | {"privacy": spent}))
     assert "clipped to length 0.5 " in text and "deviation 4" in text and "over 5 rounds" in text
     assert f"epsilon is {int(spent['epsilon'])}." in text
-    assert f"The 9 federated runs here come together to epsilon {int(spent['epsilon_of_all_runs'])}." in text
+    assert f"9 federated runs here come together to epsilon {int(spent['epsilon_of_all_runs'])}." in text
     before = {key: value for key, value in spent.items() if not key.startswith(("runs", "epsilon_of"))}
     older = " ".join(report.methods(MANIFEST | {"privacy": before}))
     assert f"epsilon is {int(spent['epsilon'])}." in older, "what an older manifest states stays stated"
@@ -205,7 +225,7 @@ def test_words_from_files_cannot_become_markup(tmp_path):
 def test_heavy_content_is_reduced_compressed_or_left_beside_the_page(tmp_path, monkeypatch):
     study(tmp_path, images=1000)
     rng = np.random.default_rng(0)
-    for name in ("fig2", "heavy1", "heavy2"):
+    for name in ("fig2", "ages", "images"):
         noise = rng.integers(0, 256, (300, 400, 3), dtype=np.uint8)  # 360 kB: nothing to compress
         Image.fromarray(noise).save(tmp_path / "figures" / f"{name}.png")
     monkeypatch.setattr(report, "PAGE_BYTES", 500_000)
@@ -213,7 +233,7 @@ def test_heavy_content_is_reduced_compressed_or_left_beside_the_page(tmp_path, m
     page = Page(path.read_text(encoding="utf-8"))
 
     assert path.stat().st_size < 500_000
-    assert "heavy1.png, heavy2.png" in page.text  # named, not shown
+    assert "images.png, ages.png" in page.text  # named, not shown
     assert len(page.all("img")) == 2
     assert len(page.all("img")[0]["src"]) < 0.5 * (tmp_path / "figures" / "fig2.png").stat().st_size
     files = {link["download"]: link["href"] for link in page.all("a") if "download" in link}
@@ -224,6 +244,18 @@ def test_heavy_content_is_reduced_compressed_or_left_beside_the_page(tmp_path, m
     assert (
         "data: results.csv beside this page" in Page(report.write(tmp_path).read_text(encoding="utf-8")).text
     )
+
+
+def test_figures_are_those_that_the_manifest_names(tmp_path):
+    """Another study's lie in the same folder."""
+    study(tmp_path, pictures=("fig2", "fig3", "images", "ages", "dice_by_round_age_seed0"))
+    about = MANIFEST | {"figures": ["images.png", "ages.png", "fig2.png", "fig3.png", "gone.png"]}
+    (tmp_path / "manifest.json").write_text(json.dumps(about))
+    shown = [image["alt"] for image in Page(report.write(tmp_path).read_text(encoding="utf-8")).all("img")]
+    assert len(shown) == 4, "neither another study's nor one that is gone"
+    assert shown[-2].startswith("Images") and shown[-1].startswith("Ages"), "in the manifest's order"
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
+    assert len(Page(report.write(tmp_path).read_text(encoding="utf-8")).all("img")) == 5
 
 
 @pytest.mark.parametrize("name", [*report.TABLES, "manifest.json", "figures/fig2.png", "figures/fig3.png"])
@@ -264,10 +296,12 @@ def test_the_further_tables_and_the_map_are_shown_where_a_study_has_them(tmp_pat
     study(tmp_path, pictures=("fig2", "fig3", "when_it_pays", "why"))
     assert 'id="map"' not in report.write(study_without(tmp_path)).read_text(encoding="utf-8")
     results, per_image = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("results", "per_image"))
-    per_image = per_image.assign(age=30.0, site="here", hd95=1.0, assd=0.5)
-    analysis.speed(results, 0.8).to_csv(tmp_path / "speed.csv", index=False)
+    young = per_image.patient_id % 2 == 0  # and half a Dice worse
+    per_image = per_image.assign(age=np.where(young, 30.0, 50.0), dice=per_image.dice - 0.5 * young)
+    per_image = per_image.assign(site="here", hd95=1.0, assd=0.5)
+    analysis.speed(results, [0.8]).to_csv(tmp_path / "speed.csv", index=False)
     analysis.weakest(per_image).to_csv(tmp_path / "weakest.csv", index=False)
-    gap = pd.DataFrame([{"init": "fm"} | analysis.gap_interval(per_image, "fm", "age")])
+    gap = analysis.gap(per_image, ["fm"], "age")
     gap.to_csv(tmp_path / "gap.csv", index=False)
     (tmp_path / "gains.csv").write_text("axis,value\nlabelled,10\n")
     page = Page(report.write(tmp_path).read_text(encoding="utf-8"))
@@ -303,3 +337,230 @@ def test_the_answer_goes_between_the_marks_of_a_markdown_file_and_nowhere_else(t
     (tmp_path / "other.md").write_text(f"{report.END} {report.BEGIN}")
     with pytest.raises(UserError, match="has no place for results"):
         report.write_into(tmp_path / "other.md", folder)
+
+
+# The first screen
+
+
+SETTINGS = MANIFEST["settings"] | {"data": "phantom", "mask_class": "lung"}
+TEACHER = {"name": "builtin", "dice": 0.9549, "note": "It stands in for another."}
+
+
+def test_the_first_screen_says_what_was_tested_on_what(tmp_path):
+    study(tmp_path, teacher=TEACHER, settings=SETTINGS | {"data": "/data/xrays,site_b"})
+    text = Page.of(tmp_path).text
+    for fact in (
+        "Images /data/xrays, site_b",
+        "Organ lung",
+        "Test set 40 images of 40 patients",
+        "Teacher built-in, mean Dice 95.5 % on the proxy images",
+        "Runs 3 seeds, 2 rounds",
+        "It stands in for another.",
+    ):
+        assert fact in text.split("Table 1")[0], fact
+    assert "SYNTHETIC" not in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "banner"),
+    [
+        ({"data": "phantom"}, {}, "SYNTHETIC IMAGES"),
+        ({"data": "somewhere"}, {"kind": "synthetic"}, "SYNTHETIC IMAGES"),
+        ({"data": "phantom,folder"}, {}, "PARTLY SYNTHETIC IMAGES"),
+        ({"data": "folder"}, {}, ""),
+        ({"data": "phantom_of_the_ward"}, {}, ""),
+        ({}, {}, ""),
+    ],
+)
+def test_a_banner_says_where_images_are_synthetic(tmp_path, settings, data, banner):
+    study(tmp_path, settings=settings, data=data)
+    page = Page.of(tmp_path)
+    banners = [attributes for attributes in page.all("p") if attributes.get("class") == "banner"]
+    assert len(banners) == bool(banner) and (banner or "no banner") in page.text + "no banner"
+    assert ("cannot be compared with the paper's" in page.text) == bool(banner)
+    if banner:
+        assert page.text.index(banner) < page.text.index("Under age skew"), "before the answer"
+
+
+def test_another_organ_is_named_and_stands_beside_no_number_of_the_paper(tmp_path):
+    study(tmp_path, settings=SETTINGS | {"data": "folder", "mask_class": "heart"})
+    page = Page.of(tmp_path)
+    assert "Organ heart" in page.text and "network for heart segmentation" in page.text
+    assert "claims" not in page.tables
+    assert "claims.csv" not in {link.get("download") for link in page.all("a")}
+    assert not any("paper" in cell for rows in page.tables.values() for row in rows for cell in row)
+    assert not re.search(r"74\.67|85\.38|lung|reproduced|testable|numbers of the paper", page.text)
+    study(tmp_path_of(tmp_path, "named"), settings=SETTINGS | {"mask_class": "lung"}, data={"organ": "heart"})
+    assert "Organ heart" in Page.of(tmp_path / "named").text, "what the data say comes first"
+
+
+def tmp_path_of(directory, name):
+    (directory / name).mkdir()
+    return directory / name
+
+
+# Tables
+
+
+def cells(page):
+    """(table, row, column) -> text of the cells, the head's names as columns."""
+    found = {}
+    for name, (head, *rows) in page.tables.items():
+        for number, row in enumerate(rows):
+            if len(row) > 1:  # not a group's name
+                found |= {(name, number, column): cell for column, cell in zip(head, row, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("name", ["v7-cpu", "v7-labels"])
+def test_committed_studies_have_pages_without_nan_empty_cells_or_empty_columns(tmp_path, name):
+    folder = shutil.copytree(paths.ROOT / "docs" / "results" / name, tmp_path / name)
+    page = Page.of(folder)
+    found = cells(page)
+    assert {"table1", "differences", "speed", "gap", "weakest", "claims"} == set(page.tables)
+    assert [place for place, cell in found.items() if cell == ""] == []
+    columns = itertools.groupby(sorted(found, key=lambda p: (p[0], p[2])), key=lambda p: (p[0], p[2]))
+    assert [column for column, places in columns if {found[place] for place in places} == {"–"}] == []
+    assert not re.search(r"\bnan\b|NaN|\binf\b|None\b", page.text)
+    assert page.open == []
+
+
+def test_tables_full_of_nothing_say_so_and_never_nan(tmp_path):
+    """One patient, one seed, no target reached, nothing measured: what an interval's absence looks like."""
+    study(tmp_path, seeds=1, images=1)
+    who = {"arm": "federated", "init": "fm", "split": "age"}
+    nothing = dict.fromkeys(["rounds", "seconds", "bytes", "rounds_low", "rounds_high"], np.nan)
+    curve = {"curve": 50.0, "curve_low": np.nan, "curve_high": np.nan}
+    pd.DataFrame([who | {"seeds": 1, "reached": 0} | nothing | curve]).to_csv(tmp_path / "speed.csv")
+    gap = {"init": "fm", "gap_closed": np.nan, "low": np.nan, "high": np.nan, "why": "too few test patients"}
+    pd.DataFrame([gap]).to_csv(tmp_path / "gap.csv", index=False)
+    worst = dict.fromkeys(["worst_band", "worst_band_dice", "worst_client_dice", "hd95", "assd"], np.nan)
+    worst |= {"dice": 80.0, "worst_tenth": 70.0, "failures": 50.0}
+    pd.DataFrame([who | worst]).to_csv(tmp_path / "weakest.csv", index=False)
+    claim = dict.fromkeys(["paper", "ours", "low", "high", "n", "seeds", "why"], np.nan)
+    pd.DataFrame([claim | {"claim": "Claim 1, points", "verdict": "not testable here"}]).to_csv(
+        tmp_path / "claims.csv", index=False
+    )
+    page = Page.of(tmp_path)
+    assert not re.search(r"\bnan\b|NaN", page.text)
+    assert "Fewer than 20 patients: no intervals and no tests." in page.text
+    assert page.tables["claims"][2] == ["Points", "–", "not run", "nothing", "not testable here"]
+    assert page.tables["weakest"][0] == ["start", "arm", "split", "all", "worst tenth", "below 0.8"]
+    assert page.tables["gap"][1] == ["foundation model", "too few test patients"]
+    assert "rounds" not in page.tables["speed"][0] and "0 of 1" in page.tables["speed"][1]
+    assert all(cell for cell in cells(page).values())
+
+
+def test_the_newer_columns_are_shown(tmp_path):
+    study(tmp_path)
+    who = {"arm": "federated", "init": "fm", "split": "age", "seeds": 3}
+    spent = {"rounds": 2.5, "rounds_low": 1.0, "rounds_high": 4.0, "seconds": 9.0, "bytes": 2e6}
+    spent |= {"images_seen": 3230, "curve": 50.0, "curve_low": 49.0, "curve_high": 51.0}
+    rows = [who | spent | {"target": 0.9, "reached": 3, "capped": False}]
+    rows += [who | spent | {"target": 0.92, "reached": 2, "capped": True}]
+    pd.DataFrame(rows).to_csv(tmp_path / "speed.csv", index=False)
+    worst = {"dice": 90.0, "worst_tenth": 80.0, "failures": 1.0, "worst_client_dice": 88.0}
+    worst |= {
+        "worst_band": "0-4",
+        "worst_band_dice": 85.0,
+        "worst_band_images": 31.0,
+        "worst_band_patients": 12.0,
+    }
+    pd.DataFrame([who | worst]).to_csv(tmp_path / "weakest.csv", index=False)
+    found = cells(Page.of(tmp_path))
+    assert found["speed", 0, "rounds"] == "2.5 (1.0 to 4.0)" and found["speed", 0, "target, %"] == "90"
+    assert found["speed", 1, "rounds"] == "at least 2.5" and found["speed", 1, "images seen"] == "3,230"
+    assert found["weakest", 0, "worst age band"] == "0-4 years: 85.0 31 images of 12 patients"
+
+
+def test_a_small_difference_has_two_decimals_and_zero_no_sign():
+    assert report._points(-0.051, -0.145, 0.04) == "−0.05 (−0.14 to +0.04)"
+    assert report._points(16.71, 10.94, 20.38) == "+16.7 (+10.9 to +20.4)"
+    assert report._points(1.0, 0.69, 1.32) == "+1.00 (+0.69 to +1.32)"
+    assert report._points(0.2, np.nan, np.nan) == "+0.20"
+    assert report.estimate(92.5, 91, 94, 1) == "92.5 (91.0 to 94.0)"
+    assert report.number(-0.001) == report.number(0.0, sign=True) == "0.00"
+
+
+def test_the_ledger_is_grouped_and_a_shared_reason_stands_once(tmp_path):
+    study(tmp_path)
+    base = {
+        "paper": "> 0",
+        "ours": 1.0,
+        "low": 0.5,
+        "high": 1.5,
+        "n": 40,
+        "seeds": 3,
+        "verdict": "direction only",
+    }
+    names = [
+        "Table 1, Dice in %: fm",
+        "Claim 1, points: a",
+        "Table 1, Dice in %: random",
+        "Claim 1, rounds: b",
+    ]
+    whys = ["another number", "its own reason", "another number", ""]
+    rows = [base | {"claim": name, "why": why} for name, why in zip(names, whys, strict=True)]
+    pd.DataFrame(rows).to_csv(tmp_path / "claims.csv", index=False)
+    page = Page.of(tmp_path)
+    assert page.tables["claims"][1:] == [
+        ["Table 1"],
+        ["The next 2 rows: another number."],
+        ["Dice in %: fm", "> 0", "1.00 (0.50 to 1.50)", "direction only"],
+        ["Dice in %: random", "> 0", "1.00 (0.50 to 1.50)", "direction only"],
+        ["Claim 1"],
+        ["Points: a its own reason", "> 0", "+1.00 (+0.50 to +1.50)", "direction only"],
+        ["Rounds: b", "> 0", "1.0 (0.5 to 1.5)", "direction only"],
+    ]
+    assert "Tested on 40 images, 3 seeds." in page.text
+
+
+# Figures
+
+
+def shown(page):
+    return [attributes["id"] for attributes in page.all("figure")]
+
+
+def test_figures_stand_in_the_storys_order_and_each_has_a_caption(tmp_path):
+    pictures = ["why", "dice_by_round_age_seed0", "augmented_seed0", "ages", "images", "reliability"]
+    pictures += ["worst_cases_seed0", "clients_age", "boxes", "dice_by_jitter", "per_image"]
+    study(tmp_path, pictures=("fig2", "fig3", *pictures))
+    assert shown(Page.of(tmp_path)) == [
+        *("fig2", "fig3", "images", "ages", "clients_age", "boxes", "dice_by_jitter", "reliability"),
+        *("augmented_seed0", "worst_cases_seed0", "dice_by_round_age_seed0", "per_image", "why"),
+    ]
+    drawn = {
+        name for name, found in vars(plots).items() if getattr(found, "__module__", "") == plots.__name__
+    }
+    drawn = {name for name in drawn if not name.startswith("_")} - {"use_style", "colours", "group_colours"}
+    assert drawn == set(report.CAPTIONS), "every figure has its place and its caption"
+
+
+def test_only_the_studys_own_figures_with_content_are_shown(tmp_path):
+    own = ["fig2", "fig3", "images", "clients_age"]
+    others = ["clients_iid", "clients_quantity", "secret", "ages"]
+    study(
+        tmp_path, pictures=(*own, *others), figures=[f"{name}.png" for name in [*own, "clients_iid", "boxes"]]
+    )
+    assert shown(Page.of(tmp_path)) == own, "listed, there, and of a partition that was run"
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
+    assert shown(Page.of(tmp_path)) == ["fig2", "fig3", "images", "ages", "clients_age"], "an older study"
+    Image.new("RGB", (40, 30), "white").save(tmp_path / "figures" / "images.png")
+    assert "images" not in shown(Page.of(tmp_path)), "nothing is drawn on it"
+
+
+def test_a_sweep_of_one_student_is_no_figure(tmp_path):
+    alone = {"alpha_sweep": "", "temperature_sweep": "", "variants": ""}
+    pictures = ("fig2", "fig3", "dice_by_alpha_seed0")
+    study(tmp_path_of(tmp_path, "one"), pictures=pictures, settings=SETTINGS | alone)
+    study(tmp_path_of(tmp_path, "two"), pictures=pictures, settings=SETTINGS | alone | {"alpha_sweep": "0,1"})
+    assert "dice_by_alpha_seed0" not in shown(Page.of(tmp_path / "one"))
+    assert "dice_by_alpha_seed0" in shown(Page.of(tmp_path / "two"))
+
+
+def test_of_several_seeds_the_first_is_shown_and_the_others_are_named(tmp_path):
+    study(tmp_path, pictures=("fig2", "fig3", *(f"loss_curves_seed{seed}" for seed in (10, 9, 11))))
+    page = Page.of(tmp_path)
+    assert shown(page) == ["fig2", "fig3", "loss_curves_seed9"]
+    assert "loss_curves_seed10.png, loss_curves_seed11.png" in page.text

@@ -404,6 +404,17 @@ def test_age_arms_without_any_age_are_named():
         split.partition(table, everything(table), "age")
 
 
+def test_a_split_by_one_age_is_refused():
+    table = made_up_table(30).assign(age=3.0)
+    with pytest.raises(UserError, match=r"split 'age' needs .* different ages, but all 30 .* 3 years old"):
+        split.check_ages(table, everything(table))
+    table.loc[0, "age"] = np.nan
+    with pytest.raises(UserError, match="but all 29 images"):
+        split.check_ages(table, everything(table))
+    table.loc[0, "age"] = 40.0
+    split.check_ages(table, everything(table))
+
+
 def test_a_dirichlet_draw_that_cannot_reach_every_client_is_named():
     """Two patients of one band and concentration 0.01: nearly every draw gives one client both."""
     table = made_up_table(12).assign(patient_id=[f"patient{i // 3}" for i in range(12)], age=40.0)

@@ -1,10 +1,12 @@
 """States come back from their files bit by bit, damaged files are recognised, digests see every change."""
 
-import gc
+import hashlib
+import inspect
 import os
+import shutil
 import stat
-import time
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,39 +160,52 @@ def test_a_fingerprint_sees_every_part():
     assert states.fingerprint(paths.ROOT) == states.fingerprint(str(paths.ROOT))
 
 
-def test_the_digest_of_code_sees_what_it_does_and_not_how_it_is_explained(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "PACKAGE", tmp_path)
-
-    def digest(source: str) -> str:
-        (tmp_path / "module.py").write_text(source)
-        states.code_digest.cache_clear()
-        return states.code_digest(("module.py",))
-
-    code = digest('"""One."""\ndef f(x):\n    """Two."""\n    return x + 1\n')
-    assert code == digest('"""Another."""\n\n# why\ndef f(x):\n    return (x + 1)\n')
-    assert code != digest("def f(x):\n    return x + 2\n")
+def digest_of(folder: Path, monkeypatch, sources: dict[str, bytes]) -> str:
+    """The digest of modules with these sources."""
+    monkeypatch.setattr(paths, "PACKAGE", folder)
+    for name, source in sources.items():
+        (folder / name).write_bytes(source)
     states.code_digest.cache_clear()
+    try:
+        return states.code_digest(tuple(sources))
+    finally:
+        states.code_digest.cache_clear()
+
+
+def test_the_digest_of_code_is_what_hashlib_says_of_its_text(tmp_path, monkeypatch):
+    one, other = b"x = 1\n", "é = 2\n".encode()
+    lines = [f"{hashlib.sha256(text).hexdigest()}  {name}.py\n" for text, name in ((one, "b"), (other, "a"))]
+    wanted = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert digest_of(tmp_path, monkeypatch, {"b.py": one, "a.py": other}) == wanted
+
+
+@pytest.mark.skipif(not shutil.which("sha256sum"), reason="needs GNU's sha256sum")
+def test_the_digest_of_code_is_what_sha256sum_prints():
+    sums = subprocess.run(["sha256sum", *states.TRAINING_CODE], cwd=paths.PACKAGE, capture_output=True)
+    whole = subprocess.run(["sha256sum"], input=sums.stdout, capture_output=True, text=False)
+    assert whole.stdout.decode().split()[0] == states.code_digest()
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14"])
+def test_every_python_gives_the_same_code_the_same_digest(version):
+    """Without PyTorch there: the function alone, from its source."""
+    python = shutil.which(f"python{version}")
+    if not python or subprocess.run([python, "-V"], capture_output=True).returncode:
+        pytest.skip(f"no Python {version} here")
+    source = inspect.getsource(states.code_digest)
+    head = "import hashlib\nfrom functools import cache\nfrom fmfl import paths\n"
+    script = f"{head}TRAINING_CODE = {states.TRAINING_CODE}\n{source}\nprint(code_digest())"
+    found = subprocess.run([python, "-c", script], cwd=paths.ROOT, capture_output=True, text=True)
+    assert found.stdout.strip() == states.code_digest(), found.stderr
+
+
+def test_the_digest_of_code_sees_every_change_but_that_of_line_endings(tmp_path, monkeypatch):
+    code = digest_of(tmp_path, monkeypatch, {"a.py": b"def f(x):\n    return x + 1\n"})
+    assert code == digest_of(tmp_path, monkeypatch, {"a.py": b"def f(x):\r\n    return x + 1\r\n"})
+    assert code != digest_of(tmp_path, monkeypatch, {"a.py": b"def f(x):\n    return x + 2\n"})
+    assert code != digest_of(tmp_path, monkeypatch, {"b.py": b"def f(x):\n    return x + 1\n"})
 
 
 def test_the_modules_that_decide_what_training_computes_are_there():
     for name in states.TRAINING_CODE:
         assert (paths.PACKAGE / name).is_file()
-
-
-def test_threads_may_ask_for_the_codes_digest_at_once():
-    """The parser lets another thread in when the garbage collector runs Python; here it always does."""
-
-    def let_others_in(phase, info):
-        time.sleep(1e-4)
-
-    def ask(depth):  # threads ask from frames of different depth
-        return ask(depth - 1) if depth else states.code_digest(("losses.py",))
-
-    alone = ask(0)
-    states.code_digest.cache_clear()
-    gc.callbacks.append(let_others_in)
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            assert set(pool.map(ask, (0, 5, 10, 15))) == {alone}
-    finally:
-        gc.callbacks.remove(let_others_in)

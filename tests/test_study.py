@@ -463,6 +463,86 @@ def test_cells_of_other_settings_are_left_out_and_named(tmp_path):
         study.collect(cfg)
 
 
+@pytest.mark.parametrize(
+    ("notebook", "given"),
+    [
+        ("01_data", {"age_strength": 0.5}),
+        ("02_teacher", {"jitter_pixels": 20.0}),
+        ("03_distill", {"alpha": 1.0}),
+    ],
+)
+def test_cells_of_other_notebooks_with_other_settings_are_left_out_and_named(tmp_path, notebook, given):
+    """As an exercise leaves them: neither their records nor their figures are the study's."""
+    other = config.settings({"run_name": tmp_path, "num_rounds": 1} | given)
+    study.save_figure(other, "theirs", pyplot.figure())
+    study.save(other, notebook, {"theirs": True})
+    cfg = cell(tmp_path)
+    results, _, others = study.collect(cfg)
+    assert others == [study.cell_name(other, notebook)]
+    manifest = study.manifest(cfg, results, others)
+    assert "theirs" not in json.dumps(manifest)
+    # What it does not depend on does not matter, nor do seed and sweep.
+    same = config.settings({"run_name": tmp_path, "num_rounds": 9, "seed": 7, "alpha_sweep": ""})
+    study.save(same, "02_teacher", {})
+    assert study.cell_name(same, "02_teacher") not in study.collect(cfg)[2]
+
+
+def test_the_manifest_names_the_figures_of_the_studys_cells_in_the_order_of_the_story(tmp_path):
+    def draw(cfg, notebook, *names):
+        for name in names:
+            study.save_figure(cfg, name, pyplot.figure())
+        return study.save(cfg, notebook, {}) if notebook else None
+
+    cfg = config.settings({"run_name": tmp_path, "num_rounds": 1})
+    draw(config.settings({"run_name": tmp_path / "another"}), None, "of another folder")
+    draw(config.settings({"run_name": tmp_path, "seed": 10}), "03_distill", "loss_seed10")
+    draw(config.settings({"run_name": tmp_path, "seed": 9}), "03_distill", "loss_seed9")
+    draw(cfg, "01_data", "images", "ages", "images")
+    draw(cfg, "05_analysis", "of an earlier analysis")
+    study.save_figure(cfg, "dice_by_round", pyplot.figure())
+    results, *_ = study.collect(cell(tmp_path))
+    draw(cfg, None, "fig2", "fig3")
+    names = ["images", "ages", "loss_seed9", "loss_seed10", "dice_by_round", "fig2", "fig3"]
+    assert study.manifest(cfg, results)["figures"] == [f"{name}.png" for name in names]
+    pyplot.close("all")
+
+
+# ------------------------------------------------------------------------------------------ a notebook alone
+
+
+@pytest.mark.parametrize(
+    ("made", "begun"),
+    [("04_federate", "04_federate"), ("04_federate", "03_distill"), ("03_distill", "04_federate")],
+)
+def test_a_notebook_does_not_write_over_results_of_other_settings(tmp_path, made, begun):
+    """Its sentence says which, and holds the line that helps."""
+    study.save(config.settings({"run_name": tmp_path / "quick"}), made, {})
+    other = config.settings({"run_name": tmp_path / "quick", "temperature": 2.0})
+    with pytest.raises(UserError) as caught:
+        study.check_run(other, begun)
+    assert str(caught.value) == (
+        f"run '{tmp_path}/quick' holds results of other settings (temperature is 1.0 there and 2.0 here), "
+        "and would lose them: name a run of its own in the parameters cell, such as "
+        "run_name = 'quick-temperature=2'"
+    )
+    study.check_run(
+        config.settings({"run_name": tmp_path / "quick-temperature=2", "temperature": 2.0}), begun
+    )
+
+
+def test_a_notebook_goes_on_where_only_seed_split_starts_and_what_it_does_not_know_differ(tmp_path):
+    study.save(config.settings({"run_name": tmp_path, "num_clients": 5}), "04_federate", {})
+    study.save(config.settings({"run_name": tmp_path, "age_strength": 0.5}), "01_data", {})
+    study.save(config.settings({"run_name": tmp_path, "jitter_pixels": 20.0}), "02_teacher", {})
+    free = {"seed": 3, "split": "iid", "inits": "random", "arms": "federated", "device": "cpu"}
+    study.check_run(config.settings({"run_name": tmp_path, "num_clients": 5} | free), "04_federate")
+    study.check_run(config.settings({"run_name": tmp_path}), "03_distill")  # knows of no clients
+    with pytest.raises(UserError, match="num_clients is 5 there and 3 here"):
+        study.check_run(config.settings({"run_name": tmp_path}), "04_federate")
+    (tmp_path / "cells" / "04_federate-age-seed0" / "cell.json").write_text("{")
+    study.check_run(config.settings({"run_name": tmp_path}), "04_federate")
+
+
 def test_variants_come_together_with_their_axis_and_the_studys_own_value(tmp_path):
     """One that differs in two settings is no point of the map."""
     cfg = cell(tmp_path)
@@ -642,6 +722,20 @@ def test_fresh_views_are_asked_in_every_epoch_and_the_others_not(tmp_path, asked
     assert sum(asked) == 2 * len(proxy)
     assert how.teacher_views == "fresh"
     assert states.state_digest(own.state) != states.state_digest(fresh.state)
+
+
+@pytest.mark.parametrize("module", ["teacher.py", "sam.py", "checkpoints.py", "study.py"])
+def test_fresh_views_of_other_code_are_other_answers(tmp_path, monkeypatch, module):
+    cfg = config.settings(TINY | {"run_name": tmp_path, "teacher_views": "fresh"})
+    cohort = study.load_cohort(cfg)
+    proxy = study.hold_out(cfg, cohort).proxy
+    key = study.taught(cfg, cohort, proxy).key
+    assert key == study.taught(cfg, cohort, proxy).key
+    digest = states.code_digest
+    monkeypatch.setattr(
+        states, "code_digest", lambda files=(): "edited" if module in files else digest(files)
+    )
+    assert study.taught(cfg, cohort, proxy).key != key
 
 
 def test_without_masks_there_is_no_student_of_masks_alone(tmp_path):

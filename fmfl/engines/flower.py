@@ -573,6 +573,7 @@ def serve(grid: Grid, cfg: Settings) -> Server:
     """
     cohort, test = _test_images(cfg)
     initial = _start(cfg, cohort.device)
+    _check_folder(cfg, initial.name)
     none = torch.empty(0, dtype=torch.int64, device=cohort.images.device)
     server = Server.start_or_resume(
         cfg.run_dir,
@@ -584,13 +585,8 @@ def serve(grid: Grid, cfg: Settings) -> Server:
         test=test,
         precision=train.precision_of(cfg.run),
         engine=study.engine_key(cfg),
+        move_aside=False,
     )
-    held = states.read_record(server.file)
-    if held.get("round_number") and held.get("fingerprint") != server.fingerprint:
-        raise UserError(
-            f"{server.file} holds {held['round_number']} rounds made with other settings, test images or "
-            "version of fmfl: name another folder with --out, or the same settings to go on"
-        )
     (cfg.run_dir / "per_image.csv").unlink(missing_ok=True)
     log.info("start %s, round %d of %d", server.init, server.round_number, cfg.federate.num_rounds)
     nodes = Nodes(grid, cfg)
@@ -609,6 +605,16 @@ def serve(grid: Grid, cfg: Settings) -> Server:
     if spent := _write_privacy(cfg, server):
         log.info("privacy: %s", spent)
     return server
+
+
+def _check_folder(cfg: Settings, init: str) -> None:
+    """Raise a UserError where the folder's results.csv is of a study, or of a deployment's other run."""
+    if any((cfg.run_dir / "cells").glob("*/cell.json")):
+        raise UserError(f"{cfg.run_dir} holds a study: name another folder with --out")
+    own = f"federated-{cfg.federate.split}-{init}-seed{cfg.federate.seed}"
+    for file in sorted((cfg.run_dir / "weights").glob("federated-*.safetensors")):
+        if file.stem != own:
+            raise UserError(f"{file} is of another run than {own}: name another folder with --out")
 
 
 def _write_privacy(cfg: Settings, server: Server) -> dict[str, Any]:

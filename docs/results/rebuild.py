@@ -1,0 +1,271 @@
+"""Write tables, figures and pages again from the committed scores: ``python docs/results/rebuild.py``.
+
+Read are results.csv, per_image.csv and, where a study's variants left no scores by image, the intervals over
+patients alone and over seeds alone in gains.csv and by_variant.csv, and the seeds' scores by round. Written
+are all other tables, the figures that show intervals, and what stands between the marks of the pages.
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import scipy
+
+from fmfl import analysis, markdown, plots, statistics
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = ("v7-cpu", "v7-labels")  # all tables
+VARIED = ("v7-labels", "v7-choices")  # the map
+ROUNDS = {"v7-labels": "before_any_round", "v7-choices": "by_round"}  # every choice's and seed's scores
+NAMES = {"fm": "the teacher's student", "pretraining": "pre-training", "random": "random"}
+
+
+def main(root: Path = ROOT, *, figures: bool = True) -> None:
+    """Rebuild everything below `root`, a checkout of the project."""
+    results = root / "docs" / "results"
+    for name in STUDIES:
+        analyse(results / name)
+    for name in VARIED:
+        gains(results / name)
+        scores_of_variants(results / name)
+    if figures:
+        draw(results)
+    for name, blocks in PAGES.items():
+        markdown.write_into(results / name / "README.md", results / name, markdown.BLOCKS | blocks)
+    markdown.write_into(root / "README.md", results / "v7-cpu")
+
+
+def analyse(folder: Path) -> None:
+    """Write a study's tables from its scores."""
+    results, per_image = (pd.read_csv(folder / f"{name}.csv") for name in ("results", "per_image"))
+    informed = [init for init in analysis.ordered_inits(results) if init != "random"]
+    tables = {
+        "table1": analysis.table1(results, per_image),
+        "claims": analysis.claims(results, per_image),
+        "differences": analysis.paired_differences(per_image),
+        "cost": analysis.cost(results, analysis.TARGETS[0]),
+        "gap": analysis.gap(per_image, informed, analysis.reference_split(results)),
+        "speed": analysis.speed(results),
+        "weakest": analysis.weakest(per_image),
+    }
+    for name, table in tables.items():
+        table.to_csv(folder / f"{name}.csv", index=False)
+
+
+# What the variants left: intervals over patients alone and over seeds alone.
+
+
+def together(table: pd.DataFrame, value: str) -> list[statistics.TwoWay]:
+    """Join the two intervals of each row as `statistics.two_way` joins squared errors."""
+    found = []
+    for row in table.to_dict("records"):
+        squared = [
+            ((row[f"{of}_high"] - row[f"{of}_low"]) / 2 / scipy.stats.t.ppf(0.975, row[number] - 1)) ** 2
+            for of, number in (("patient", "patients"), ("seed", "seeds"))
+        ]
+        error = statistics.joined(squared[0], row["patients"], squared[1], row["seeds"])
+        found.append(statistics.TwoWay(row[value], *error))
+    return found
+
+
+def gains(folder: Path) -> None:
+    """Write gains.csv again: two-way intervals, and each contrast once in the family."""
+    table = pd.read_csv(folder / "gains.csv", dtype={"value": str})
+    means = together(table, "gain")
+    table["low"], table["high"] = zip(*(mean.interval() for mean in means), strict=True)
+    table["error"], table["df"] = [mean.error for mean in means], [mean.df for mean in means]
+    table["p_two_way"] = [mean.p_different() for mean in means]
+    table["p_equivalence"] = [mean.p_equivalent(statistics.EQUIVALENCE) for mean in means]
+    same = ["higher", "lower", "gain", "p"]  # the study's own setting stands on every axis
+    once = (
+        table.drop_duplicates(same).rename(columns={"gain": "value", "value": "setting"}).assign(missing="")
+    )
+    judged = statistics.corrected(once).rename(columns={"value": "gain"})
+    table = table[[*same, *(name for name in table if name not in {*same, *JUDGED})]]
+    table = table.merge(judged[[*same, *JUDGED]], on=same, how="left")
+    columns = ["axis", "value", "higher", "lower", "gain", *(c for c in analysis.COMPARED if c != "value")]
+    table[columns].to_csv(folder / "gains.csv", index=False)
+
+
+JUDGED = (
+    *("p_holm", "p_permutation_holm", "p_two_way_holm", "p_equivalence_holm"),
+    *("inside_noise", "equivalent", "reading"),
+)
+
+
+def scores_of_variants(folder: Path) -> None:
+    """Write by_variant.csv again with two-way intervals."""
+    table = pd.read_csv(folder / "by_variant.csv", dtype={"value": str})
+    table["low"], table["high"] = zip(*(mean.interval() for mean in together(table, "dice")), strict=True)
+    table[["axis", "value", "init", "dice", *analysis.SCORED]].to_csv(folder / "by_variant.csv", index=False)
+
+
+def draw(results: Path) -> None:
+    """Draw the figures that show intervals."""
+    plots.use_style()
+    for name in STUDIES:
+        runs, per_image = (pd.read_csv(results / name / f"{table}.csv") for table in ("results", "per_image"))
+        _save(plots.fig2(runs, per_image), results / name / "figures" / "fig2.png")
+    for name in VARIED:
+        found = pd.read_csv(results / name / "gains.csv", dtype={"value": str})
+        _save(plots.when_it_pays(found), results / name / "figures" / "when_it_pays.png")
+
+
+def _save(figure, file: Path) -> None:
+    figure.savefig(file, dpi=120, bbox_inches="tight", metadata={"Software": None})
+
+
+# Blocks that one page alone has.
+
+
+def epochs(study: markdown.Folder) -> list[str]:
+    """Dice by epoch of one run."""
+    runs = study["results"].sort_values("round")
+    return markdown.table(
+        ["epoch", *runs["round"].astype(str)], [["Dice, %", *(f"{100 * dice:.1f}" for dice in runs.dice)]]
+    )
+
+
+def end(study: markdown.Folder) -> list[str]:
+    """The last epoch's Dice with its interval."""
+    found = statistics.contrast(study["per_image"], {analysis.CENTRALISED: 1})
+    hd95 = analysis.final(study["results"]).hd95.iloc[0]
+    within = markdown.interval(found["low"], found["high"])
+    return [
+        f"At the end: **{found['value']:.2f} %** (95 % interval over patients {within}; one seed, so the "
+        f"noise between runs is unknown), HD95 {hd95:.1f} pixels."
+    ]
+
+
+def starts(study: markdown.Folder) -> list[str]:
+    """Each start before any round, on real and on synthetic images."""
+    real, synthetic = (study[name].set_index("init") for name in ("v7", "phantom"))
+    rows = []
+    for init in real.index:
+        cells = [NAMES.get(init, "the teacher itself, told the true boxes")]
+        for table in (real, synthetic):
+            row = table.loc[init]
+            cells += [f"{row.dice:.3f}", f"{row.hd95:.1f}", f"{row['calibration error']:.3f}"]
+        rows.append(cells)
+    scores = ("Dice", "HD95 in pixels", "calibration error")
+    columns = [f"real: {scores[0]}", *scores[1:], f"synthetic: {scores[0]}", *scores[1:]]
+    return markdown.table(["start", *columns], rows)
+
+
+def mixes(study: markdown.Folder) -> list[str]:
+    """Students by the teacher's share in their loss."""
+    rows = []
+    for row in study["v7_variants"].to_dict("records"):
+        paper = row["alpha"] == 0.6 and row["temperature"] == 1
+        gain = markdown.estimate(*(100 * row[name] for name in ("gain", "low", "high")), sign=True)
+        rows.append(
+            (
+                f"{row['alpha']:g}",
+                f"{row['temperature']:g}" if row["alpha"] else "",
+                f"{row['dice']:.4f}",
+                "" if paper else gain,
+                f"{row['hd95']:.1f}",
+                f"{row['calibration error']:.3f}",
+            )
+        )
+    columns = ["alpha", "T", "Dice", "gain over alpha 0.6, T 1, in points", "HD95 in pixels"]
+    return markdown.table([*columns, "calibration error"], rows)
+
+
+def _rounds(study: markdown.Folder) -> pd.DataFrame:
+    """Every choice's and seed's scores by round, with the choice's name as `choice`."""
+    table = study[ROUNDS[study.directory.name]]
+    return table.rename(columns={"labelled": "choice"}).astype({"choice": str})
+
+
+def _order(choice: str) -> tuple:
+    return (choice.isalpha() and choice != "default", float(choice) if choice.isdigit() else 0.0, choice)
+
+
+def by_round(study: markdown.Folder) -> list[str]:
+    """Dice of each choice and start by round, mean over seeds, with the seeds' range at the end."""
+    table = _rounds(study)
+    last, rows = table["round"].max(), []
+    for choice in sorted(table.choice.unique(), key=_order):
+        for init in ("random", "pretraining", "fm"):
+            runs = table[(table.choice == choice) & (table.init == init)]
+            if runs.empty:
+                continue
+            means = 100 * runs.groupby("round").dice.mean()
+            ends = 100 * runs[runs["round"] == last].dice
+            through = [markdown.number(means[number]) for number in (0, 1, 2, last)]
+            cells = [choice, NAMES[init], *through, markdown.interval(ends.min(), ends.max())]
+            rows.append([*cells, f"{runs[runs['round'] == 0].hd95.mean():.1f}"])
+    columns = [
+        "start",
+        "before any round",
+        "after 1",
+        "after 2",
+        f"after {last}",
+        "seeds",
+        "HD95 before, pixels",
+    ]
+    return markdown.table(["setting", *columns], rows)
+
+
+def _over_seeds(changes: dict[tuple[str, str], pd.Series]) -> list[tuple[str, str, str, str]]:
+    """One row a change: its interval over seeds alone, and its p after Holm's correction for all of them."""
+    p = {
+        name: scipy.stats.ttest_1samp(values, 0).pvalue
+        if values.std(ddof=1) > 0
+        else float(values.mean() == 0)
+        for name, values in changes.items()
+    }
+    corrected = dict(zip(p, statistics.holm(p.values()), strict=True))
+    rows = []
+    for name, values in changes.items():
+        within = statistics.seed_interval(values)
+        size = markdown.estimate(values.mean(), *within, sign=True)
+        rows.append((*name, size, f"{corrected[name]:.2f}"))
+    return rows
+
+
+def changes(study: markdown.Folder) -> list[str]:
+    """What each choice changes of the final Dice, seed by seed."""
+    table = _rounds(study)
+    ends = (
+        table[table["round"] == table["round"].max()].set_index(["choice", "init", "seed"]).dice.sort_index()
+    )
+    found = {}
+    for choice in [c for c in sorted(table.choice.unique(), key=_order) if c != "default"]:
+        for init in ("random", "fm"):
+            found[choice, NAMES[init]] = 100 * (ends[choice, init] - ends["default", init])
+    columns = ["choice", "start", "points (95 % over three seeds alone)", "p, corrected for twelve"]
+    return markdown.table(columns, _over_seeds(found))
+
+
+def head_start(study: markdown.Folder) -> list[str]:
+    """The student's lead over pre-training before any round and at the end, by the number of masks."""
+    table = _rounds(study)
+    before = table[table["round"] == 0].set_index(["choice", "init", "seed"]).dice.sort_index()
+    masks = sorted(table.choice.unique(), key=_order)
+    lead = {(choice, ""): 100 * (before[choice, "fm"] - before[choice, "pretraining"]) for choice in masks}
+    of_round0 = {choice: cells for choice, _, *cells in _over_seeds(lead)}
+    ends = study["gains"]
+    ends = ends[ends.lower == "pretraining"].set_index("value")
+    rows = []
+    for choice in masks:
+        row = ends.loc[choice]
+        size = markdown.estimate(row.gain, row.low, row.high, sign=True)
+        rows.append((choice, *of_round0[choice], size, markdown.largest_p(row), markdown.reading(row)))
+    columns = ["masks", "before any round (95 % over seeds alone)", "p, corrected for four"]
+    columns += ["after 4 rounds (95 %)", "p, corrected for eight", "reading of the last"]
+    return markdown.table(columns, rows)
+
+
+PAGES: dict[str, dict[str, markdown.Block]] = {
+    "v7-cpu": {},
+    "v7-labels": {"by_round": by_round, "head_start": head_start},
+    "v7-choices": {"by_round": by_round, "changes": changes},
+    "centralised-128": {"epochs": epochs, "end": end},
+    "guangzhou-centralised": {"epochs": epochs},
+    "distillation": {"starts": starts, "mixes": mixes},
+}
+
+if __name__ == "__main__":
+    main(figures="--no-figures" not in sys.argv)

@@ -1,0 +1,170 @@
+"""What `fmfl data` says of a source besides its counts: what a person should look at before a study."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from fmfl import split
+from fmfl.config import DataConfig, FederateConfig
+from fmfl.data import Cohort
+from fmfl.errors import UserError
+
+COVER = (0.01, 0.70)  # share of the picture that lungs usually take, at most
+FEW_TEST_PATIENTS = 20  # below, an interval over test patients says little
+FEW_AGES = 0.5  # of the images; a study by age uses only those that have one
+SHEET_IMAGES = 60
+
+
+def warnings(cohort: Cohort) -> list[str]:
+    """Sentences on what may be wrong with images that are used, or is too little for a study."""
+    checks: tuple[Callable[[Cohort], Iterator[str]], ...] = (_cover, _patients, _ages, _test_patients)
+    return [*cohort.remarks, *(sentence for check in checks for sentence in check(cohort))]
+
+
+def cover(cohort: Cohort) -> np.ndarray:
+    """(N,) share of each picture that its mask takes, 0..1."""
+    return cohort.masks.flatten(1).float().mean(dim=1).cpu().numpy()
+
+
+def _cover(cohort: Cohort) -> Iterator[str]:
+    share = cover(cohort)
+    for where, what in (
+        (share < COVER[0], f"under {COVER[0]:.0%}"),
+        (share > COVER[1], f"over {COVER[1]:.0%}"),
+    ):
+        if where.any():
+            names = _some(cohort.table.image_id[where])
+            yield f"{where.sum()} masks cover {what} of their picture, which is not what lungs do: {names}"
+
+
+def _patients(cohort: Cohort) -> Iterator[str]:
+    for name, table in cohort.table.groupby("source", sort=False):
+        own = np.array(
+            [
+                patient.endswith(f":{image}") or patient.endswith(f":{image.removeprefix(f'{name}/')}")
+                for patient, image in zip(table.patient_id, table.image_id, strict=True)
+            ]
+        )
+        if own.all():
+            yield (
+                f"{name}: no image has a patient_id, so each counts as a patient of its own; two of one "
+                "patient can then lie on both sides of a split: give patient_id in metadata.csv"
+            )
+        elif own.any():
+            counted = f"{own.sum()} of {len(own)} images"
+            yield f"{name}: {counted} have no patient_id, and each counts as a patient of its own"
+        largest = table.patient_id.value_counts()
+        if len(table) > 2 and largest.iloc[0] > len(table) / 2:
+            yield f"{name}: {largest.iloc[0]} of {len(table)} images are of one patient, {largest.index[0]}"
+
+
+def _ages(cohort: Cohort) -> Iterator[str]:
+    ages = cohort.table.age
+    if ages.notna().mean() >= FEW_AGES and ages.nunique() > 1:
+        return
+    known = f"{ages.notna().sum()} of {len(ages)} images have an age"
+    if ages.nunique() == 1:
+        known += f", and all the same, {ages.max():g} years"
+    working = [name for name in split.OPTIONS if name not in split.AGE_SCHEMES and _works(cohort.table, name)]
+    use = (
+        f"use --splits {','.join(working)}"
+        if working
+        else "and no other split works with so few patients or sites"
+    )
+    yield f"{known}: too few for the splits {' and '.join(split.AGE_SCHEMES)}; {use}"
+
+
+def _works(table: pd.DataFrame, scheme: str) -> bool:
+    try:
+        federated = _holdout(table, DataConfig().test).federated
+        split.partition(table, federated, scheme, FederateConfig().num_clients)
+    except UserError:
+        return False
+    return True
+
+
+def _holdout(table: pd.DataFrame, test: float) -> split.Holdout:
+    usual = DataConfig()
+    return split.holdout(table, usual.holdout_seed, proxy=usual.proxy, test=test)
+
+
+def _test_patients(cohort: Cohort) -> Iterator[str]:
+    table = cohort.table
+    try:
+        held = cohort.patients(_holdout(table, DataConfig().test).test)
+    except UserError as error:
+        yield f"they are too few for a study with its usual parts: {error}"
+        return
+    if len(held) >= FEW_TEST_PATIENTS:
+        return
+    enough = _enough(cohort)
+    mend = f"-p test={enough} holds {FEW_TEST_PATIENTS}" if enough else "more patients are needed"
+    few = f"under {FEW_TEST_PATIENTS} no interval is worth much"
+    yield f"the test part would hold {len(held)} patients, and {few}: {mend}"
+
+
+def _enough(cohort: Cohort) -> int | None:
+    """A number of test images, at most half of all, that has enough patients; None without one."""
+    low, high = FEW_TEST_PATIENTS, len(cohort) // 2
+    for size in range(low, high + 1, max(1, high // 100)):
+        try:
+            if len(cohort.patients(_holdout(cohort.table, size).test)) >= FEW_TEST_PATIENTS:
+                return size
+        except UserError:
+            continue
+    return None
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def sheet_file(file: Path) -> None:
+    """Make a contact sheet's folder; UserError where it cannot be written or is to be no PNG."""
+    if file.suffix.lower() != ".png":
+        raise UserError(f"--sheet {file}: it is a picture; give a file name that ends in .png.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("ab").close()
+    except OSError as error:
+        raise UserError(
+            f"--sheet {file}: cannot be written ({error.strerror}); choose another place."
+        ) from None
+
+
+def sheet(cohort: Cohort, file: Path) -> int:
+    """Write a contact sheet: X-rays with the contours of their masks, the doubtful covers first.
+
+    Args:
+        cohort: whose images.
+        file: a PNG.
+
+    Returns:
+        How many images it shows: all, or `SHEET_IMAGES` of them.
+
+    Raises:
+        UserError: the file cannot be written, or is to be no PNG.
+    """
+    from matplotlib import pyplot
+
+    from fmfl import plots
+
+    sheet_file(file)
+    share = cover(cohort)
+    doubtful = np.flatnonzero((share < COVER[0]) | (share > COVER[1]))[: SHEET_IMAGES // 2]
+    usual = np.setdiff1d(np.arange(len(cohort)), doubtful)
+    count = min(SHEET_IMAGES - len(doubtful), len(usual))
+    places = np.linspace(0, len(usual) - 1, count).round().astype(int)
+    chosen = [*doubtful.tolist(), *usual[places].tolist()]
+    figure = plots.images(cohort, chosen, columns=10)
+    for axis, index in zip(figure.axes, chosen, strict=False):
+        name = cohort.table.image_id[index].replace("$", r"\$")
+        axis.set_xlabel(f"{name[-24:]}\nlung {share[index]:.0%}", fontsize=6)
+    try:
+        figure.savefig(file, dpi=150)
+    finally:
+        pyplot.close(figure)
+    return len(chosen)

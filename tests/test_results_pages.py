@@ -1,0 +1,94 @@
+"""The committed pages and tables of docs/results are what one command writes from the committed scores."""
+
+import importlib.util
+import re
+import shutil
+
+import pandas as pd
+import pytest
+
+from fmfl import markdown, paths
+from fmfl.errors import UserError
+
+RESULTS = paths.ROOT / "docs" / "results"
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory):
+    """A copy of the committed results, written again."""
+    root = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(RESULTS, root / "docs" / "results")
+    shutil.copy(paths.ROOT / "README.md", root / "README.md")
+    spec = importlib.util.spec_from_file_location("rebuild", RESULTS / "rebuild.py")
+    rebuild = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rebuild)
+    rebuild.main(root, figures=False)
+    return root
+
+
+@pytest.mark.slow
+def test_each_page_is_what_the_command_writes(rebuilt):
+    pages = ["README.md", *(str(p.relative_to(paths.ROOT)) for p in RESULTS.glob("*/README.md"))]
+    assert len(pages) == 7
+    for page in pages:
+        committed = (paths.ROOT / page).read_text(encoding="utf-8")
+        assert (rebuilt / page).read_text(encoding="utf-8") == committed, page
+        assert "<!-- " in committed, f"{page} has a table that nothing writes"
+
+
+@pytest.mark.slow
+def test_each_table_is_what_the_command_writes(rebuilt):
+    compared = 0
+    for file in sorted(RESULTS.glob("*/*.csv")):
+        again = pd.read_csv(rebuilt / file.relative_to(paths.ROOT))
+        pd.testing.assert_frame_equal(again, pd.read_csv(file), rtol=1e-9, obj=str(file))
+        compared += 1
+    assert compared > 20
+
+
+def test_links_of_the_pages_lead_somewhere():
+    for page in [paths.ROOT / "README.md", *RESULTS.glob("*/README.md"), paths.ROOT / "docs" / "verdicts.md"]:
+        for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page}: {link}"
+
+
+def test_the_rule_of_the_verdicts_is_one_click_away():
+    for page in (
+        "README.md",
+        *(f"docs/results/{name}/README.md" for name in ("v7-cpu", "v7-labels", "v7-choices")),
+    ):
+        assert "verdicts.md)" in (paths.ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_rule_of_the_verdicts_names_the_numbers_that_the_code_uses():
+    from fmfl import analysis
+
+    text = (paths.ROOT / "docs" / "verdicts.md").read_text(encoding="utf-8")
+    for said in (
+        f"Fewer than {analysis.MIN_PATIENTS} test patients",
+        f"**{analysis.EQUIVALENCE:g} points**",
+        f"a margin of {analysis.MARGIN:g} points",
+        f"a margin of {analysis.GAP_MARGIN:g} %",
+        f"({100 * analysis.TARGETS[0]:g} %;",
+        f"from {analysis.GROUP_PATIENTS} test patients and {analysis.GROUP_IMAGES} test images on",
+    ):
+        assert said in text, said
+    assert all(f"| {verdict} |" in text for verdict in analysis.VERDICTS)
+
+
+def test_small_numbers_keep_two_decimals_and_zero_has_no_sign():
+    assert markdown.estimate(-0.0511, -0.1471, 0.045, sign=True) == "−0.05 (−0.15 to +0.04)"
+    assert markdown.number(-0.001, sign=True) == "0.00" == markdown.number(0.001, sign=True)
+    assert markdown.number(float("nan")) == "–" and markdown.interval(float("nan"), 1) == ""
+
+
+def test_a_mark_that_stands_alone_or_twice_is_an_error(tmp_path):
+    page = tmp_path / "page.md"
+    for text in ("<!-- gains: begin -->", "<!-- gains: begin -->\n<!-- gains: end -->\n" * 2):
+        page.write_text(text)
+        with pytest.raises(UserError, match="has no place for gains"):
+            markdown.write_into(page, RESULTS / "v7-choices")
+        assert page.read_text() == text
+    page.write_text("no marks")
+    with pytest.raises(UserError, match="has no place for results"):
+        markdown.write_into(page, RESULTS / "v7-choices")
