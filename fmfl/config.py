@@ -202,7 +202,8 @@ STAGES: dict[str, type] = {
 #: What each profile changes against the defaults (= ``smoke``, the notebooks' quick run).
 PROFILES: dict[str, dict[str, Any]] = {
     "smoke": {},
-    "class": {"num_phantoms": 300, "alpha_sweep": ""},
+    # 320: the fewest whose test part has the patients that an interval needs (statistics.MIN_PATIENTS).
+    "class": {"num_phantoms": 320, "alpha_sweep": ""},
     "paper": {
         "size": 256,
         "num_phantoms": 6504,

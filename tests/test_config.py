@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fmfl import config, paths
+from fmfl import config, paths, phantom, split, statistics
 from fmfl.errors import UserError
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("0*.ipynb"))
@@ -323,3 +323,12 @@ def test_a_runner_without_history_gives_its_plain_variables():
     assert config.from_notebook({**kernel, "seed": 4}).changed() == {"seed": 4, "split": "iid"}
     with pytest.raises(UserError, match="'sead' is unknown: did you mean seed"):
         config.from_notebook({**kernel, "sead": 4})
+
+
+def test_the_built_in_study_has_the_test_patients_that_an_interval_needs():
+    """Else the report of `make study` could only say that they are too few."""
+    number = config.settings(profile="class").data.num_phantoms
+    _, _, table = phantom.generate(number, 16, config.defaults()["phantom_seed"])
+    table["patient_id"] = table.site + ":" + table.patient_id
+    test = split.holdout(table, config.defaults()["holdout_seed"]).test
+    assert table.patient_id.iloc[test.tolist()].nunique() >= statistics.MIN_PATIENTS
