@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from bench import independent
 from bench.independent import POOLED, Setting, State
-from fmfl import models, plots
+from fmfl import markdown, models, plots, statistics
 
 SERVERS = ("all", "start", "client 0")
 BUFFERS = ("running_mean", "running_var")
@@ -169,6 +169,8 @@ def run_all(
         print(run.name, last, flush=True)
 
 
+INITS = ("random", "pretraining", "fm")
+TOLD = {"all": "averaged (Eq. 3)", "start": "the start's", "client 0": "client 0's"}
 PAPER = {  # Table 1 of arXiv 2311.15463, Dice in %
     ("federated", "random"): 74.67,
     ("federated", "pretraining"): 83.92,
@@ -247,13 +249,15 @@ def figure(rounds: pd.DataFrame) -> Figure:
         axis.set_title(PANELS[key])
     for axis in axes[-1]:
         axis.set_xlabel("round")
-    drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    lines = dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1], strict=True))
+    names = [*map(plots.NAMES.get, INITS), "centralised", "standalone"]
+    drawn.legend([lines[name] for name in names], names, loc="outside upper center", ncols=5)
     return drawn
 
 
 def _panel(axis: Axes, own: pd.DataFrame) -> None:
     """One line an arm and start, thick for the mean over seeds."""
-    colour = plots.colours(["random", "pretraining", "fm"])
+    colour = plots.colours(INITS)
     for (arm, init), runs in own.groupby(["arm", "init"], sort=False):
         federated = arm == "federated"
         look = {"color": colour[init] if federated else "0.35"}
@@ -265,9 +269,42 @@ def _panel(axis: Axes, own: pd.DataFrame) -> None:
     axis.set_ylim(0, 100)
 
 
+def final(last: pd.DataFrame) -> list[str]:
+    """Markdown of the last round: Dice by cell and start, with intervals over seeds and patients together."""
+    columns = ["normalisation", "running statistics", "split", "learning rate", *map(plots.NAMES.get, INITS)]
+    rows = []
+    federated = last[last.arm == "federated"]
+    for key, some in federated.groupby(["norm", "server", "split", "learning_rate"], sort=False):
+        cells = []
+        for init in INITS:
+            own = some[some.init == init].pivot_table(
+                index=["image_id", "patient_id"], columns="seed", values="dice"
+            )
+            mean = statistics.two_way(own.to_numpy(), own.index.get_level_values("patient_id"))
+            number = f", {own.shape[1]} seeds" if own.shape[1] < 3 else ""
+            low, high = np.clip(mean.interval(), 0, 100)  # what Dice can be
+            cells.append(markdown.estimate(mean.value, low, high) + number)
+        norm, server, split, rate = key
+        rows.append([norm, TOLD[server] if norm == "batch" else "none", split, f"{rate:g}", *cells])
+    return markdown.table(columns, rows)
+
+
+def nearest(found: pd.DataFrame) -> list[str]:
+    """Markdown of each cell's round that comes nearest to the paper's five numbers."""
+    five = [f"{arm} {init}" for arm, init in PAPER]
+    rows = [["the paper", "", "", "", *(f"{value:.2f}" for value in PAPER.values()), ""]]
+    best = found.dropna().sort_values("distance").groupby(["norm", "server", "learning_rate"]).head(1)
+    for row in best.sort_values("distance").to_dict("records"):
+        server = TOLD[row["server"]] if row["norm"] == "batch" else "none"
+        start = [row["norm"], server, f"{row['learning_rate']:g}", row["round"]]
+        rows.append([*start, *(f"{row[name]:.2f}" for name in five), f"{row['distance']:.1f}"])
+    columns = ["normalisation", "running statistics", "learning rate", "round"]
+    return markdown.table([*columns, *five, "distance, points"], rows)
+
+
 @app.command()
 def tables(folder: Path = Path("runs/collapse"), out: Path = Path("docs/results/collapse")) -> None:
-    """Write the tables and the figure of the finished runs."""
+    """Write the tables, the figure and the page's tables of the finished runs."""
     scores = read(folder)
     rounds = by_round(scores)
     out.mkdir(parents=True, exist_ok=True)
@@ -276,6 +313,18 @@ def tables(folder: Path = Path("runs/collapse"), out: Path = Path("docs/results/
     figure(rounds).savefig(out / "collapse.png", dpi=130)
     last = scores[scores["round"] == scores["round"].max()].drop(columns="round")
     last.assign(dice=last.dice.round(2)).to_csv(out / "per_image.csv", index=False)
+    page(out)
+
+
+@app.command()
+def page(out: Path = Path("docs/results/collapse")) -> None:
+    """Write the page's tables again from the committed ones."""
+    if (out / "README.md").exists():
+        blocks = {
+            "final": lambda study: final(study["per_image"]),
+            "nearest": lambda study: nearest(study["distances"]),
+        }
+        markdown.write_into(out / "README.md", out, blocks)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A second loop ends in the study's bytes; the experiment on it tells its three servers apart."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from bench import collapse, independent, measure
-from fmfl import federate, models, train
+from fmfl import federate, models, paths, train
 from fmfl.config import DistillConfig, FederateConfig
 from fmfl.split import Holdout
 from fmfl.train import Fitted, InitialState
@@ -101,3 +102,36 @@ def test_the_experiment_is_run_read_and_drawn(setting, tmp_path, monkeypatch):
     row = row[(row.server == "start") & (row.learning_rate == 1e-3)]
     assert row.dice.item() == pytest.approx(100 * np.mean(found["dice"]["start"][1]), abs=1e-3)
     assert (tmp_path / "out" / "collapse.png").stat().st_size > 10_000
+
+
+def test_the_committed_page_is_what_the_command_writes(tmp_path):
+    committed = paths.ROOT / "docs" / "results" / "collapse"
+    for name in ("README.md", "per_image.csv", "distances.csv"):
+        shutil.copy(committed / name, tmp_path / name)
+    collapse.page(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (committed / "README.md").read_text()
+
+
+def test_the_committed_distances_follow_from_the_committed_rounds():
+    """By hand: the nearest cell's root mean square over the paper's five numbers."""
+    committed = paths.ROOT / "docs" / "results" / "collapse"
+    rounds, found = (pd.read_csv(committed / f"{name}.csv") for name in ("by_round", "distances"))
+    best = found.dropna().sort_values("distance").iloc[0]
+    cell = rounds[
+        (rounds.split == "age")
+        & (rounds.norm == best.norm)
+        & (rounds.learning_rate == best.learning_rate)
+        & (rounds["round"] == best["round"])
+        & ((rounds.server == best.server) | (rounds.arm != "federated"))
+    ]
+    away = [
+        cell[(cell.arm == arm) & (cell.init == init)].dice.mean() - paper
+        for (arm, init), paper in {
+            ("federated", "random"): 74.67,
+            ("federated", "pretraining"): 83.92,
+            ("federated", "fm"): 85.38,
+            ("centralised", "random"): 89.41,
+            ("standalone", "random"): 67.20,
+        }.items()
+    ]
+    assert best.distance == pytest.approx((sum(x * x for x in away) / 5) ** 0.5, abs=0.01)
