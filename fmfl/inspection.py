@@ -15,6 +15,7 @@ COVER = (0.01, 0.70)  # share of the picture that lungs usually take, at most
 FEW_TEST_PATIENTS = 20  # below, an interval over test patients says little
 FEW_AGES = 0.5  # of the images; a study by age uses only those that have one
 SHEET_IMAGES = 60
+SHEET_COLUMNS = 10
 
 
 def warnings(cohort: Cohort) -> list[str]:
@@ -159,12 +160,14 @@ def sheet(cohort: Cohort, file: Path) -> int:
     count = min(SHEET_IMAGES - len(doubtful), len(usual))
     places = np.linspace(0, len(usual) - 1, count).round().astype(int)
     chosen = [*doubtful.tolist(), *usual[places].tolist()]
-    figure = plots.images(cohort, chosen, columns=10)
+    figure = plots.images(cohort, chosen, columns=SHEET_COLUMNS)
+    rows = -(-len(chosen) // SHEET_COLUMNS)
+    figure.set_size_inches(1.5 * SHEET_COLUMNS, 1.9 * rows)  # room for the names
     for axis, index in zip(figure.axes, chosen, strict=False):
         name = cohort.table.image_id[index].replace("$", r"\$")
-        axis.set_xlabel(f"{name[-24:]}\nlung {share[index]:.0%}", fontsize=6)
+        axis.set_xlabel(f"{name[-24:]}\nlung {share[index]:.0%}", fontsize=7)
     try:
-        figure.savefig(file, dpi=150)
+        figure.savefig(file, dpi=110)
     finally:
         pyplot.close(figure)
     return len(chosen)
