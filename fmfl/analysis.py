@@ -69,7 +69,7 @@ VERDICTS = ("reproduced", "direction only", "not reproduced", "not testable here
 
 
 def _extra_loss(first: str, second: str, split: str) -> dict[Cell, float]:
-    """How much more Dice the first start loses from IID to `split` than the second."""
+    """Give how much more Dice the first start loses from IID to `split` than the second."""
     return {
         ("federated", first, "iid"): 1,
         ("federated", first, split): -1,
@@ -128,7 +128,7 @@ def rounds_to_target(results: pd.DataFrame, target: float) -> pd.DataFrame:
 
 
 def cost(results: pd.DataFrame, target: float) -> pd.DataFrame:
-    """What each run had spent when its Dice first was >= `target` (0..1).
+    """Give what each run had spent when its Dice first was >= `target` (0..1).
 
     Pre-training and distillation are paid at round 0 by the start that uses them, so a start that is
     there before any round is not free. NaN where a run never gets there.
@@ -218,7 +218,7 @@ def _mean_height(curve: pd.DataFrame) -> float:
 
 
 def weakest(per_image: pd.DataFrame, mixtures: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Who fares worst: the client, the age band and the tenth of the images with the lowest final Dice.
+    """Find who fares worst: the client, the age band and the tenth of the images with the lowest final Dice.
 
     The test images are nobody's, so a client's Dice is what its own mixture would give: the test images'
     means by site and age band, weighted by the client's images of each. A band, or a site's part of one,
@@ -572,12 +572,13 @@ def judge_difference(
     """Give the verdict on a difference that the paper has above zero ("direction"), and why.
 
     - not testable here: an arm is missing; fewer than MIN_PATIENTS test patients; one seed; the check of the
-      manipulation fails; or the difference is inside the noise and its interval is wider than the effect
-      asked about (the paper's size; EQUIVALENCE where the paper gives none);
+      manipulation fails; or the difference is inside the noise, and either its interval is wider than the
+      effect asked about (the paper's size; EQUIVALENCE where the paper gives none), or it excludes zero and
+      only Holm's correction takes that back;
     - reproduced: above zero outside the noise, and at least half the paper's size where it gives one;
     - direction only: above zero outside the noise, but less than half the paper's size;
     - not reproduced: below zero outside the noise; equivalent to zero within EQUIVALENCE points by two
-      one-sided tests; or inside the noise with an interval that excludes the paper's size.
+      one-sided tests; or inside the noise with an interval that holds zero and excludes the paper's size.
 
     Args:
         row: value, low, high, patients, seeds, inside_noise, equivalent and missing as in `compare`.
