@@ -609,8 +609,8 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
             others.append(folder.name)
             continue
         inputs.setdefault((about["record"].get("images"), about["record"].get("code")), folder.name)
-        results.append(pd.read_csv(folder / "results.csv"))
-        per_image.append(pd.read_csv(folder / "per_image.csv"))
+        results.append(analysis.read_table(folder / "results.csv"))
+        per_image.append(analysis.read_table(folder / "per_image.csv"))
     if not results:
         hint = f" ({len(others)} cells there were made with other settings)" if others else ""
         raise UserError(f"{cfg.run_dir} holds no results of these settings{hint}: run 04_federate first")
@@ -672,7 +672,7 @@ def collect_variants(cfg: Settings) -> pd.DataFrame:
                     "value": _on_axis(axis, value),
                     "own": _on_axis(axis, cfg.flat()[axis]),
                 }
-                tables.append(pd.read_csv(folder / "per_image.csv").assign(**about))
+                tables.append(analysis.read_table(folder / "per_image.csv").assign(**about))
     empty = pd.DataFrame(columns=["arm", "init", "split", "seed", "axis", "value", "own"])
     return pd.concat(tables, ignore_index=True) if tables else empty
 
