@@ -40,7 +40,7 @@ def main(root: Path = ROOT, *, figures: bool = True) -> None:
 
 def analyse(folder: Path) -> None:
     """Write a study's tables from its scores."""
-    results, per_image = (pd.read_csv(folder / f"{name}.csv") for name in ("results", "per_image"))
+    results, per_image = (analysis.read_table(folder / f"{name}.csv") for name in ("results", "per_image"))
     informed = [init for init in analysis.ordered_inits(results) if init != "random"]
     tables = {
         "table1": analysis.table1(results, per_image),
@@ -109,7 +109,8 @@ def draw(results: Path) -> None:
     for name in STUDIES:
         folder = results / name
         runs, per_image, drift, starts = (
-            pd.read_csv(folder / f"{table}.csv") for table in ("results", "per_image", "drift", "starts")
+            analysis.read_table(folder / f"{name}.csv")
+            for name in ("results", "per_image", "drift", "starts")
         )
         split = analysis.reference_split(runs)
         _save(plots.fig2(runs, per_image), folder / "figures" / "fig2.png")
