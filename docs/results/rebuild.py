@@ -237,7 +237,7 @@ def _over_seeds(changes: dict[tuple[str, str], pd.Series]) -> list[tuple[str, st
 
 
 def changes(study: markdown.Folder) -> list[str]:
-    """What each choice changes of the final Dice, seed by seed."""
+    """Changes of the final Dice by each choice, seed by seed."""
     table = _rounds(study)
     ends = (
         table[table["round"] == table["round"].max()].set_index(["choice", "init", "seed"]).dice.sort_index()
