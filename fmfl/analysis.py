@@ -22,11 +22,13 @@ Reference: the paper is Li & Yang 2023, arXiv 2311.15463.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import scipy
 
+from fmfl.errors import UserError
 from fmfl.split import age_bands
 from fmfl.statistics import (  # noqa: F401  what 03_distill and plots take from here
     ALPHA,
@@ -58,6 +60,10 @@ PAPER = {  # Table 1, Dice in %
     CENTRALISED: 89.41,
     STANDALONE: 67.20,
 }
+PAPER_GAP = {  # the share of the way from random to centralised that a start goes: 63 % and 73 %
+    init: (PAPER[cell] - PAPER[RANDOM]) / (PAPER[CENTRALISED] - PAPER[RANDOM])
+    for init, cell in (("pretraining", PRETRAINING), ("fm", FM))
+}
 PAPER_ROUNDS = 40  # Fig. 3: informed starts are up in fewer rounds, the random start in more
 MARGIN = 2.0  # points of Dice within which a number counts as the paper's
 GAP_MARGIN = 10.0  # the same for a share of the gap, in % of it
@@ -69,7 +75,7 @@ VERDICTS = ("reproduced", "direction only", "not reproduced", "not testable here
 
 
 def _extra_loss(first: str, second: str, split: str) -> dict[Cell, float]:
-    """How much more Dice the first start loses from IID to `split` than the second."""
+    """Give how much more Dice the first start loses from IID to `split` than the second."""
     return {
         ("federated", first, "iid"): 1,
         ("federated", first, split): -1,
@@ -97,6 +103,29 @@ PAPER_DIFFERENCES: dict[str, dict[Cell, float]] = {  # each above zero in the pa
 
 
 # Tables of runs
+
+NAMED = ("image_id", "patient_id", "site")
+"""Columns of names, which stay as they were written: "01", "1" and "NA" are three images."""
+
+
+def read_table(file: Path, text: Iterable[str] = ()) -> pd.DataFrame:
+    """Read a table that a run has left: :data:`NAMED` as they are, and other columns as text, NaN if empty.
+
+    Raises:
+        UserError: it is no CSV.
+    """
+    try:
+        others = pd.read_csv(file, nrows=0).columns.difference(NAMED)
+        return pd.read_csv(
+            file,
+            dtype=dict.fromkeys((*NAMED, *text), str),
+            keep_default_na=False,
+            na_values={name: [""] for name in others},
+        )
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file} cannot be read as CSV ({error}): run the study again to rewrite it."
+        ) from error
 
 
 def final(results: pd.DataFrame) -> pd.DataFrame:
@@ -128,7 +157,7 @@ def rounds_to_target(results: pd.DataFrame, target: float) -> pd.DataFrame:
 
 
 def cost(results: pd.DataFrame, target: float) -> pd.DataFrame:
-    """What each run had spent when its Dice first was >= `target` (0..1).
+    """Give what each run had spent when its Dice first was >= `target` (0..1).
 
     Pre-training and distillation are paid at round 0 by the start that uses them, so a start that is
     there before any round is not free. NaN where a run never gets there.
@@ -218,7 +247,7 @@ def _mean_height(curve: pd.DataFrame) -> float:
 
 
 def weakest(per_image: pd.DataFrame, mixtures: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Who fares worst: the client, the age band and the tenth of the images with the lowest final Dice.
+    """Find who fares worst: the client, the age band and the tenth of the images with the lowest final Dice.
 
     The test images are nobody's, so a client's Dice is what its own mixture would give: the test images'
     means by site and age band, weighted by the client's images of each. A band, or a site's part of one,
@@ -572,12 +601,13 @@ def judge_difference(
     """Give the verdict on a difference that the paper has above zero ("direction"), and why.
 
     - not testable here: an arm is missing; fewer than MIN_PATIENTS test patients; one seed; the check of the
-      manipulation fails; or the difference is inside the noise and its interval is wider than the effect
-      asked about (the paper's size; EQUIVALENCE where the paper gives none);
+      manipulation fails; or the difference is inside the noise, and either its interval is wider than the
+      effect asked about (the paper's size; EQUIVALENCE where the paper gives none), or it excludes zero and
+      only Holm's correction takes that back;
     - reproduced: above zero outside the noise, and at least half the paper's size where it gives one;
     - direction only: above zero outside the noise, but less than half the paper's size;
     - not reproduced: below zero outside the noise; equivalent to zero within EQUIVALENCE points by two
-      one-sided tests; or inside the noise with an interval that excludes the paper's size.
+      one-sided tests; or inside the noise with an interval that holds zero and excludes the paper's size.
 
     Args:
         row: value, low, high, patients, seeds, inside_noise, equivalent and missing as in `compare`.
@@ -675,7 +705,7 @@ def _numbers_of_table1(per_image: pd.DataFrame, resamples: int, seed: int) -> li
 
 def _gap_claim(per_image: pd.DataFrame, init: str) -> dict[str, object]:
     cell = ("federated", init, PAPER_SPLIT)
-    paper = 100 * (PAPER[cell] - PAPER[RANDOM]) / (PAPER[CENTRALISED] - PAPER[RANDOM])
+    paper = 100 * PAPER_GAP[init]
     ours = gap_interval(per_image, init, PAPER_SPLIT)
     inner = gap_interval(per_image, init, PAPER_SPLIT, level=1 - 2 * ALPHA)
     row = {name: 100 * ours[key] for name, key in (("value", "gap_closed"), ("low", "low"), ("high", "high"))}

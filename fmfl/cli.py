@@ -203,10 +203,10 @@ def rebuild_report(
 ) -> None:
     """Write DIR/report.html again from the files beside it."""
     with interrupt.while_importing():
-        from fmfl import report
+        from fmfl import markdown, report
 
     typer.echo(
-        f"results: {report.write_into(into, directory)}" if into else f"report: {report.write(directory)}"
+        f"results: {markdown.write_into(into, directory)}" if into else f"report: {report.write(directory)}"
     )
 
 

@@ -44,7 +44,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fmfl import metadata, paths, phantom, readers
-from fmfl.errors import UserError
+from fmfl.errors import UserError, first_few
 from fmfl.files import IMAGE_SUFFIXES, Found, ImageIndex, LeftOut, first_line, image_root, list_files
 from fmfl.metadata import COLUMNS
 from fmfl.pixels import read_image, resize
@@ -350,7 +350,7 @@ def _make_from_folder(
         for one in left_out
     ]
     entries.sort(key=lambda entry: (entry["file"], entry["reason"]))
-    said = [f"{len(ids)} images with {what}: {_some(ids)}" for what, ids in remarks.items()]
+    said = [f"{len(ids)} images with {what}: {first_few(ids)}" for what, ids in remarks.items()]
     return _Part(rows, entries, _digest(images[: len(rows)], masks[: len(rows)], rows), said)
 
 
@@ -380,10 +380,6 @@ def _nothing_usable(folder: Path, left_out: list[LeftOut]) -> str:
     first = next(one for one in left_out if one.reason == reasons[0][0])
     file = first.file.relative_to(folder)
     return f"{folder}: no usable image ({counted}); the first is {file}: {first.detail}."
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class Decoded(NamedTuple):

@@ -1,6 +1,7 @@
 """The one exception for mistakes that a person can mend, and what to say of a system's refusals."""
 
 import errno
+from collections.abc import Iterable
 
 #: The disk is full, the quota used up, the file too large.
 FULL = {errno.ENOSPC, errno.EFBIG, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") else [])}
@@ -19,6 +20,12 @@ class UserError(ValueError):
     def _render_traceback_(self) -> list[str]:
         """IPython's hook for how an exception is shown in a notebook."""
         return [f"{type(self).__name__}: {self}"]
+
+
+def first_few(said: Iterable[str], most: int = 3) -> str:
+    """List the first things of many for a sentence, as ``a, b, c and 4 more``."""
+    said = list(said)
+    return ", ".join(said[:most]) + (f" and {len(said) - most} more" if len(said) > most else "")
 
 
 def of_the_system(error: OSError, file: object = "") -> str:

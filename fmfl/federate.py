@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fmfl import metrics, models, train
 from fmfl.config import FederateConfig
 from fmfl.data import Cohort
-from fmfl.errors import UserError
+from fmfl.errors import UserError, first_few
 from fmfl.states import (
     TRAINING_CODE,
     State,
@@ -593,14 +593,9 @@ def _refuse_other(file: Path, made_of: Mapping) -> None:
     for place, record in _others(file, made_of):
         raise UserError(
             f"{place} holds {record.get('round_number', 0)} rounds made with other settings, test images or "
-            f"version of fmfl ({_few(unlike(record, made_of))}): name another folder with --out, or the same "
-            "settings to go on"
+            f"version of fmfl ({first_few(unlike(record, made_of))}): name another folder with --out, "
+            "or the same settings to go on"
         )
-
-
-def _few(differences: list[str]) -> str:
-    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-    return ", ".join(differences[:3]) + more
 
 
 def _move_aside(place: Path, file: Path, record: Mapping, why: list[str]) -> None:
@@ -613,7 +608,7 @@ def _move_aside(place: Path, file: Path, record: Mapping, why: list[str]) -> Non
     kept.parent.mkdir(exist_ok=True)
     os.replace(place, kept)
     warnings.warn(
-        f"{file} held {record.get('round_number', 0)} rounds of another run ({_few(why)}): "
+        f"{file} held {record.get('round_number', 0)} rounds of another run ({first_few(why)}): "
         f"they are kept in {kept}",
         stacklevel=4,
     )

@@ -317,7 +317,7 @@ def _refuse(cells: list[Cell], inputs: dict[str, str]) -> None:
     root = cells[0].cfg.run_dir
     if found := other_study(cells, inputs):
         raise UserError(
-            f"--out {root} holds another study ({study.first_few(found)}): name another folder, or add "
+            f"--out {root} holds another study ({study.in_words(found)}): name another folder, or add "
             f"--replace, which first moves that one to {_free_name(root)}"
         )
 

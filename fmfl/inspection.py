@@ -1,6 +1,6 @@
 """What `fmfl data` says of a source besides its counts: what a person should look at before a study."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +9,10 @@ import pandas as pd
 from fmfl import split
 from fmfl.config import DataConfig, FederateConfig
 from fmfl.data import Cohort
-from fmfl.errors import UserError
+from fmfl.errors import UserError, first_few
+from fmfl.statistics import MIN_PATIENTS
 
 COVER = (0.01, 0.70)  # share of the picture that lungs usually take, at most
-FEW_TEST_PATIENTS = 20  # below, an interval over test patients says little
 FEW_AGES = 0.5  # of the images; a study by age uses only those that have one
 SHEET_IMAGES = 60
 SHEET_COLUMNS = 10
@@ -36,7 +36,7 @@ def _cover(cohort: Cohort) -> Iterator[str]:
         (share > COVER[1], f"over {COVER[1]:.0%}"),
     ):
         if where.any():
-            names = _some(cohort.table.image_id[where])
+            names = first_few(cohort.table.image_id[where])
             yield f"{where.sum()} masks cover {what} of their picture, which is not what lungs do: {names}"
 
 
@@ -98,29 +98,24 @@ def _test_patients(cohort: Cohort) -> Iterator[str]:
     except UserError as error:
         yield f"they are too few for a study with its usual parts: {error}"
         return
-    if len(held) >= FEW_TEST_PATIENTS:
+    if len(held) >= MIN_PATIENTS:
         return
     enough = _enough(cohort)
-    mend = f"-p test={enough} holds {FEW_TEST_PATIENTS}" if enough else "more patients are needed"
-    few = f"under {FEW_TEST_PATIENTS} no interval is worth much"
+    mend = f"-p test={enough} holds {MIN_PATIENTS}" if enough else "more patients are needed"
+    few = f"under {MIN_PATIENTS} a study gives no interval and no test"
     yield f"the test part would hold {len(held)} patients, and {few}: {mend}"
 
 
 def _enough(cohort: Cohort) -> int | None:
     """A number of test images, at most half of all, that has enough patients; None without one."""
-    low, high = FEW_TEST_PATIENTS, len(cohort) // 2
+    low, high = MIN_PATIENTS, len(cohort) // 2
     for size in range(low, high + 1, max(1, high // 100)):
         try:
-            if len(cohort.patients(_holdout(cohort.table, size).test)) >= FEW_TEST_PATIENTS:
+            if len(cohort.patients(_holdout(cohort.table, size).test)) >= MIN_PATIENTS:
                 return size
         except UserError:
             continue
     return None
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def sheet_file(file: Path) -> None:

@@ -4,7 +4,6 @@ A mark is a pair of comments, ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`
 stands between them is replaced; the rest of the page is the author's.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fmfl import analysis
+from fmfl import analysis, states
 from fmfl.errors import UserError
 from fmfl.plots import NAMES, SPLITS
 
@@ -38,6 +37,11 @@ def estimate(value: float, low: float, high: float, digits: int = 2, *, sign: bo
     """Write "value (low to high)"."""
     within = interval(low, high, digits, sign=sign)
     return number(value, digits, sign=sign) + (f" ({within})" if within else "")
+
+
+def decimals(*numbers: float) -> int:
+    """Say how many decimals a difference and its interval have: two where one is under a point, else one."""
+    return 2 if any(abs(one) < 1 for one in numbers if pd.notna(one)) else 1
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -81,7 +85,7 @@ def _difference(row) -> list[str]:
     """Read one difference aloud."""
     against = {"random": "a random start", "pretraining": "a start from supervised pre-training"}
     other = against.get(row.lower, row.lower)
-    digits = 1 if min(map(abs, (row.value, row.low, row.high))) >= 1 else 2
+    digits = decimals(row.value, row.low, row.high)
     size = f"{number(row.value, digits, sign=True)} points"
     if row.reading == analysis.TOO_FEW:
         return [f"It ends {size} from {other}, on {row.patients} test patients: {analysis.TOO_FEW}."]
@@ -147,14 +151,9 @@ class Folder:
         Raises:
             UserError: it is missing or damaged.
         """
-        path = self.required(f"{name}.csv")
-        text = {"paper": str, "image_id": str, "patient_id": str, "value": str}
-        try:
-            return pd.read_csv(path, dtype=text if name != "differences" else None)
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{path} cannot be read as CSV ({error}): run the study again to rewrite it."
-            ) from error
+        # A variant's value is a setting, a difference's a number.
+        text = ("paper",) if name == "differences" else ("paper", "value")
+        return analysis.read_table(self.required(f"{name}.csv"), text)
 
     def required(self, name: str) -> Path:
         """Give the path of a file that has to be there."""
@@ -162,10 +161,6 @@ class Folder:
         if not path.is_file():
             raise UserError(f"{path} is missing: run the study to its end first.")
         return path
-
-    def manifest(self) -> Mapping:
-        """Read manifest.json."""
-        return json.loads(self.required("manifest.json").read_text(encoding="utf-8"))
 
     def picture(self, name: str, alternative: str) -> str:
         """Give Markdown that shows a figure, named relative to the page."""
@@ -282,7 +277,7 @@ def _speeds(study: Folder) -> list[str]:
 
 
 def _gap(study: Folder) -> list[str]:
-    paper = {"pretraining": "63 %", "fm": "73 %"}
+    paper = {init: f"{100 * share:.0f} %" for init, share in analysis.PAPER_GAP.items()}
     rows = [
         (
             _name(row.init),
@@ -377,7 +372,5 @@ def write_into(file: str | Path, directory: str | Path, blocks: Mapping[str, Blo
             )
         before, after = text[: text.index(begin) + len(begin)], text[text.index(end) :]
         text = "\n".join([before, *blocks[name](study), after])
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)
+    states.write_bytes(file, text.encode("utf-8"))
     return file

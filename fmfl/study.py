@@ -29,7 +29,7 @@ import fmfl
 from fmfl import analysis, config, data, federate, models, paths, privacy, split, states, teacher, train
 from fmfl.config import VARIANTS, DistillConfig, FederateConfig, Settings, numbers, several
 from fmfl.data import Cohort
-from fmfl.errors import UserError
+from fmfl.errors import UserError, first_few
 from fmfl.federate import Server
 from fmfl.split import Holdout
 from fmfl.teacher import CachedLogits, Teacher
@@ -479,11 +479,11 @@ def changed(about: dict[str, Any], cfg: Settings, by: str = "05_analysis") -> di
     return {name: (used[name], here[name]) for name in here if name in names and used[name] != here[name]}
 
 
-def first_few(differences: dict[str, tuple[Any, Any]]) -> str:
+def in_words(differences: dict[str, tuple[Any, Any]]) -> str:
     """Name the first three differences, as ``num_rounds is 5 there and 3 here``."""
-    said = [f"{name} is {there!r} there and {here!r} here" for name, (there, here) in differences.items()]
-    more = f" and {len(said) - 3} more" if len(said) > 3 else ""
-    return ", ".join(said[:3]) + more
+    return first_few(
+        f"{name} is {there!r} there and {here!r} here" for name, (there, here) in differences.items()
+    )
 
 
 def cell_records(run_dir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -519,7 +519,7 @@ def check_run(cfg: Settings, notebook: str) -> None:
         name, (_, here) = next(iter(other.items()))
         own = re.sub(r"[^\w.=-]+", "_", f"{cfg.run_dir.name}-{name}={Path(as_text(here)).name}")
         raise UserError(
-            f"run {cfg.run.run_name!r} holds results of other settings ({first_few(other)}), and would lose "
+            f"run {cfg.run.run_name!r} holds results of other settings ({in_words(other)}), and would lose "
             f"them: name a run of its own in the parameters cell, such as run_name = {own!r}"
         )
 
@@ -609,8 +609,8 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
             others.append(folder.name)
             continue
         inputs.setdefault((about["record"].get("images"), about["record"].get("code")), folder.name)
-        results.append(pd.read_csv(folder / "results.csv"))
-        per_image.append(pd.read_csv(folder / "per_image.csv"))
+        results.append(analysis.read_table(folder / "results.csv"))
+        per_image.append(analysis.read_table(folder / "per_image.csv"))
     if not results:
         hint = f" ({len(others)} cells there were made with other settings)" if others else ""
         raise UserError(f"{cfg.run_dir} holds no results of these settings{hint}: run 04_federate first")
@@ -672,7 +672,7 @@ def collect_variants(cfg: Settings) -> pd.DataFrame:
                     "value": _on_axis(axis, value),
                     "own": _on_axis(axis, cfg.flat()[axis]),
                 }
-                tables.append(pd.read_csv(folder / "per_image.csv").assign(**about))
+                tables.append(analysis.read_table(folder / "per_image.csv").assign(**about))
     empty = pd.DataFrame(columns=["arm", "init", "split", "seed", "axis", "value", "own"])
     return pd.concat(tables, ignore_index=True) if tables else empty
 

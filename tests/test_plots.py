@@ -144,6 +144,8 @@ def test_per_image_counts_and_draws_the_failures():
     assert names[1] == "foundation model\n2 below 0.8"
     points = np.concatenate([np.asarray(group.get_offsets()) for group in axis.collections])
     assert (points[:, 0] == 0.5).sum() == 2
+    again = [group.get_offsets() for group in plots.per_image(scores).axes[0].collections]
+    np.testing.assert_array_equal(np.concatenate(again), points, "the same scores give another picture")
 
 
 def test_a_start_has_one_colour_and_no_two_starts_share_one():

@@ -4,8 +4,10 @@ import importlib.util
 import re
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image, ImageChops
 
 from fmfl import markdown, paths
 from fmfl.errors import UserError
@@ -22,7 +24,7 @@ def rebuilt(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("rebuild", RESULTS / "rebuild.py")
     rebuild = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rebuild)
-    rebuild.main(root, figures=False)
+    rebuild.main(root)
     return root
 
 
@@ -44,6 +46,23 @@ def test_each_table_is_what_the_command_writes(rebuilt):
         pd.testing.assert_frame_equal(again, pd.read_csv(file), rtol=1e-9, obj=str(file))
         compared += 1
     assert compared > 20
+
+
+@pytest.mark.slow
+def test_the_report_says_what_the_command_writes(rebuilt):
+    page = RESULTS / "v7-cpu" / "report.html"
+    again = (rebuilt / page.relative_to(paths.ROOT)).read_text(encoding="utf-8")
+    embedded = r'"data:[^"]*"'  # figures and tables: compared by themselves, since compression may differ
+    assert re.sub(embedded, "", page.read_text(encoding="utf-8")) == re.sub(embedded, "", again)
+
+
+@pytest.mark.slow
+def test_each_figure_is_what_the_command_draws(rebuilt):
+    for file in sorted(RESULTS.glob("*/figures/*.png")):
+        with Image.open(file) as committed, Image.open(rebuilt / file.relative_to(paths.ROOT)) as again:
+            assert committed.size == again.size, file
+            difference = ImageChops.difference(committed.convert("L"), again.convert("L"))
+            assert np.asarray(difference).mean() < 1, file  # of 255 grey levels, for fonts hinted otherwise
 
 
 def test_links_of_the_pages_lead_somewhere():

@@ -433,6 +433,17 @@ def test_cells_come_together_whatever_seed_split_and_arms_they_have(tmp_path):
     assert len(results) == 8 and len(images) == 4
 
 
+def test_names_of_images_stay_as_they_are(tmp_path):
+    """Read as numbers, 01 and 1 would be one image, and NA none."""
+    cfg = cell(tmp_path)
+    file = tmp_path / "cells" / study.cell_name(cfg, "04_federate") / "per_image.csv"
+    row = pd.read_csv(file).iloc[0].to_dict()
+    names = ["01", "1", "1.0", "NA"]
+    pd.DataFrame([row | {"image_id": name, "patient_id": name} for name in names]).to_csv(file, index=False)
+    _, images, _ = study.collect(cfg)
+    assert images.image_id.tolist() == names == images.patient_id.tolist()
+
+
 def test_a_run_that_two_cells_hold_counts_once(tmp_path):
     """As the centralised one does that was trained under two splits."""
     cell(tmp_path, split="iid", arms=("federated", "centralised"))

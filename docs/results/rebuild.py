@@ -1,8 +1,9 @@
 """Write tables, figures and pages again from the committed scores: ``python docs/results/rebuild.py``.
 
-Read are results.csv, per_image.csv and, where a study's variants left no scores by image, the intervals over
-patients alone and over seeds alone in gains.csv and by_variant.csv, and the seeds' scores by round. Written
-are all other tables, the figures that show intervals, and what stands between the marks of the pages.
+Read are results.csv, per_image.csv, drift.csv, starts.csv and, where a study's variants left no scores by
+image, the intervals over patients alone and over seeds alone in gains.csv and by_variant.csv, and the seeds'
+scores by round. Written are all other tables, the figures that are drawn from tables, the report, and what
+stands between the marks of the pages.
 """
 
 import sys
@@ -11,10 +12,11 @@ from pathlib import Path
 import pandas as pd
 import scipy
 
-from fmfl import analysis, markdown, plots, statistics
+from fmfl import analysis, markdown, plots, report, statistics
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = ("v7-cpu", "v7-labels")  # all tables
+REPORTED = "v7-cpu"
 VARIED = ("v7-labels", "v7-choices")  # the map
 ROUNDS = {"v7-labels": "before_any_round", "v7-choices": "by_round"}  # every choice's and seed's scores
 NAMES = {"fm": "the teacher's student", "pretraining": "pre-training", "random": "random"}
@@ -30,14 +32,15 @@ def main(root: Path = ROOT, *, figures: bool = True) -> None:
         scores_of_variants(results / name)
     if figures:
         draw(results)
+    report.write(results / REPORTED)
     for name, blocks in PAGES.items():
         markdown.write_into(results / name / "README.md", results / name, markdown.BLOCKS | blocks)
-    markdown.write_into(root / "README.md", results / "v7-cpu")
+    markdown.write_into(root / "README.md", results / REPORTED)
 
 
 def analyse(folder: Path) -> None:
     """Write a study's tables from its scores."""
-    results, per_image = (pd.read_csv(folder / f"{name}.csv") for name in ("results", "per_image"))
+    results, per_image = (analysis.read_table(folder / f"{name}.csv") for name in ("results", "per_image"))
     informed = [init for init in analysis.ordered_inits(results) if init != "random"]
     tables = {
         "table1": analysis.table1(results, per_image),
@@ -101,18 +104,26 @@ def scores_of_variants(folder: Path) -> None:
 
 
 def draw(results: Path) -> None:
-    """Draw the figures that show intervals."""
+    """Draw the figures that tables hold all of; those with images or teachers stay as the study drew them."""
     plots.use_style()
     for name in STUDIES:
-        runs, per_image = (pd.read_csv(results / name / f"{table}.csv") for table in ("results", "per_image"))
-        _save(plots.fig2(runs, per_image), results / name / "figures" / "fig2.png")
+        folder = results / name
+        runs, per_image, drift, starts = (
+            analysis.read_table(folder / f"{name}.csv")
+            for name in ("results", "per_image", "drift", "starts")
+        )
+        split = analysis.reference_split(runs)
+        _save(plots.fig2(runs, per_image), folder / "figures" / "fig2.png")
+        _save(plots.fig3(runs, split), folder / "figures" / "fig3.png")
+        _save(plots.per_image(per_image, split), folder / "figures" / "per_image.png")
+        _save(plots.why(drift, starts, split), folder / "figures" / "why.png")
     for name in VARIED:
         found = pd.read_csv(results / name / "gains.csv", dtype={"value": str})
         _save(plots.when_it_pays(found), results / name / "figures" / "when_it_pays.png")
 
 
 def _save(figure, file: Path) -> None:
-    figure.savefig(file, dpi=120, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(file, dpi=200, bbox_inches="tight", metadata={"Software": None})
 
 
 # Blocks that one page alone has.
@@ -226,7 +237,7 @@ def _over_seeds(changes: dict[tuple[str, str], pd.Series]) -> list[tuple[str, st
 
 
 def changes(study: markdown.Folder) -> list[str]:
-    """What each choice changes of the final Dice, seed by seed."""
+    """Changes of the final Dice by each choice, seed by seed."""
     table = _rounds(study)
     ends = (
         table[table["round"] == table["round"].max()].set_index(["choice", "init", "seed"]).dice.sort_index()
