@@ -424,8 +424,8 @@ def _table1(table: pd.DataFrame, per_image: pd.DataFrame, subject: Mapping, file
 def _differences(table: pd.DataFrame, per_image: pd.DataFrame, file: Mapping) -> dict[str, object]:
     caption = (
         f"Points of final Dice, paired by image and seed{_with_interval(per_image)}. “Higher” and "
-        "“lower” only outside the noise: the interval excludes zero and each test, corrected by Holm, stays below "
-        "5 %. p is the largest of the tests'; d is the effect size d_z."
+        "“lower” only outside the noise: the interval excludes zero and each test, corrected by Holm, stays "
+        "below 5 %. p is the largest of the tests'; d is the effect size d_z."
     )
     rows = [_difference_row(row) for row in table.itertuples()]
     return _section("differences", "Differences between starts", caption, rows, file, "not tested")
