@@ -47,21 +47,23 @@ TABLES = {
 MORE_TABLES = {
     "speed.csv": (
         "How soon",
-        "Rounds until the test images' mean Dice is at the target: mean over seeds, with 95 % interval over "
-        "seeds. Seconds, images and megabytes are those spent until then. A run that does not get there "
+        "Rounds until the test images' mean Dice is at the target: mean over seeds, with 95 % interval where "
+        "there are several. Seconds, images and megabytes are those spent until then. A run that does not get there "
         "counts with its whole length, so that the numbers are at least (≥) what it takes. Curve: mean Dice "
         "in % over all rounds.",
         "the target was not reached",
     ),
     "gap.csv": (
         "The gap closed",
-        "Share of the way from the random start to centralised training, with 95 % interval.",
+        "Share of the way from the random start to centralised training, with 95 % interval where there is "
+        "a share.",
         "no share, for the reason beside it",
     ),
     "weakest.csv": (
         "Who fares worst",
-        "Final Dice in %: all test images, the tenth with the lowest, the worst age band, and the mixture of "
-        "the worst client. Below 0.8: share of the images with a Dice under 0.8. HD95 and ASSD in pixels.",
+        "Final Dice in %: all test images, the tenth with the lowest, and, where groups have at least "
+        f"{analysis.GROUP_PATIENTS} test patients, the worst age band and the mixture of the worst client. "
+        "Below 0.8: share of the images with a Dice under 0.8. HD95 and ASSD in pixels.",
         "not measured, or no group with enough patients",
     ),
 }
@@ -258,8 +260,8 @@ def _contents(directory: Path, tables: Mapping[str, pd.DataFrame], manifest: Map
         "answer": _answer(results, differences, claims, split or None, subject),
         "note": _text((manifest.get("teacher") or {}).get("note")),
         "facts": _facts(per_image, last, manifest, subject),
-        "table1": _table1(table1, _counted(per_image), subject, files["table1.csv"]),
-        "differences": _differences(differences, files["differences.csv"]),
+        "table1": _table1(table1, per_image, subject, files["table1.csv"]),
+        "differences": _differences(differences, per_image, files["differences.csv"]),
         "ledger": _ledger(claims) if subject["compared"] else [],
         "tested": _tested(claims),
         "verdicts": VERDICTS,
@@ -331,6 +333,11 @@ def _counted(per_image: pd.DataFrame) -> str:
     return counts + few * (people < analysis.MIN_PATIENTS)
 
 
+def _with_interval(per_image: pd.DataFrame) -> str:
+    few = per_image.patient_id.nunique() < analysis.MIN_PATIENTS
+    return "" if few else ", with 95 % interval"
+
+
 # Tables
 
 
@@ -367,8 +374,10 @@ def _table1_cell(row: Mapping, arm: str) -> str:
     return estimate(row[arm], row.get(f"{arm}_low", np.nan), row.get(f"{arm}_high", np.nan))
 
 
-def _table1(table: pd.DataFrame, counted: str, subject: Mapping, file: Mapping) -> dict[str, object]:
-    gap = analysis.gap_closed(table).set_index("init").gap_closed
+def _table1(table: pd.DataFrame, per_image: pd.DataFrame, subject: Mapping, file: Mapping) -> dict:
+    split = str(table.split.iloc[0]) if len(table) else ""
+    # From the scores by image, as the ledger has it: none where it would be a number over nothing.
+    gap = analysis.gap(per_image, table.init.drop_duplicates(), split).set_index("init").gap_closed
     arms = [arm for arm in analysis.ARMS if table[arm].notna().any()]
     rows = []
     for row in table.to_dict("records"):
@@ -380,9 +389,9 @@ def _table1(table: pd.DataFrame, counted: str, subject: Mapping, file: Mapping) 
         if subject["compared"]:
             cells = {k: f"{cell}\npaper {paper[k]}" if paper[k] else cell for k, cell in cells.items()}
         rows.append({"start": _start(init)} | cells)
-    split = str(table.split.iloc[0]) if len(table) else ""
     caption = (
-        f"Final Dice on the test images in % under {SPLITS.get(split, split)}, with 95 % interval. {counted} "
+        f"Final Dice on the test images in % under {SPLITS.get(split, split)}{_with_interval(per_image)}. "
+        f"{_counted(per_image)} "
     )
     caption += "Gap closed: the share of the way from the random start to centralised training."
     if subject["compared"]:
@@ -391,11 +400,11 @@ def _table1(table: pd.DataFrame, counted: str, subject: Mapping, file: Mapping) 
     return _section("table1", title, caption, rows, file, "no share of a gap")
 
 
-def _differences(table: pd.DataFrame, file: Mapping) -> dict[str, object]:
+def _differences(table: pd.DataFrame, per_image: pd.DataFrame, file: Mapping) -> dict[str, object]:
     caption = (
-        "Points of final Dice, paired by image and seed, with 95 % interval. “Higher” and “lower” only "
-        "outside the noise: the interval excludes zero and each test, corrected by Holm, stays below 5 %. "
-        "p is the largest of the tests'; d is the effect size d_z."
+        f"Points of final Dice, paired by image and seed{_with_interval(per_image)}. “Higher” and "
+        "“lower” only outside the noise: the interval excludes zero and each test, corrected by Holm, stays "
+        "below 5 %. p is the largest of the tests'; d is the effect size d_z."
     )
     rows = [_difference_row(row) for row in table.itertuples()]
     return _section("differences", "Differences between starts", caption, rows, file, "not tested")
@@ -516,7 +525,7 @@ def _claim_row(row: Mapping, name: str) -> dict[str, str]:
     return {
         "claim": name[:1].upper() + name[1:],
         "paper": DASH if pd.isna(row["paper"]) else str(row["paper"]).replace("-", "−"),
-        "ours": "not run" if pd.isna(ours) else shown,
+        "ours": shown if pd.notna(ours) else DASH if row["n"] > 0 else "not run",
         "tested": _on(row),
         "verdict": row["verdict"],
         "kind": kinds.get(row["verdict"], "untested"),

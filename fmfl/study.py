@@ -506,7 +506,9 @@ def check_run(cfg: Settings, notebook: str) -> None:
     """Stop a notebook that trains before it writes over a run that other settings made.
 
     A run's folder holds the weights and results of one set of settings. Cells of 01_data and 02_teacher do
-    not count: they are made again in a moment, and 05_analysis leaves out those that do not belong.
+    not count: they are made again in a moment, and 05_analysis leaves out those that do not belong. Nor does
+    ``images_without_age``, which a study changes when it adds a split by age: rounds of other images move
+    aside and come back, and 05_analysis does not mix them.
 
     Raises:
         UserError: the folder holds starts or results of other settings.
@@ -515,6 +517,7 @@ def check_run(cfg: Settings, notebook: str) -> None:
     for _, about in cell_records(cfg.run_dir):
         if about["notebook"] in ("03_distill", "04_federate"):
             other |= changed(about, cfg, notebook)
+    other.pop("images_without_age", None)
     if other:
         name, (_, here) = next(iter(other.items()))
         own = re.sub(r"[^\w.=-]+", "_", f"{cfg.run_dir.name}-{name}={Path(as_text(here)).name}")
@@ -639,9 +642,22 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
 
 def _federations(run_dir: Path, cfg: Settings) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
     """Each 04_federate cell in a folder: where it is, its record, and its values of settings that differ."""
+    cfg = _decided(cfg)
     for folder in sorted((run_dir / "cells").glob("04_federate-*")):
         about = read_json(folder / "cell.json")
         yield folder, about, {name: there for name, (there, _) in changed(about, cfg).items()}
+
+
+def _decided(cfg: Settings) -> Settings:
+    """At auto, ``images_without_age`` as leave_out where a cell of the run has it: no table has both."""
+    records = [
+        about["settings"] for _, about in cell_records(cfg.run_dir) if about["notebook"] == "04_federate"
+    ]
+    if cfg.federate.images_without_age == "auto" and any(
+        settings.get("images_without_age") == "leave_out" for settings in records
+    ):
+        return replace(cfg, federate=replace(cfg.federate, images_without_age="leave_out"))
+    return cfg
 
 
 def collect_drift(cfg: Settings) -> pd.DataFrame:

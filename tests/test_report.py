@@ -445,11 +445,35 @@ def test_tables_full_of_nothing_say_so_and_never_nan(tmp_path):
     page = Page.of(tmp_path)
     assert not re.search(r"\bnan\b|NaN", page.text)
     assert "Fewer than 20 patients: no intervals and no tests." in page.text
+    assert "with 95 % interval." not in page.text, "no caption promises what no cell holds"
     assert page.tables["claims"][2] == ["Points", "–", "not run", "nothing", "not testable here"]
     assert page.tables["weakest"][0] == ["start", "arm", "split", "all", "worst tenth", "below 0.8"]
     assert page.tables["gap"][1] == ["foundation model", "too few test patients"]
     assert "rounds" not in page.tables["speed"][0] and "0 of 1" in page.tables["speed"][1]
     assert all(cell for cell in cells(page).values())
+
+
+@pytest.mark.parametrize(("images", "share"), [(12, "–"), (40, r"[56]\d %")])
+def test_the_page_gives_a_share_of_the_gap_only_where_its_ledger_has_one(tmp_path, images, share):
+    """12 patients are too few for a share; and what was run and has no number is not called "not run"."""
+    study(tmp_path, images=images)
+    results, per_image = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("results", "per_image"))
+    pooled = {"arm": "centralised", "split": "pooled"}
+    # Random ends near 80, informed starts 3 points above and centralised training 5.
+    runs = pd.concat([results, results[results.init == "random"].assign(**pooled)])
+    own = per_image[per_image.init == "random"]
+    scores = pd.concat([per_image, own.assign(**pooled, dice=own.dice + 0.05)])
+    runs.to_csv(tmp_path / "results.csv", index=False)
+    scores.to_csv(tmp_path / "per_image.csv", index=False)
+    analysis.table1(runs, scores).to_csv(tmp_path / "table1.csv", index=False)
+    claims = analysis.claims(runs, scores)
+    claims.to_csv(tmp_path / "claims.csv", index=False)
+    page = Page.of(tmp_path)
+    table1 = page.tables["table1"]
+    shown = [row[-1].split("paper")[0].strip() for row in table1[2:]]
+    assert len(shown) == 2 and all(re.fullmatch(share, one) for one in shown), shown
+    ledger = [row for row in page.tables["claims"] if row[0].startswith("% of the way")]
+    assert len(ledger) == 2 and not any("not run" in row for row in ledger)
 
 
 def test_the_newer_columns_are_shown(tmp_path):

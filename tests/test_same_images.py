@@ -100,3 +100,29 @@ def test_a_study_may_add_a_split_by_age_and_trains_nothing_again_where_all_image
     inputs = {"data": "x", "teacher": "y"}
     assert grid.other_study(after, inputs) == {}
     assert "data (by its bytes)" in grid.other_study(after, inputs | {"data": "z"})
+
+
+def test_a_split_by_age_that_a_study_adds_is_not_refused_by_its_notebooks(tmp_path):
+    """Only the answer to whose images the clients hold changes, and rounds of other images move aside."""
+    cfg = config.settings({"run_name": str(tmp_path)})
+    before, after = (grid.plan(cfg, [0], splits) for splits in (["iid"], ["iid", "age"]))
+    for cell in before:
+        study.save(cell.cfg, cell.notebook, {})
+    for cell in after:
+        if cell.notebook in ("03_distill", "04_federate"):
+            study.check_run(cell.cfg, cell.notebook)
+
+
+def test_a_notebook_never_mixes_cells_with_and_without_images_of_unknown_age(tmp_path):
+    """A split by age was added to a study of two seeds with one of them: the other seed is left out."""
+    cfg = config.settings({"run_name": str(tmp_path)})
+    table = pd.DataFrame({"arm": ["federated"], "init": "fm", "round": 1, "dice": 0.5})
+    scores = table.assign(client=-1, image_id="a", patient_id="a")
+    for scheme, seed, whose in (("iid", 0, "leave_out"), ("age", 0, "leave_out"), ("iid", 1, "keep")):
+        made = {"run_name": str(tmp_path), "split": scheme, "seed": seed, "images_without_age": whose}
+        cell = {"split": scheme, "seed": seed}
+        tables = {"results": table.assign(**cell), "per_image": scores.assign(**cell)}
+        study.save(config.settings(made), "04_federate", {"images": "x", "code": "y"}, **tables)
+    found, _, others = study.collect(cfg)
+    assert sorted(found.split) == ["age", "iid"] and set(found.seed) == {0}
+    assert others == ["04_federate-iid-seed1"]
