@@ -47,11 +47,10 @@ TABLES = {
 MORE_TABLES = {
     "speed.csv": (
         "How soon",
-        "Rounds until the test images' mean Dice is at the target: mean over seeds, with 95 % interval where "
-        "there are several. Seconds, images and megabytes are those spent until then. A run that does not get there "
-        "counts with its whole length, so that the numbers are at least (≥) what it takes. Curve: mean Dice "
-        "in % over all rounds.",
-        "the target was not reached",
+        "Rounds until the mean Dice of the test images is at the target: mean over seeds, with 95 % interval "
+        "where there are several. Seconds, images and megabytes are those spent until then. A run that does "
+        "not get there counts with its whole length, so that the numbers are at least (≥) what it takes. "
+        "Curve: mean Dice in % over all rounds.",
     ),
     "gap.csv": (
         "The gap closed",
