@@ -45,7 +45,16 @@ from tqdm import tqdm
 
 from fmfl import metadata, paths, phantom, readers
 from fmfl.errors import UserError, first_few
-from fmfl.files import IMAGE_SUFFIXES, Found, ImageIndex, LeftOut, first_line, image_root, list_files
+from fmfl.files import (
+    IMAGE_SUFFIXES,
+    Found,
+    ImageIndex,
+    LeftOut,
+    first_line,
+    image_root,
+    list_files,
+    printable,
+)
 from fmfl.metadata import COLUMNS
 from fmfl.pixels import read_image, resize
 from fmfl.readers import Record
@@ -54,7 +63,7 @@ SIZES = (16, 2048)  # pixels a side
 
 # Raise it when this module, or one that it reads files with, gives other pixels, masks or rows for the same
 # files; older caches rest.
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,6 +272,8 @@ def _names(sources: str | os.PathLike | Sequence[str | os.PathLike]) -> dict[str
         if folder is not None and not folder.is_dir():
             what = "is a file, not a folder" if folder.exists() else "there is no such folder"
             raise UserError(f"{folder}: {what}; give a folder with chest X-rays and masks, or 'phantom'.")
+        if printable(str(source)) != source:
+            raise UserError(f"{source}: this name is not valid UTF-8; rename the folder.")
         if any(folder == other or (folder and other and folder.samefile(other)) for other in folders):
             raise UserError(f"{source}: this source is given twice; name each source once.")
         folders.append(folder)
@@ -342,9 +353,9 @@ def _make_from_folder(
         raise UserError(_nothing_usable(folder, left_out))
     entries = [
         {
-            "file": one.file.relative_to(folder).as_posix(),
+            "file": printable(one.file.relative_to(folder).as_posix()),
             "reason": one.reason,
-            "detail": one.detail,
+            "detail": printable(one.detail),
             "defect": one.defect,
         }
         for one in left_out
@@ -413,10 +424,16 @@ def decode(record: Record, size: int) -> Decoded:
     grey, header = read_image(record.image)
     if grey.min() == grey.max():
         raise LeftOut(record.image, "constant image", "all its pixels are the same: it shows nothing")
+    if min(grey.shape) < SIZES[0]:
+        detail = f"it has {grey.shape[1]} x {grey.shape[0]} pixels: an X-ray has at least {SIZES[0]} a side"
+        raise LeftOut(record.image, "image too small", detail)
     mask, remark = record.mask(grey)
+    if not mask.any():
+        raise no_mask("its mask is empty")
     small = resize(mask.astype(np.uint8) * 255, size) >= 128
     if not small.any():
-        raise no_mask("its mask is empty")
+        detail = f"its mask has {mask.sum()} pixels, of which nothing is left at a size of {size}"
+        raise LeftOut(record.image, "mask too small", detail)
     row, aged = _with_header(record.image, record.row, header)
     height, width = grey.shape
     row["original_width"] = row["original_width"] or width

@@ -93,6 +93,8 @@ def _walk(root: Path, below: str, deep: bool, above: tuple[Path, ...]) -> Iterat
         if not inside:
             if entry.is_symlink():
                 yield Found(name, 0, 0, f"a link to {os.readlink(entry.path)}, which is not there")
+            else:
+                yield Found(name, 0, 0, "neither a file nor a folder")
         elif deep:
             target = Path(entry.path).resolve() if entry.is_symlink() else None
             if any(target == one or target in one.parents for one in above):
@@ -139,6 +141,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
+def printable(text: str) -> str:
+    """Text with escapes for what UTF-8 has no form for: bytes of a file's name in another encoding."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def has_image_suffix(name: str) -> bool:
     """True for the name of a picture or a DICOM file."""
     return name.lower().endswith(tuple(IMAGE_SUFFIXES))
@@ -180,7 +187,12 @@ class ImageIndex:
         self.others: list[LeftOut] = []
         for found in sorted(walk(root)):
             path = root / found.name
-            if has_image_suffix(found.name):  # a broken link too: its reader says so
+            if printable(found.name) != found.name:
+                detail = "its name is not valid UTF-8, so no table can name it; rename it"
+                self.others.append(LeftOut(path, "name not valid", detail))
+            elif found.fault and not path.is_symlink():  # a pipe: nobody may ever write into it
+                self.others.append(LeftOut(path, "not a file", f"it is {found.fault}"))
+            elif has_image_suffix(found.name):  # a broken link too: its reader says so
                 self.files.append(path)
             elif found.fault:
                 self.others.append(LeftOut(path, "broken link", found.fault))

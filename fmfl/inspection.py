@@ -1,5 +1,8 @@
 """What `fmfl data` says of a source besides its counts: what a person should look at before a study."""
 
+import hashlib
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +23,14 @@ SHEET_COLUMNS = 10
 
 def warnings(cohort: Cohort) -> list[str]:
     """Sentences on what may be wrong with images that are used, or is too little for a study."""
-    checks: tuple[Callable[[Cohort], Iterator[str]], ...] = (_cover, _patients, _ages, _test_patients)
+    checks: tuple[Callable[[Cohort], Iterator[str]], ...] = (
+        _cover,
+        _patients,
+        _near_patients,
+        _copies,
+        _ages,
+        _test_patients,
+    )
     return [*cohort.remarks, *(sentence for check in checks for sentence in check(cohort))]
 
 
@@ -59,6 +69,37 @@ def _patients(cohort: Cohort) -> Iterator[str]:
         largest = table.patient_id.value_counts()
         if len(table) > 2 and largest.iloc[0] > len(table) / 2:
             yield f"{name}: {largest.iloc[0]} of {len(table)} images are of one patient, {largest.index[0]}"
+
+
+def _near_patients(cohort: Cohort) -> Iterator[str]:
+    """Name patients whose ids differ by case, spaces, marks or zeros in front: they are often one."""
+    alike = defaultdict(set)
+    for patient in cohort.table.patient_id.unique():
+        digits_apart = re.sub(r"(?<=[0-9])[\W_]+(?=[0-9])", ".", patient.lower())  # 1-12 is not 11-2
+        alike[re.sub(r"(?<![0-9])0+(?=[0-9])|[^\w.]|_", "", digits_apart)].add(patient)
+    groups = [" and ".join(map(repr, sorted(one))) for one in alike.values() if len(one) > 1]
+    if groups:
+        yield (
+            f"{len(groups)} times patient ids differ by case, spaces, marks or zeros in front alone, and "
+            f"each counts as a patient: {first_few(groups)}; write one patient's id in one way"
+        )
+
+
+def _copies(cohort: Cohort) -> Iterator[str]:
+    """Name images whose every pixel is that of another patient's image."""
+    patients = defaultdict(set)
+    images: dict[bytes, list[str]] = defaultdict(list)
+    pixels = cohort.images.cpu().numpy()
+    for image, name, patient in zip(pixels, cohort.table.image_id, cohort.table.patient_id, strict=True):
+        key = hashlib.sha256(image).digest()
+        patients[key].add(patient)
+        images[key].append(name)
+    groups = [" and ".join(images[key]) for key, several in patients.items() if len(several) > 1]
+    if groups:
+        yield (
+            f"{len(groups)} pictures occur under several patients and can then lie on both sides of a split: "
+            f"{first_few(groups)}; remove the copies, or give them one patient_id"
+        )
 
 
 def _ages(cohort: Cohort) -> Iterator[str]:

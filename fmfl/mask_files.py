@@ -8,8 +8,9 @@ or smoothing leaves values between. One rule reads them all:
 2. A pixel between is lung where it is nearer to the plateau beside it than to the background. Files of
    fractions in 0..1 are probabilities: there lung begins at 0.5, and a plateau of lung lies above.
 3. Anything else is left out with its reason: three plateaus or more beside the background (which are lung?),
-   no plateaus (a photograph, a copy of the X-ray), an area that rule 2 would drop, and a mask that is lung at
-   most of the picture's border (inverted).
+   no plateaus (a photograph, a copy of the X-ray), an area that rule 2 would drop, two lungs of which one is
+   hardly brighter than the background (a label beside "ignore"), a mask that is lung at most of the picture's
+   border or its own (inverted, a box), and outlines that are not filled.
 """
 
 from functools import partial
@@ -27,6 +28,7 @@ LEAST_RANGE = 64  # grey levels; below, JPEG's own noise and a mask cannot be to
 FLAT = 0.06  # of a file's range: what a plateau may vary within 3 x 3 pixels
 NOISY = 0.3  # of a file's range: how wide a plateau's values may be spread
 LEAST_SHARE = 0.002  # of the picture: a smaller plateau is noise
+DARKEST = 1 / 16  # of the brighter lung's value; below, as in 1 and 255, one is a label and one is not
 COPY = 0.9  # correlation with the image from which on a mask of many values is taken for its copy
 
 
@@ -67,10 +69,29 @@ def read_mask(path: Path, grey: np.ndarray) -> tuple[np.ndarray, str]:
         raise unclear(str(error)) from None
     if _alike(mask, grey) > 0.98 or (between and _alike(values, grey) > COPY):
         raise LeftOut(path, "mask is its image", "mask and image show the same picture")
-    border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
-    if border.mean() > 0.5:
-        raise unclear("it is bright along most of the picture's border: bright has to be lung, dark the rest")
+    if doubt := _no_lungs(mask):
+        raise unclear(doubt)
     return mask, "grey levels between lung and background" if between else ""
+
+
+def _no_lungs(mask: np.ndarray) -> str:
+    """Why a mask shows something else than areas of lung; "" where nothing speaks against it."""
+    if not mask.any():
+        return ""
+    if _border(mask) > 0.5:
+        return "it is bright along most of the picture's border: bright has to be lung, dark the rest"
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    if min(box.shape[0] / mask.shape[0], box.shape[1] / mask.shape[1]) > 0.5 and _border(box) > 0.5:
+        return "its bright part is a box or a frame: bright has to be lung, dark the rest"
+    if mask.mean() < 0.1 and ndimage.binary_fill_holes(mask).sum() > 3 * mask.sum():
+        return "it draws outlines: fill the areas that they enclose"
+    return ""
+
+
+def _border(mask: np.ndarray) -> float:
+    """Share of a picture's outermost pixels that is lung."""
+    return np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()
 
 
 def _values(path: Path, image: Image.Image) -> tuple[np.ndarray, int]:
@@ -155,6 +176,11 @@ def _split(values: np.ndarray, lossy: bool, half: float | None = None) -> tuple[
             f"{len(levels) - 1} grey levels beside the background" if len(levels) > 3 else "no clear areas"
         )
         raise ValueError(f"it has {found}, and which of them are lung is not told")
+    if len(levels) == 3 and levels[1] - levels[0] < DARKEST * (levels[2] - levels[0]):
+        low, high = levels[1], levels[2]
+        raise ValueError(
+            f"its values {low:g} and {high:g} are too far apart for two lungs; one may mean neither"
+        )
     # A darker lung may be written as 127 / 255, a little below the half.
     if half is not None and not levels[0] < half <= levels[1] * (1.02 if len(levels) == 3 else 1):
         raise ValueError(f"its areas have the probabilities {', '.join(f'{one:.2f}' for one in levels)}")

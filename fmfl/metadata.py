@@ -34,6 +34,8 @@ COLUMNS = (
 )
 GIVEN = tuple(column for column in COLUMNS if column != "source")  # the source is the folder's name
 OLDEST = 120.0  # years; a larger age is a mistake in the table
+SEXES = {"m": "M", "male": "M", "f": "F", "female": "F"}
+NO_SEX = frozenset({"na", "n/a", "unknown", "u", "o", "other"})  # meant as neither; anything else is named
 UNKNOWN_AGE = frozenset({"", "na", "n/a", "unknown"})
 # What programs and people write where there is no patient id; taken as one, it would join all of them.
 NO_PATIENT = frozenset(
@@ -41,6 +43,8 @@ NO_PATIENT = frozenset(
     | {"not available", "not given", "not known", "anonymous", "anonymized", "anonymised", "anon"}
     | {"-", "--", "?", ".", "x", "xx", "xxx", "#ref!", "#value!", "#name?"}
 )
+# A metadata.csv.txt is what an editor makes of metadata.csv where suffixes are hidden.
+LIKE_A_TABLE = frozenset({"txt", "tab", "dat", "gz", "zip", "parquet", "numbers"})
 # Other words for our columns, as they stand in public tables.
 SYNONYMS = {
     "image_id": r"image|img|file|filename|filepath|path|picture|scan",
@@ -71,6 +75,8 @@ def read(folder: Path, images: ImageIndex) -> Generator[LeftOut, None, Table | N
     """
     path = folder / "metadata.csv"
     top = sorted(walk(folder, deep=False))
+    if path.is_dir():
+        raise UserError(f"{path}: this is a folder; give the table as a file of that name.")
     if path.name not in {one.name for one in top}:
         yield from _other_tables(folder, [one.name for one in top])
         return None
@@ -89,10 +95,12 @@ def read(folder: Path, images: ImageIndex) -> Generator[LeftOut, None, Table | N
 
 def _other_tables(folder: Path, names: list[str]) -> Generator[LeftOut, None, None]:
     for name in names:
-        stem, _, suffix = name.lower().rpartition(".")
-        if f".{suffix}" not in TABLE_SUFFIXES:
+        stem, mark, suffix = name.lower().rpartition(".")
+        table = f".{suffix}" in TABLE_SUFFIXES
+        meant = _plain(stem or suffix).startswith("metadata")
+        if not table and not (meant and (not mark or suffix in LIKE_A_TABLE)):
             continue
-        if _plain(stem).startswith("metadata"):
+        if meant:
             raise UserError(
                 f"{folder / name}: is not read; save it as metadata.csv, so that its patients count."
             )
@@ -198,6 +206,9 @@ def _by_image(
             yield LeftOut(image, "image_id twice", detail)
             refused.add(images.key(image))
             continue
+        if (sex := known[0].get("sex", "")) and sex.lower() not in SEXES.keys() | NO_SEX:
+            detail = f"its sex is {sex!r} in line {numbers[0]}, which counts as unknown: write M or F"
+            yield LeftOut(path, "sex not read", detail)
         for number in numbers[1:]:
             detail = f"line {number} has image_id {rows[number]['image_id']} again"
             yield LeftOut(path, "image_id twice", detail)
@@ -226,7 +237,7 @@ def row(image: Path, image_id: str, values: Mapping[str, Any]) -> dict[str, Any]
         "patient_id": patient(image, text["patient_id"]),
         "age": age,
         "age_source": "" if math.isnan(age) else age_source,
-        "sex": {"m": "M", "male": "M", "f": "F", "female": "F"}.get(text["sex"].lower(), ""),
+        "sex": SEXES.get(text["sex"].lower(), ""),
         "finding": text["finding"],
         "site": text["site"],
         "view": text["view"],
@@ -246,11 +257,15 @@ def patient(image: Path, text: str) -> str:
     """A patient's id as given; "7.0", which pandas makes of 7 in a column with gaps, is 7.
 
     Raises:
-        LeftOut: it is a word for none. Taken as an id it would make one patient of all images that have it;
-            whether they are one is for a person to say, by an id or an empty cell.
+        LeftOut: it is a word for none, or a rounded number. Taken as an id it would make one patient of all
+            images that have it; whether they are one is for a person to say, by an id or an empty cell.
     """
+    detail = ""
     if text.lower() in NO_PATIENT:
         detail = f"its patient_id is {text!r}: give the patient's own, or none if no other image is of it"
+    elif re.fullmatch(r"\d([.,]\d+)?e\+\d+", text.lower()):
+        detail = f"its patient_id is {text!r}, a number that a spreadsheet has rounded: give all its digits"
+    if detail:
         raise LeftOut(image, "patient_id not valid", detail)
     return text[:-2] if re.fullmatch(r"\d+\.0", text) else text
 

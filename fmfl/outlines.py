@@ -109,11 +109,12 @@ def _from_coco_runs(runs: np.ndarray, size: tuple[int, int], height: int, width:
 
 def unite(
     annotation: Path, shapes: Sequence[Shape], declared: tuple[int, int], height: int, width: int
-) -> np.ndarray:
-    """Give the union of shapes that were drawn on an image of the declared (width, height).
+) -> tuple[np.ndarray, str]:
+    """Give the union of shapes that were drawn on an image of the declared (width, height), and a remark.
 
     Raises:
-        LeftOut: the image has another size, or outlines come without the size that they were drawn at (0).
+        LeftOut: the image has another size, or outlines come without the size that they were drawn at (0) or
+            enclose none of its pixels, as those in fractions of the picture.
     """
     if any(given and given != own for given, own in zip(declared, (width, height), strict=True)):
         detail = f"annotated at {declared[0]} x {declared[1]} pixels, but its image has {width} x {height}"
@@ -127,4 +128,16 @@ def unite(
             mask |= shape(height, width)
         except ValueError as error:
             raise LeftOut(annotation, "mask of another size", str(error)) from None
-    return mask
+    outlines = [outline for shape in shapes if shape.func is fill_even_odd for outline in shape.args[0]]
+    if outlines and not mask.any():
+        detail = "its outlines enclose no pixel of its image: give them in pixels, not in fractions"
+        raise LeftOut(annotation, "annotation unclear", detail)
+    beyond = any(_beyond(outline, height, width) for outline in outlines)
+    return mask, "outlines that reach far beyond their picture, cut at its border" if beyond else ""
+
+
+def _beyond(outline: np.ndarray, height: int, width: int) -> bool:
+    """True where an outline leaves the picture by a tenth of its side: a slip of the hand by less."""
+    least, most = outline.min(axis=0), outline.max(axis=0)
+    side = np.array([width, height])
+    return bool((least < -0.1 * side).any() or (most > 1.1 * side).any())

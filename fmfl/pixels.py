@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from fmfl.files import DICOM_SUFFIXES, LeftOut, first_line, has_image_suffix
 from fmfl.metadata import OLDEST, UNKNOWN_AGE
 
+PHOTOMETRIC_TAG = 262  # PhotometricInterpretation of TIFF 6.0
 DICOM_AGE_UNITS = {"D": 365.25, "W": 52.18, "M": 12, "Y": 1}  # in a year
 
 
@@ -51,17 +52,31 @@ def unreadable(path: Path, what: str, error: Exception) -> LeftOut:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture in memory, upright, its transparency on black; ValueError where the file holds several."""
+    """A picture in memory, upright, its transparency on black; ValueError where the file holds several.
+
+    Where a TIFF file's lowest value is white (PhotometricInterpretation 0), Pillow turns 8 bits and less
+    round and leaves deeper values as they are. Here white is the highest value of both.
+    """
     with Image.open(path) as opened:
         # A JPEG may hold its own thumbnail or a second view of the camera beside it.
         if opened.format not in ("JPEG", "MPO") and getattr(opened, "n_frames", 1) > 1:
             raise ValueError(f"it holds {opened.n_frames} pictures")
+        white_is_low = getattr(opened, "tag_v2", {}).get(PHOTOMETRIC_TAG) == 0
         image = ImageOps.exif_transpose(opened)
+        if white_is_low and is_deep(image):
+            image = _turn_round(image)
         if image.has_transparency_data:
             image = on_black(image)
         image.load()
         image.format = opened.format
         return image
+
+
+def _turn_round(image: Image.Image) -> Image.Image:
+    """The same values from the other end: the highest becomes the lowest."""
+    values = np.asarray(image)
+    wide = values.astype(np.float64)  # 16 and 32 bits are exact in it
+    return Image.fromarray((wide.max() + wide.min() - wide).astype(values.dtype))
 
 
 def on_black(image: Image.Image) -> Image.Image:
@@ -111,11 +126,30 @@ def _read_dicom(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
         return np.asarray(Image.fromarray(eight_bit).convert("L")), _header(dataset)
     if kind not in ("MONOCHROME1", "MONOCHROME2"):
         raise ValueError(f"its values are {kind}, not grey")
+    if kind == "MONOCHROME2" and dataset.get("PresentationLUTShape") == "INVERSE":
+        raise ValueError("its header says both MONOCHROME2 and INVERSE: whether bright is bone is not told")
+    picture = ~_padding(values, dataset)
     values = pixels.apply_modality_lut(values, dataset)  # stored values -> rescaled values
-    grey = _stretch(pixels.apply_voi_lut(values, dataset))  # -> the window that a reader would see
+    values = pixels.apply_voi_lut(values, dataset)  # -> the window that a reader would see
+    grey = np.zeros(values.shape, np.uint8)
+    grey[picture] = _stretch(values[picture])
     if kind == "MONOCHROME1":  # there the lowest value is white
-        grey = 255 - grey
+        grey[picture] = 255 - grey[picture]
     return grey, _header(dataset)
+
+
+def _padding(stored: np.ndarray, dataset: Any) -> np.ndarray:
+    """(H, W) bool, where stored values fill up the picture and measure nothing (PS3.3, C.7.5.1.1.2).
+
+    Such a value may lie far beyond all others, and would leave them a few grey levels.
+    """
+    first = dataset.get("PixelPaddingValue")
+    if first is None:
+        return np.zeros(stored.shape, bool)
+    last = dataset.get("PixelPaddingRangeLimit")
+    low, high = sorted((first, first if last is None else last))
+    padding = (stored >= low) & (stored <= high)
+    return padding & ~padding.all()
 
 
 def _header(dataset: Any) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from fmfl.mask_files import read_mask
 from fmfl.metadata import Table, whole
 from fmfl.outlines import Shape, coco_shapes, fill_even_odd, from_runs, points, unite
 
+# Height and width of an image -> (H, W) bool mask, and a remark on it, "" without one.
+Drawing = Callable[[int, int], tuple[np.ndarray, str]]
 # (H, W) uint8 image -> (H, W) bool mask, and a remark on how it was read, "" without one.
 MaskRule = Callable[[np.ndarray], tuple[np.ndarray, str]]
 
@@ -314,9 +316,10 @@ def _id(value: Any) -> str:
     return text[:-2] if re.fullmatch(r"\d+\.0", text) else text
 
 
-def _drawn(rules: Sequence[Shape], grey: np.ndarray) -> tuple[np.ndarray, str]:
+def _drawn(drawings: Sequence[Drawing], grey: np.ndarray) -> tuple[np.ndarray, str]:
     """A mask out of outlines or runs: a `MaskRule`."""
-    return np.logical_or.reduce([rule(*grey.shape) for rule in rules]), ""
+    masks, remarks = zip(*(drawing(*grey.shape) for drawing in drawings), strict=True)
+    return np.logical_or.reduce(masks), next(filter(None, remarks), "")
 
 
 def _darwin_names(content: Mapping[str, Any]) -> list[str]:
@@ -354,7 +357,7 @@ def _darwin_tags(content: Mapping[str, Any]) -> dict[str, Any]:
     for name in names:
         key, mark, value = re.match(r"([^:/]*)([:/]?)(.*)", name, re.DOTALL).groups()
         if mark:
-            valued.setdefault(key.strip().lower(), value.strip())
+            valued.setdefault(re.sub(r"[\W_]+", "", key.lower()), value.strip())
     plain = {name.lower() for name in names} | {value.lower() for value in valued.values()}
     return {
         "age": valued.get("age", ""),

@@ -404,3 +404,19 @@ def test_a_source_without_one_usable_image_says_why(tmp_path):
     with pytest.raises(UserError, match=r"clinic: no usable image \(3 x unreadable image\).*a\.png"):
         load(folder, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 200), (15, 40)])
+def test_a_picture_of_a_few_pixels_is_no_x_ray(height, width, tmp_path):
+    folder = make_folder(tmp_path / "clinic")
+    save(folder / "images" / "a.png", picture(1, height, width))
+    save(folder / "masks" / "a.png", np.arange(height * width).reshape(height, width) % 7 == 0)
+    assert reasons(load(folder)) == {"images/a.png": "image too small"}
+
+
+def test_a_mask_of_which_nothing_is_left_is_a_defect_and_no_image_without_lungs(tmp_path):
+    folder = make_folder(tmp_path / "clinic")
+    save(folder / "images" / "a.png", picture(1, 320, 400))
+    save(folder / "masks" / "a.png", lungs([[100, 100], [103, 100], [103, 103]], height=320, width=400))
+    cohort = load(folder)
+    assert reasons(cohort) == {"images/a.png": "mask too small"} and cohort.left_out["defect"].all()

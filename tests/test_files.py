@@ -90,6 +90,29 @@ def test_every_other_file_among_images_and_masks_is_counted(tmp_path):
     assert set(defects["file"]) == {"images/IM7", "images/x.nii.gz", "images/x.gif", "masks/x.npy"}
 
 
+def test_a_name_in_another_encoding_is_left_out_and_can_be_printed(tmp_path):
+    folder = make_folder(tmp_path / "clinic")
+    for part in ("images", "masks"):
+        try:
+            os.rename(folder / part / "a.png", os.fsencode(folder / part) + b"/\xe9.png")
+        except OSError:
+            pytest.skip("this file system takes names in UTF-8 alone")
+    cohort = load(folder)
+    assert reasons(cohort) == {r"images/\udce9.png": "name not valid", r"masks/\udce9.png": "name not valid"}
+    with pytest.raises(UserError, match="no usable image"):
+        load(make_folder(tmp_path / "none", [os.fsdecode(b"\xe9")]))
+    with pytest.raises(UserError, match="this name is not valid UTF-8"):
+        load(make_folder(tmp_path / os.fsdecode(b"\xe9")))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    folder = make_folder(tmp_path / "clinic")
+    os.mkfifo(folder / "images" / "pipe.png")
+    save(folder / "masks" / "pipe.png", lungs(LEFT))
+    assert reasons(load(folder))["images/pipe.png"] == "not a file"
+
+
 @pytest.fixture
 def index(tmp_path):
     def make(*names):

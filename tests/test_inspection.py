@@ -1,4 +1,5 @@
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from fmfl import inspection, plots, split
 from fmfl.errors import UserError
 
-ALL = [[2, 2], [38, 2], [38, 30], [2, 30]]
+ALL = [[12, 0], [28, 0], [40, 10], [40, 22], [28, 32], [12, 32], [0, 22], [0, 10]]
 DOT = [[20, 20], [22, 20], [22, 22], [20, 22]]
 
 
@@ -100,3 +101,21 @@ def test_a_contact_sheet_that_cannot_be_written_is_one_sentence(tmp_path):
     write(tmp_path / "file", "")
     with pytest.raises(UserError, match="cannot be written"):
         inspection.sheet(cohort, tmp_path / "file" / "sheet.png")
+
+
+def test_one_patients_id_in_two_ways_is_named(tmp_path):
+    ids = ["P01", "p 1", "7", "007", "1-12", "11-2", "8"]
+    names = [f"i{number}" for number in range(len(ids))]
+    lines = [f"{name},{patient}" for name, patient in zip(names, ids, strict=True)]
+    folder = make_folder(tmp_path / "near", names, "\n".join(["image_id,patient_id", *lines]))
+    warning = said(load(folder))
+    assert "2 times patient ids differ by case, spaces, marks or zeros in front alone" in warning
+    assert "'near:P01' and 'near:p 1', 'near:007' and 'near:7'; write" in warning
+
+
+def test_copies_under_two_patients_are_named_and_of_one_are_not(tmp_path):
+    folder = make_folder(tmp_path / "clinic", metadata="image_id,patient_id\na,P1\nb,P1\nc,P2\n")
+    shutil.copy(folder / "images" / "a.png", folder / "images" / "b.png")
+    assert "under several patients" not in said(load(folder))
+    shutil.copy(folder / "images" / "a.png", folder / "images" / "c.png")
+    assert "1 pictures occur under several patients" in said(load(folder))

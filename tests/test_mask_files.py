@@ -144,6 +144,10 @@ def test_both_lungs_are_read_from_a_picture_of(form, tmp_path):
         (XRAY, "mask is its image"),
         (np.clip(XRAY * 0.9 + 5, 0, 255), "mask is its image"),
         (levels(1, 2)[:-1], "mask of another size"),
+        (np.pad(~BOTH[2:-2, 2:-2], 2), "mask unclear"),  # lungs in black, with a black frame
+        (np.pad(np.ones((56, 80), bool), 20), "mask unclear"),  # a box
+        (BOTH & ~ndimage.binary_erosion(BOTH), "mask unclear"),  # contours
+        (levels(1, 1) + 255 * HEART, "mask unclear"),  # labels, with what to ignore
     ],
 )
 def test_a_mask_file_that_is_none_is_left_out(values, reason, tmp_path):

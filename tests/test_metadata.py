@@ -159,13 +159,56 @@ def test_a_row_is_of_the_image_in_its_own_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["Metadata.csv", "metadata.CSV.txt.csv", "metadata.xlsx", "meta_data.csv", "metadata (1).csv"]
+    "name",
+    [
+        "Metadata.csv",
+        "metadata.CSV.txt.csv",
+        "metadata.xlsx",
+        "meta_data.csv",
+        "metadata (1).csv",
+        "metadata.csv.txt",
+        "metadata.txt",
+        "metadata",
+        "Metadata.csv.gz",
+    ],
 )
 def test_a_table_that_is_nearly_called_metadata_is_refused(name, tmp_path):
     folder = make_folder(tmp_path / "clinic")
     write(folder / name, ROWS)
     with pytest.raises(UserError, match=r"save it as metadata\.csv"):
         load(folder)
+
+
+def test_a_folder_in_the_tables_place_is_refused(tmp_path):
+    folder = make_folder(tmp_path / "clinic")
+    (folder / "metadata.csv").mkdir()
+    with pytest.raises(UserError, match=r"metadata\.csv: this is a folder"):
+        load(folder)
+
+
+def test_notes_on_the_table_are_no_table(tmp_path):
+    folder = make_folder(tmp_path / "clinic")
+    write(folder / "metadata.md", "x")
+    write(folder / "readme.txt", "x")
+    assert load(folder).left_out.empty
+
+
+@pytest.mark.parametrize("rounded", ["1.23457E+12", "2e+15", '"1,5E+11"'])
+def test_a_number_that_a_spreadsheet_rounded_is_no_patient(rounded, tmp_path):
+    """All of a hospital's long numbers would become one patient's."""
+    folder = make_folder(
+        tmp_path / "clinic", metadata=f"image_id,patient_id\na,{rounded}\nb,{rounded}\nc,1E5\n"
+    )
+    cohort = load(folder)
+    assert reasons(cohort) == dict.fromkeys(("images/a.png", "images/b.png"), "patient_id not valid")
+    assert cohort.table["patient_id"].tolist() == ["clinic:1E5"]
+
+
+def test_a_sex_in_other_words_is_named_and_counts_as_unknown(tmp_path):
+    folder = make_folder(tmp_path / "clinic", metadata="image_id,sex\na,W\nb,Female\nc,unknown\n")
+    cohort = load(folder)
+    assert cohort.table["sex"].tolist() == ["", "F", ""]
+    assert cohort.left_out["reason"].tolist() == ["sex not read"] and "'W'" in cohort.left_out["detail"][0]
 
 
 def test_another_table_is_counted(tmp_path):

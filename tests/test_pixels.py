@@ -1,3 +1,4 @@
+import struct
 import sys
 import warnings
 
@@ -170,3 +171,50 @@ def test_a_file_of_several_pictures_is_left_out(tmp_path):
     pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
     with pytest.raises(LeftOut, match="2 pictures"):
         pixels.read_image(tmp_path / "x.tif")
+
+
+def tiff(path, values, photometric):
+    """A TIFF file of one strip, by hand: Pillow does not write white as zero in 16 bits."""
+    height, width = values.shape
+    data = values.astype(values.dtype.newbyteorder("<")).tobytes()
+    tags = {256: width, 257: height, 258: 8 * values.itemsize, 259: 1, 262: photometric, 273: 8}
+    tags |= {277: 1, 278: height, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_whose_zero_is_white_is_turned_round_at_every_depth(dtype, tmp_path):
+    deep = GREY.astype(dtype) * (np.iinfo(dtype).max // 255)
+    tiff(tmp_path / "black.tif", deep, photometric=1)
+    tiff(tmp_path / "white.tif", np.iinfo(dtype).max - deep, photometric=0)
+    black, white = (pixels.read_image(tmp_path / f"{name}.tif")[0] for name in ("black", "white"))
+    np.testing.assert_array_equal(black, white)
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+def test_dicom_padding_is_black_and_takes_no_grey_levels_from_the_picture(kind, tmp_path):
+    grey = GREY.copy()
+    grey[:, 0] = 0
+    stored = (255 - grey if kind == "MONOCHROME1" else grey) * 16.0
+    stored[0, 0], stored[1:, 0] = 60000, 65535
+    header = {"BitsStored": 16, "HighBit": 15, "PixelPaddingValue": 60000, "PixelPaddingRangeLimit": 65535}
+    make_dicom(tmp_path / "x.dcm", stored, kind, **header)
+    got, inside = pixels.read_image(tmp_path / "x.dcm")[0], grey[:, 1:].astype(float)
+    assert not got[:, 0].any()
+    wanted = (inside - inside.min()) * 255 / np.ptp(inside)
+    assert np.abs(got[:, 1:] - wanted).max() <= 1
+
+
+def test_a_dicom_that_is_all_padding_by_its_header_is_read_as_it_is(tmp_path):
+    make_dicom(
+        tmp_path / "x.dcm", GREY * 16.0, "MONOCHROME2", PixelPaddingValue=0, PixelPaddingRangeLimit=4095
+    )
+    assert np.ptp(pixels.read_image(tmp_path / "x.dcm")[0]) == 255
+
+
+def test_a_dicom_header_that_contradicts_itself_on_its_polarity_is_left_out(tmp_path):
+    make_dicom(tmp_path / "x.dcm", GREY * 16.0, "MONOCHROME2", PresentationLUTShape="INVERSE")
+    with pytest.raises(LeftOut, match="INVERSE"):
+        pixels.read_image(tmp_path / "x.dcm")

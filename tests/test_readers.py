@@ -393,6 +393,29 @@ def test_a_lung_without_an_outline_is_a_defect_and_no_image_without_lungs(segmen
 
 
 @pytest.mark.parametrize(
+    "outline", [[0.1, 0.1, 0.4, 0.1, 0.4, 0.9], [100, 50, 140, 50, 140, 90], [1, 1, 9, 9, 5, 5]]
+)
+def test_outlines_that_enclose_no_pixel_are_a_defect_and_no_image_without_lungs(outline, tmp_path):
+    """In fractions of the picture, beside it, on one line."""
+    folder = make_coco(tmp_path / "c", [(3, [outline])])
+    with pytest.raises(UserError, match=r"1 x annotation unclear.*enclose no pixel"):
+        load(folder)
+    assert len(load(make_coco(tmp_path / "d", [(3, [outline]), (3, [FLAT_LEFT])]))) == 1  # a stray click
+
+
+def test_outlines_far_beyond_their_picture_are_remarked(tmp_path):
+    twice = [2 * value for value in FLAT_LEFT]
+    assert load(make_coco(tmp_path / "c", [(3, [FLAT_LEFT])])).remarks == ()
+    assert "far beyond their picture" in load(make_coco(tmp_path / "d", [(3, [twice])])).remarks[0]
+
+
+def test_a_darwin_tag_of_a_patient_may_have_spaces_and_underscores(tmp_path):
+    for number, tag in enumerate(("PatientID:12", "Patient ID: 12", "patient_id/12")):
+        table = load(make_darwin(tmp_path / str(number), 2, tags=(tag,))).table
+        assert table["patient_id"].tolist() == [f"{number}:12"]
+
+
+@pytest.mark.parametrize(
     "given", [{"ellipse": {}}, {"bounding_box": {"x": 1}}, {"mask": {}, "id": "m"}, {"slot_names": ["5"]}, {}]
 )
 def test_a_darwin_lung_of_another_form_is_a_defect(given, tmp_path):
