@@ -566,7 +566,7 @@ def test_a_cell_made_before_a_parameter_came_had_it_at_its_default(tmp_path):
     del about["settings"]["labelled"]
     file.write_text(json.dumps(about))
     assert len(study.collect(cfg)[0]) == 2
-    with pytest.raises(UserError, match="labelled is 1.0 there and 5.0 here"):
+    with pytest.raises(UserError, match=r"labelled is 1\.0 there and 5\.0 here"):
         study.collect(config.settings({"run_name": tmp_path, "num_rounds": 1, "labelled": 5.0}))
 
 
