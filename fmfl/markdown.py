@@ -88,7 +88,9 @@ def _difference(row) -> list[str]:
     digits = decimals(row.value, row.low, row.high)
     size = f"{number(row.value, digits, sign=True)} points"
     if row.reading == analysis.TOO_FEW:
-        return [f"It ends {size} from {other}, on {row.patients} test patients: {analysis.TOO_FEW}."]
+        return [
+            f"Its difference from {other} is {size}, on {row.patients} test patients: {analysis.TOO_FEW}."
+        ]
     over = "patients" if row.seeds == 1 else "seeds and patients"
     size += f" (95 % interval over {over} {interval(row.low, row.high, digits)})"
     if row.reading != "inside the noise":

@@ -607,16 +607,22 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """
     results, per_image, others = [], [], []
     inputs: dict[tuple[str, str], str] = {}
+    apart: dict[str, tuple[Any, Any]] = {}
     for folder, about, other in _federations(cfg.run_dir, cfg):
         if other:
             others.append(folder.name)
+            apart |= {name: (there, cfg.flat()[name]) for name, there in other.items()}
             continue
         inputs.setdefault((about["record"].get("images"), about["record"].get("code")), folder.name)
         results.append(analysis.read_table(folder / "results.csv"))
         per_image.append(analysis.read_table(folder / "per_image.csv"))
     if not results:
-        hint = f" ({len(others)} cells there were made with other settings)" if others else ""
-        raise UserError(f"{cfg.run_dir} holds no results of these settings{hint}: run 04_federate first")
+        if others:
+            raise UserError(
+                f"{cfg.run_dir} holds results of other settings alone ({first_few(apart)}): give the same "
+                "values in the parameters cell, or run 04_federate with these first"
+            )
+        raise UserError(f"{cfg.run_dir} holds no results of these settings: run 04_federate first")
     if len(inputs) > 1:
         raise UserError(
             f"{' and '.join(inputs.values())} in {cfg.run_dir} were made from different images or by "

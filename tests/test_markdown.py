@@ -41,6 +41,7 @@ def test_equivalence_is_said_only_where_it_was_tested_for():
 
 def test_few_patients_have_a_difference_and_no_judgement():
     text = said(gain=60.0, patients=7)
+    assert "Its difference from a random start is +60" in text
     assert "on 7 test patients: too few test patients to say" in text
     assert "interval" not in text and "above" not in text and "inside the noise" not in text
     assert "Of 16 differences whose sign it gives: 16 not testable here." in text

@@ -126,3 +126,10 @@ def test_a_notebook_never_mixes_cells_with_and_without_images_of_unknown_age(tmp
     found, _, others = study.collect(cfg)
     assert sorted(found.split) == ["age", "iid"] and set(found.seed) == {0}
     assert others == ["04_federate-iid-seed1"]
+
+
+def test_an_analysis_with_other_settings_is_told_which(tmp_path):
+    """As after the exercise of 04_federate, whose run 05_analysis is asked for with its own three clients."""
+    study.save(config.settings({"run_name": str(tmp_path), "num_clients": 1}), "04_federate", {})
+    with pytest.raises(UserError, match=r"num_clients is 1 there and 3 here.*same values in the parameters"):
+        study.collect(config.settings({"run_name": str(tmp_path)}))
