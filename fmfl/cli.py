@@ -313,7 +313,7 @@ def flower_server(
     ] = "",
     test_data: Annotated[str, typer.Option(help="folders that the server scores on; empty: none")] = "",
     host: Annotated[str, typer.Option(help="address to listen on")] = "0.0.0.0",
-    port: Annotated[int, typer.Option(help="the one port that clients reach")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="the one port that clients reach")] = 8000,
     p: Annotated[
         list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="any other parameter; repeat it")
     ] = None,
@@ -335,7 +335,9 @@ def flower_client(
     number: Annotated[int, typer.Option(min=0, help="K, from 0")],
     server: Annotated[str, typer.Option(metavar="HOST:PORT", help="where the server is")],
     clients: Annotated[int, typer.Option(min=1, help="how many there are")] = 3,
-    port: Annotated[int, typer.Option(help="of Flower's own on this machine; 0: 9094 + K")] = 0,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="of Flower's own on this machine; 0: 9094 + K")
+    ] = 0,
 ) -> None:
     """Train on this hospital's images whenever the server asks, until stopped."""
     folders = [_absolute(part) for part in _list(data, "--data")]

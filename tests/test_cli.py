@@ -339,3 +339,17 @@ def test_teacher_check_refuses_what_fits_no_teacher(fmfl, tmp_path):
 
 def test_teacher_download_says_where_the_others_are(fmfl):
     assert "fetch it by hand from" in sentence(*fmfl("teacher", "download", "medsam"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("server", "--port", "99999"),
+        ("server", "--port", "0"),
+        ("client", "--port", "70000", "--data", "d", "--number", "0", "--server", "x:1"),
+    ],
+)
+def test_a_port_that_no_machine_has_is_refused(arguments, fmfl, tmp_path):
+    code, out, err = fmfl("flower", *arguments, "--keys", tmp_path)
+    assert code == 2 and out == "" and "Traceback" not in err
+    assert "not in the range" in err
