@@ -275,6 +275,8 @@ def final(last: pd.DataFrame) -> list[str]:
     rows = []
     federated = last[last.arm == "federated"]
     for key, some in federated.groupby(["norm", "server", "split", "learning_rate"], sort=False):
+        if set(some.init) < set(INITS):  # still to be run
+            continue
         cells = []
         for init in INITS:
             own = some[some.init == init].pivot_table(
