@@ -36,6 +36,7 @@ from fmfl import markdown, models, plots, statistics
 SERVERS = ("all", "start", "client 0")
 BUFFERS = ("running_mean", "running_var")
 STUDENT = "tiny_unet"
+COMMITTED = Path("docs/results/collapse")
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -144,7 +145,8 @@ def _named() -> None:
 @app.command("run")
 def run_all(
     sources: str = "v7_covid,v7_guangzhou",
-    folder: Path = Path("runs/collapse"),
+    folder: Path = COMMITTED / "runs",
+    starts: Path = Path("runs/collapse"),
     seeds: int = 3,
     rounds: int = 10,
     worker: int = 0,
@@ -152,7 +154,8 @@ def run_all(
 ) -> None:
     """Train the runs that have no file yet; worker i of n takes every n-th, from the i-th on."""
     torch.set_num_threads(1)
-    folder.mkdir(parents=True, exist_ok=True)
+    for needed in (folder, starts):
+        needed.mkdir(parents=True, exist_ok=True)
     settings: dict[tuple[str, int], Setting] = {}
     for run in plan(range(seeds))[worker::workers]:
         file = folder / f"{run.name}.json"
@@ -161,7 +164,7 @@ def run_all(
         key = run.split, run.seed
         if key not in settings:
             settings = {key: independent.load(sources, scheme=run.split, seed=run.seed)}
-        found = train(settings[key], run, start_of(folder, settings[key], run), rounds)
+        found = train(settings[key], run, start_of(starts, settings[key], run), rounds)
         unfinished = file.with_name(f".{file.name}.{os.getpid()}")
         unfinished.write_text(json.dumps(found))
         os.replace(unfinished, file)
@@ -305,7 +308,7 @@ def nearest(found: pd.DataFrame) -> list[str]:
 
 
 @app.command()
-def tables(folder: Path = Path("runs/collapse"), out: Path = Path("docs/results/collapse")) -> None:
+def tables(folder: Path = COMMITTED / "runs", out: Path = COMMITTED) -> None:
     """Write the tables, the figure and the page's tables of the finished runs."""
     scores = read(folder)
     rounds = by_round(scores)
@@ -319,7 +322,7 @@ def tables(folder: Path = Path("runs/collapse"), out: Path = Path("docs/results/
 
 
 @app.command()
-def page(out: Path = Path("docs/results/collapse")) -> None:
+def page(out: Path = COMMITTED) -> None:
     """Write the page's tables again from the committed ones."""
     if (out / "README.md").exists():
         blocks = {

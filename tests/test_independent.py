@@ -92,7 +92,7 @@ def test_the_experiment_is_run_read_and_drawn(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(collapse, "plan", lambda seeds: runs)
     folder = tmp_path / "collapse"
     for _ in range(2):
-        collapse.run_all("none", folder, rounds=1)
+        collapse.run_all("none", folder, tmp_path / "starts", rounds=1)
     assert len(loads) == 1 and len(list(folder.glob("*.json"))) == len(runs) == 10
     collapse.tables(folder, tmp_path / "out")
     rounds = pd.read_csv(tmp_path / "out" / "by_round.csv")
