@@ -619,7 +619,7 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     if not results:
         if others:
             raise UserError(
-                f"{cfg.run_dir} holds results of other settings alone ({first_few(apart)}): give the same "
+                f"{cfg.run_dir} holds results of other settings alone ({in_words(apart)}): give the same "
                 "values in the parameters cell, or run 04_federate with these first"
             )
         raise UserError(f"{cfg.run_dir} holds no results of these settings: run 04_federate first")
