@@ -14,6 +14,7 @@ import pytest
 import test_plots
 import test_report
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from fmfl import paths, plots, report
@@ -47,6 +48,8 @@ def pages(tmp_path_factory):
     """Two reports by name: a committed study with older figures, and a synthetic one with all of now."""
     folder = tmp_path_factory.mktemp("pages")
     committed = shutil.copytree(paths.ROOT / "docs" / "results" / "v7-cpu", folder / "committed")
+    old = Image.open(committed / "figures" / "fig3.png").resize((973, 491))  # as studies once drew it
+    old.save(committed / "figures" / "fig3.png")
     synthetic = folder / "synthetic"
     synthetic.mkdir()
     settings, teacher = test_report.SETTINGS, test_report.TEACHER | {"sha256": "f" * 64}
