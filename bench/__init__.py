@@ -1,1 +1,1 @@
-"""What is claimed about speed, as commands: ``python -m bench NAME``."""
+"""What is claimed about speed, as commands: `python -m bench NAME`."""

@@ -1,4 +1,4 @@
-"""``python -m bench NAME``: each command prints a table and one JSON line; see bench/README.md."""
+"""`python -m bench NAME`: each command prints a table and one JSON line; see bench/README.md."""
 
 import typer
 

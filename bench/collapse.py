@@ -31,7 +31,8 @@ from safetensors.torch import load_file, save_file
 
 from bench import independent
 from bench.independent import POOLED, Setting, State
-from fmfl import markdown, models, plots, statistics
+from fmfl import models
+from fmfl.analysis import markdown, plots, statistics
 
 SERVERS = ("all", "start", "client 0")
 BUFFERS = ("running_mean", "running_var")

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from bench import measure
-from fmfl import config, federate, models, study
-from fmfl.engines import deploy
+from fmfl import config, federate, models
+from fmfl.flower import deploy
 from fmfl.states import read_record
+from fmfl.study import stages
 from fmfl.train import Fitted, InitialState
 
 FMFL = [sys.executable, "-c", "import sys; from fmfl.cli import main; sys.argv[0] = 'fmfl'; main()"]
@@ -27,13 +28,13 @@ def in_process(folder: Path, engine: str, given: dict[str, Any]) -> tuple[list[f
     cfg = config.settings(
         given | {"engine": engine, "run_name": str(folder), "arms": "federated", "inits": "random"}
     )
-    cohort = study.load_cohort(cfg)
-    parts = study.hold_out(cfg, cohort)
-    clients = study.partition(cohort, parts.federated, cfg.federate)
+    cohort = stages.load_cohort(cfg)
+    parts = stages.hold_out(cfg, cohort)
+    clients = stages.partition(cohort, parts.federated, cfg.federate)
     model = models.build(cfg.distill.student, seed=cfg.federate.seed)
     start = InitialState("random", models.copy_state(model), Fitted())
-    (server,) = study.servers(cfg, cohort, parts, clients, {"random": start})
-    nodes = study.nodes(cfg, server)
+    (server,) = stages.servers(cfg, cohort, parts, clients, {"random": start})
+    nodes = stages.nodes(cfg, server)
     seconds = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -63,12 +64,12 @@ def deployed(
 ) -> list[float]:
     """When each round was finished, from the first one on, in a deployment that this starts and ends.
 
-    Each node takes its part of ``data`` by its number.
+    Each node takes its part of `data` by its number.
 
     Args:
         folder: for keys, logs and results.
         given: parameters of the run.
-        inside: what to begin a command with, for ``server`` and ``client-K``.
+        inside: what to begin a command with, for `server` and `client-K`.
         server_of: where client K finds the server.
         host: what the server listens on.
         port: likewise.
@@ -135,7 +136,7 @@ def run(
 ) -> None:
     """Seconds a round of 3 clients: local, behind Flower's messages, and in a deployment on loopback.
 
-    ``--images`` is of the whole synthetic cohort. A deployment's first round is left out: in it clients join.
+    `--images` is of the whole synthetic cohort. A deployment's first round is left out: in it clients join.
     """
     settings = {key: value for key, value in locals().items() if key != "out"}
     given = {"size": size, "student": student, "num_phantoms": images, "num_rounds": rounds}

@@ -1,9 +1,9 @@
 """The same federated rounds by fmfl and by Flower's simulation: seconds a steady round, and until the first.
 
-Both sides train the same students on the same images with :func:`fmfl.train.fit`, under the same random keys,
+Both sides train the same students on the same images with `train.fit`, under the same random keys,
 and average them weighted by images. Flower's side is set up as its guide to simulations advises: one core (or
 a share of the GPU) a client, actors that stay, and what a client needs kept in the actor between its turns.
-``quickstart`` is a client as Flower's tutorial for PyTorch has it: a model and a DataLoader for each turn,
+`quickstart` is a client as Flower's tutorial for PyTorch has it: a model and a DataLoader for each turn,
 here with albumentations on the CPU.
 """
 
@@ -53,7 +53,7 @@ def settings(how: dict[str, Any]) -> FederateConfig:
 
 
 def first_round(out: str) -> Path:
-    """Where a side leaves the state after its first round; ``out`` is for the last."""
+    """Where a side leaves the state after its first round; `out` is for the last."""
     return Path(f"{out}.first")
 
 
@@ -186,7 +186,7 @@ TURNS: dict[str, Callable[..., tuple[State, int]]] = {"tuned": tuned_client, "qu
 
 
 def flower_side(how: dict[str, Any], out: str, turn: str) -> dict[str, float]:
-    """The rounds under Flower's simulation, without evaluation; ``quickstart`` with FedAvg as it is."""
+    """The rounds under Flower's simulation, without evaluation; `quickstart` with FedAvg as it is."""
     os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
@@ -281,7 +281,7 @@ def run(
     """Seconds a round and until the first, by fmfl and by Flower's simulation, tuned and as in its tutorial.
 
     A scenario is CLIENTSxIMAGES, the images being each client's. Every run is a process of its own, the sides
-    in turn; a steady round is the middle one after the first. ``--actors`` share a GPU; on a CPU there is one
+    in turn; a steady round is the middle one after the first. `--actors` share a GPU; on a CPU there is one
     a core.
     """
     for package in ("flwr", "ray"):

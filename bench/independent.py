@@ -36,7 +36,7 @@ class Setting:
         cohort: all images.
         parts: proxy, test and federated indices.
         clients: (K) index tensors.
-        logits: (n, 1, H, W) the teacher's, of the proxy images.
+        logits: [n, 1, H, W] the teacher's, of the proxy images.
     """
 
     cohort: Cohort
@@ -85,9 +85,9 @@ class Client:
         """Eq. 2 with the Dice loss, or Eq. 5 where there is a teacher.
 
         Args:
-            indices: (n,) int64, the client's images.
+            indices: [n] int64, the client's images.
             key: (seed, client, round); an epoch adds its number.
-            logits: (n, 1, H, W) the teacher's.
+            logits: [n, 1, H, W] the teacher's.
         """
         self.model.train()
         for epoch in range(epochs):

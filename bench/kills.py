@@ -1,4 +1,4 @@
-"""``kill -9`` at random instants of a small study: it ends as one that was left alone."""
+"""`kill -9` at random instants of a small study: it ends as one that was left alone."""
 
 import os
 import random
@@ -17,8 +17,9 @@ import pandas as pd
 import psutil
 
 from bench import measure
-from fmfl import cli, grid, paths, states, study
+from fmfl import paths, states
 from fmfl.errors import UserError
+from fmfl.study import cli, grid, stages
 
 SMALL = (
     *("-p", "size=32", "-p", "num_phantoms=24", "-p", "proxy=6", "-p", "test=4", "-p", "batch_size=4"),
@@ -27,11 +28,11 @@ SMALL = (
 """A study of some seconds in which all is there: three starts, three arms, five notebooks."""
 
 BEGINS = "begins: "
-"""What :func:`announced` prints before a notebook's name."""
+"""What `announced` prints before a notebook's name."""
 
 
 def announced() -> None:
-    """The command ``fmfl``, which also says when a notebook begins: so a kill knows what it has hit."""
+    """The command `fmfl`, which also says when a notebook begins: so a kill knows what it has hit."""
 
     def telling(execute: Callable[..., None]) -> Callable[..., None]:
         def told(cell: grid.Cell, *how: Any) -> None:
@@ -52,7 +53,7 @@ class Study:
 
     Attributes:
         folder: of the results; the cache and what was printed lie beside it.
-        arguments: of ``fmfl study``.
+        arguments: of `fmfl study`.
     """
 
     folder: Path
@@ -108,7 +109,7 @@ class Study:
         """Each notebook's seconds, those of several splits together."""
         found: Counter[str] = Counter()
         for marker in sorted((self.folder / "cells").glob("*/done.json")):
-            found[marker.parent.name.split("-")[0]] += study.read_json(marker)["seconds"]
+            found[marker.parent.name.split("-")[0]] += stages.read_json(marker)["seconds"]
         return dict(found)
 
     def killed_in(self, part: str, after: float, whom: str) -> str | None:
@@ -131,7 +132,7 @@ class Study:
     def outcome(self) -> dict[str, Any]:
         """All that must not depend on a kill: every file's name, weights' hashes, scores but the seconds."""
         scores = pd.read_csv(self.folder / "results.csv").drop(columns="seconds")
-        manifest = study.read_json(self.folder / "manifest.json")
+        manifest = stages.read_json(self.folder / "manifest.json")
         weights = {
             file.name: states.state_digest(states.read_state(file)[0])
             for file in sorted((self.folder / "weights").glob("*.safetensors"))
@@ -149,7 +150,7 @@ class Study:
 
 
 def kill(process: subprocess.Popen, whom: str) -> None:
-    """``kill -9`` for the command, for its kernels, or for all of them at once, and wait for the command.
+    """`kill -9` for the command, for its kernels, or for all of them at once, and wait for the command.
 
     A command whose kernel is killed ends by itself, with an error; a kernel without its command ends itself.
     """
@@ -183,7 +184,7 @@ def run(
 
     A study is killed once while it starts and once in each notebook, at an instant drawn from the time that
     the part takes, and started again each time; then it is left to end and compared, and the next one begins.
-    ``--only`` names the parts to hit (start, 01_data, ...). ``--jupyter`` runs the notebooks in kernels, and
+    `--only` names the parts to hit (start, 01_data, ...). `--jupyter` runs the notebooks in kernels, and
     kills the command, its kernel or both; else all is one process.
     """
     settings = {key: value for key, value in locals().items() if key != "out"}

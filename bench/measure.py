@@ -19,9 +19,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from fmfl import models, paths, study
+from fmfl import models, paths
 from fmfl.data import Cohort
 from fmfl.federate import Server, clients_of
+from fmfl.study import stages
 from fmfl.train import Fitted, InitialState
 
 MIB = 2**20
@@ -60,7 +61,7 @@ def a_server(
 
 
 def the_device(name: str) -> torch.device:
-    """The device by its name; ``auto`` is a GPU where there is one."""
+    """The device by its name; `auto` is a GPU where there is one."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
@@ -123,7 +124,7 @@ def median_seconds(taken: list[Taken], clock: str = "wall") -> float:
 def peak_memory() -> int:
     """The most bytes of memory that this process has held so far.
 
-    Not ``ru_maxrss`` on Linux: a new process takes over what the one that started it had held.
+    Not `ru_maxrss` on Linux: a new process takes over what the one that started it had held.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -139,7 +140,7 @@ def held_memory() -> int:
 
 
 def forget_peak() -> None:
-    """Let :func:`peak_memory` begin anew; only Linux can."""
+    """Let `peak_memory` begin anew; only Linux can."""
     refs = Path("/proc/self/clear_refs")
     if refs.exists():
         refs.write_text("5")
@@ -173,7 +174,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model,
         "cores": os.cpu_count(),
-        "memory_gib": study.memory_gib(),
+        "memory_gib": stages.memory_gib(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.system(),
     }
@@ -214,11 +215,11 @@ def report(
         **found,
         "machine": machine(),
         "versions": versions(*packages),
-        "commit": study.commit(),
+        "commit": stages.commit(),
     }
     print(json.dumps(whole))
     if out is not None:
-        study.write_text(out, json.dumps(whole, indent=1) + "\n")
+        stages.write_text(out, json.dumps(whole, indent=1) + "\n")
 
 
 def _readable(value: object) -> str:

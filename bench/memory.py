@@ -72,9 +72,9 @@ def run(
     device: str = "cpu",
     out: Path | None = None,
 ) -> None:
-    """Peaks of aggregation and of a round of clients with ``--images`` each, every one in its own process.
+    """Peaks of aggregation and of a round of clients with `--images` each, every one in its own process.
 
-    Peaks are above what was held before; ``states`` is the peak in copies of the student's weights.
+    Peaks are above what was held before; `states` is the peak in copies of the student's weights.
     """
     settings = {key: value for key, value in locals().items() if key != "out"}
     rows = []

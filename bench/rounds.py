@@ -133,7 +133,7 @@ def run(
 ) -> None:
     """One round of 3 clients and 5 epochs: fmfl over a plain PyTorch loop, and that over bare steps.
 
-    ``--images`` is a client's number, ``--batch-size`` should divide it, ``--threads 0`` is one a core.
+    `--images` is a client's number, `--batch-size` should divide it, `--threads 0` is one a core.
     """
     settings = {key: value for key, value in locals().items() if key != "out"}
     if threads:

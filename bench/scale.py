@@ -66,7 +66,7 @@ def run(
     precision: str = "float32",
     out: Path | None = None,
 ) -> None:
-    """One round of ever more clients that hold ``--images`` together: seconds, peak memory, cost a client.
+    """One round of ever more clients that hold `--images` together: seconds, peak memory, cost a client.
 
     Every measurement is a process of its own, the numbers of clients in turn. The cost a client is the slope
     of a line through all of them: the smaller batches of small clients are part of it.

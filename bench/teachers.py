@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from bench import measure
-from fmfl import sam, teacher
+from fmfl import teacher
 from fmfl.teacher import Teacher
+from fmfl.teachers import sam
 
 
 def made(name: str, device: torch.device) -> Teacher:

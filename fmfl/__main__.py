@@ -1,12 +1,12 @@
-"""``fmfl`` and ``python -m fmfl``: ready for Ctrl-C before the first import that takes time."""
+"""`fmfl` and `python -m fmfl`: ready for Ctrl-C before the first import that takes time."""
 
-from fmfl import interrupt
+from fmfl.study import interrupt
 
 
 def main() -> None:
-    """Run the command line, see :mod:`fmfl.cli`."""
+    """Run the command line, see `study.cli`."""
     interrupt.listen()
-    from fmfl import cli
+    from fmfl.study import cli
 
     cli.main()
 

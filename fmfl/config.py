@@ -1,6 +1,6 @@
 """What a run depends on: one frozen dataclass a stage, three profiles, and the contract of parameters.
 
-The defaults are the quick run of the notebooks; ``class`` and ``paper`` say what they change. Every
+The defaults are the quick run of the notebooks; `class` and `paper` say what they change. Every
 parameter has a type and a range, is named once over all stages, and is refused in one sentence when it
 is unknown, of the wrong type or out of range.
 """
@@ -22,7 +22,7 @@ SPLITS = ("iid", "age", "quantity", "site", "dirichlet")
 
 
 def _in(default: Any, low: float | None = None, high: float | None = None, multiple: int = 1) -> Any:
-    """A number between low and high, both allowed, that ``multiple`` divides."""
+    """A number between low and high, both allowed, that `multiple` divides."""
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "multiple": multiple})
 
 
@@ -199,7 +199,7 @@ STAGES: dict[str, type] = {
     "analysis": AnalysisConfig,
 }
 
-#: What each profile changes against the defaults (= ``smoke``, the notebooks' quick run).
+#: What each profile changes against the defaults (= `smoke`, the notebooks' quick run).
 PROFILES: dict[str, dict[str, Any]] = {
     "smoke": {},
     # 320: the fewest whose test part has the patients that an interval needs (statistics.MIN_PATIENTS).
@@ -346,10 +346,10 @@ def _a(kind: type) -> str:
 
 
 def parse(name: str, text: str) -> Any:
-    """A parameter given as text on a command line, in its own type: ``"1e-4"`` becomes a number.
+    """A parameter given as text on a command line, in its own type: `"1e-4"` becomes a number.
 
     Raises:
-        UserError: see :func:`checked`.
+        UserError: see `checked`.
     """
     fields = _fields()
     kind = fields[name][1].type if name in fields else str
@@ -403,9 +403,9 @@ def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
 
 
 def from_notebook(namespace: dict[str, Any]) -> Settings:
-    """Settings from a notebook's variables, for its set-up cell: ``cfg = config.from_notebook(globals())``.
+    """Settings from a notebook's variables, for its set-up cell: `cfg = config.from_notebook(globals())`.
 
-    A parameter cell is one whose source begins with ``# Parameters``: the notebook's own, and the one
+    A parameter cell is one whose source begins with `# Parameters`: the notebook's own, and the one
     that papermill injects after it. A name assigned there that is no parameter is an error, so an
     override with a typing mistake cannot be ignored in silence. Of a cell that was corrected and run again,
     told by its first line, only the last version counts.

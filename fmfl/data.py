@@ -43,9 +43,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fmfl import metadata, paths, phantom, readers
+from fmfl import paths
 from fmfl.errors import UserError, first_few
-from fmfl.files import (
+from fmfl.sources import metadata, phantom, readers
+from fmfl.sources.files import (
     IMAGE_SUFFIXES,
     Found,
     ImageIndex,
@@ -55,9 +56,9 @@ from fmfl.files import (
     list_files,
     printable,
 )
-from fmfl.metadata import COLUMNS
-from fmfl.pixels import read_image, resize
-from fmfl.readers import Record
+from fmfl.sources.metadata import COLUMNS
+from fmfl.sources.pixels import read_image, resize
+from fmfl.sources.readers import Record
 
 SIZES = (16, 2048)  # pixels a side
 
@@ -71,8 +72,8 @@ class Cohort:
     """Images, masks and patients, ready to be indexed on a device.
 
     Attributes:
-        images: (N, 1, H, W) uint8, 0..255, H = W; index tensors lie where they do.
-        masks: (N, 1, H, W) uint8, 1 where there is lung, else 0.
+        images: [N, 1, H, W] uint8, 0..255, H = W; index tensors lie where they do.
+        masks: [N, 1, H, W] uint8, 1 where there is lung, else 0.
         table: one row an image, in the order of `images`; the columns are `COLUMNS`.
         left_out: one row a file that is not used: source, file (below the source's folder), reason (to count
             by), detail (one sentence), defect (True: the file wants mending; False: it is of another kind).

@@ -23,7 +23,7 @@ class UserError(ValueError):
 
 
 def first_few(said: Iterable[str], most: int = 3) -> str:
-    """List the first things of many for a sentence, as ``a, b, c and 4 more``."""
+    """List the first things of many for a sentence, as `a, b, c and 4 more`."""
     said = list(said)
     return ", ".join(said[:most]) + (f" and {len(said) - most} more" if len(said) > most else "")
 

@@ -1,6 +1,6 @@
 """Federated averaging (McMahan et al. 2017, arXiv 1602.05629): Eq. 2 at a client, Eq. 3 at the server.
 
-The round loop itself stands in ``notebooks/04_federate.ipynb``; its steps stand here. Centralised training is
+The round loop itself stands in `notebooks/04_federate.ipynb`; its steps stand here. Centralised training is
 the same loop with one client that holds everything, standalone training is the loop with one real client, so
 the arms differ in nothing but who averages with whom.
 """
@@ -45,7 +45,7 @@ SAMPLING = 2**32 - 3
 """Stands for the choice of a round's clients where a client's number stands in a random key."""
 
 KEPT = "kept/"
-"""Begins the names of the tensors in a checkpoint that are not the model's: see :attr:`Server.kept`."""
+"""Begins the names of the tensors in a checkpoint that are not the model's: see `Server.kept`."""
 
 
 def aggregate(updates: Iterable[tuple[State, int]]) -> State:
@@ -118,7 +118,7 @@ def is_finite(state: State) -> bool:
 def server_step(
     state: State, average: State, names: Iterable[str], cfg: FederateConfig, moments: State
 ) -> tuple[State, State]:
-    """What the server makes of Eq. 3's average: ``average`` takes it; the others step towards it.
+    """What the server makes of Eq. 3's average: `average` takes it; the others step towards it.
 
     The way from the average to the old state is taken for a gradient (Reddi et al. 2021, arXiv 2003.00295):
 
@@ -126,12 +126,12 @@ def server_step(
         adam        Adam's step with that gradient                                 FedAdam
 
     Adam is PyTorch's, which corrects the first rounds for moments that begin at 0; FedAdam's does not. Only
-    the weights in ``names`` take a step. All other tensors, BatchNorm's running statistics among them, are
+    the weights in `names` take a step. All other tensors, BatchNorm's running statistics among them, are
     the average: they follow the data, and an optimizer could make a variance negative.
 
     Args:
         state: the global state of the last round.
-        average: from :func:`aggregate`.
+        average: from `aggregate`.
         names: of the trained weights.
         moments: what the last round's step gave; empty before the first.
 
@@ -180,7 +180,7 @@ class Drift:
         self.before: Tensor | None = None
 
     def add(self, before: State, after: State, names: Iterable[str], weight: float) -> None:
-        """A client's update of the weights in ``names``; the device is not waited for.
+        """A client's update of the weights in `names`; the device is not waited for.
 
         Args:
             before: the same for all clients; it is looked at once.
@@ -215,7 +215,7 @@ class Drift:
 
 
 def clients_of(cohort: Cohort, parts: Iterable[Tensor]) -> dict[int, Examples]:
-    """Client numbers and their images, from :func:`fmfl.split.partition`."""
+    """Client numbers and their images, from `split.partition`."""
     return {k: _examples(cohort, indices) for k, indices in enumerate(parts)}
 
 
@@ -252,7 +252,7 @@ class Server:
     Attributes:
         arm: federated, centralised or standalone.
         init: name of the initial state.
-        split: name of the partition; ``pooled`` for the centralised arm.
+        split: name of the partition; `pooled` for the centralised arm.
         client: the standalone client's number; -1 for a global model.
         clients: number to images of those who train.
         model: the one resident student; clients' states are loaded into it in turn.
@@ -261,16 +261,16 @@ class Server:
         history: one row a scored round.
         bytes_up, bytes_down: from and to all clients so far.
         rounds: of each round, from 0: SHA-256 of the global state, the clients that took part, the faults of
-            others where there were any, and in the federated arm :class:`Drift`'s measures and the global
+            others where there were any, and in the federated arm `Drift`'s measures and the global
             state's distance from the initial one.
         initial: the state before any round.
         drift: of the clients that have trained in the round to come.
-        kept: what is kept between rounds besides the state: ``adam-{client}``, a client's moments;
-            ``norm-{client}``, its own BatchNorm; ``server``, the moments of the server's optimizer.
+        kept: what is kept between rounds besides the state: `adam-{client}`, a client's moments;
+            `norm-{client}`, its own BatchNorm; `server`, the moments of the server's optimizer.
         file: the checkpoint, and at the end the final weights.
-        made_of: all that the run's bytes depend on, by name; ``fingerprint`` is its short name.
+        made_of: all that the run's bytes depend on, by name; `fingerprint` is its short name.
         exchange: of the round to be finished, where an engine has measured it; else it is reckoned.
-        replicas: of the model, and ``spread``, the clients' images, where several devices train side by side.
+        replicas: of the model, and `spread`, the clients' images, where several devices train side by side.
     """
 
     arm: str
@@ -319,13 +319,13 @@ class Server:
 
         What makes a run the same one is the initial state's bytes, the cohort, who holds which images, the
         test images and every setting; with anything else changed it starts anew. The rounds of another run
-        are never deleted: see :func:`aside`.
+        are never deleted: see `aside`.
 
         Args:
-            run_dir: the study's folder; the checkpoint is ``weights/{arm}-{split}-{init}-seed{seed}...``.
+            run_dir: the study's folder; the checkpoint is `weights/{arm}-{split}-{init}-seed{seed}...`.
             initial: where it begins, and what that has cost.
-            clients: see :func:`clients_of` and :func:`pooled`.
-            test: (n,) int64, the images it is scored on.
+            clients: see `clients_of` and `pooled`.
+            test: [n] int64, the images it is scored on.
             engine: what brings the clients' updates, and all of its settings that a result depends on.
             move_aside: False refuses a file that holds another run, instead of moving it.
 
@@ -461,7 +461,7 @@ class Server:
         return [name for name, _ in self.model.named_parameters() if name not in own]
 
     def _moved(self) -> dict[str, float | None]:
-        """What :attr:`rounds` says of a federated round's way; nothing in the other arms."""
+        """What `rounds` says of a federated round's way; nothing in the other arms."""
         found, self.drift = self.drift.measures(), Drift()
         if self.arm != "federated":
             return {}
@@ -470,7 +470,7 @@ class Server:
         return found | {"distance_from_start": float(away.norms)}
 
     def scores(self, cohort: Cohort, test: Tensor) -> pd.DataFrame:
-        """The global state's scores, one row a test image; see :func:`fmfl.metrics.score`."""
+        """The global state's scores, one row a test image; see `metrics.score`."""
         self.model.load_state_dict(self.state)
         logits = train.predict(self.model, cohort.images, test, precision=self.precision)
         return metrics.score(logits.sigmoid(), cohort.masks[test])
@@ -535,7 +535,7 @@ def own_settings(cfg: FederateConfig, arm: str) -> FederateConfig:
 
 
 def run_settings(cfg: FederateConfig, arm: str) -> dict[str, object]:
-    """The settings of :func:`own_settings` that an arm's run depends on, by name."""
+    """The settings of `own_settings` that an arm's run depends on, by name."""
     # Who holds which images is told by the clients themselves.
     left_out = ("arms", "inits", "images_without_age", *(PARTITION_SETTINGS if arm == "centralised" else ()))
     return {name: value for name, value in asdict(own_settings(cfg, arm)).items() if name not in left_out}
@@ -557,7 +557,7 @@ def unlike(record: Mapping, made_of: Mapping) -> list[str]:
     return found
 
 
-#: What :attr:`Server.made_of` holds as digests, which say nothing to a reader, and words for another one.
+#: What `Server.made_of` holds as digests, which say nothing to a reader, and words for another one.
 IDENTITIES = {
     "code": "other code",
     "data": "other images",
@@ -569,7 +569,7 @@ IDENTITIES = {
 
 
 def aside(file: Path, record: Mapping) -> Path:
-    """Name the file that keeps another run's checkpoint: in ``aside/``, with 8 characters of its fingerprint.
+    """Name the file that keeps another run's checkpoint: in `aside/`, with 8 characters of its fingerprint.
 
     It stays a file of safetensors. No table or manifest takes it for a result, but a run of its very
     fingerprint goes on from it.
@@ -654,7 +654,7 @@ def train_client(server: Server, number: int) -> tuple[State, int]:
 def train_clients(
     server: Server, numbers: Iterable[int], devices: Sequence[torch.device] | None = None
 ) -> Iterator[tuple[State, int]]:
-    """Eq. 2 of several clients, in their order: :func:`train_client` of each, with the same bytes.
+    """Eq. 2 of several clients, in their order: `train_client` of each, with the same bytes.
 
     With several devices the clients train side by side: client k on device k mod n, where its images are
     brought once. At most two states a device wait for the average, so memory does not grow with the clients.
@@ -706,7 +706,7 @@ def train_clients(
 def _trained(
     server: Server, number: int, model: nn.Module, examples: Examples, home: torch.device | None = None
 ) -> tuple[State, Fitted, State]:
-    """A client's local training, which changes nothing but the model; see :func:`train_client`.
+    """A client's local training, which changes nothing but the model; see `train_client`.
 
     Args:
         home: where the results are wanted; None: where they are.
@@ -778,11 +778,11 @@ def _load_moments(optimizer: torch.optim.Optimizer, moments: State) -> None:
 
 
 DRIFT = ("update_norm", "update_cosine", "update_diversity", "distance_from_start")
-"""What :func:`drift` tells of a round."""
+"""What `drift` tells of a round."""
 
 
 def drift(servers: Iterable[Server]) -> pd.DataFrame:
-    """How the clients' updates went, one row a federated round from 1 on: see :class:`Drift`."""
+    """How the clients' updates went, one row a federated round from 1 on: see `Drift`."""
     rows = [
         {"init": server.init, "split": server.split, "seed": server.cfg.seed, "round": number}
         | {name: done.get(name) for name in DRIFT}

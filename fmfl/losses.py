@@ -112,7 +112,7 @@ def hard(teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     Args:
         teacher_logits: [B, 1, H, W] raw scores; above 0 is lung.
-        temperature: T > 0 that :func:`kl_divergence` will divide by.
+        temperature: T > 0 that `kl_divergence` will divide by.
 
     Returns:
         [B, 1, H, W] of +50 T and -50 T, where a float32 sigmoid is 1 and (nearly) 0.

@@ -46,7 +46,7 @@ STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "resnet34_unet": lambda: _smp_unet("resnet34", (256, 128, 64, 32, 16)),
     "unet": _plain_unet,
 }
-"""``unet`` is the paper's; ``mobile_unet`` (1.7 M parameters) is the default that two cores can train."""
+"""`unet` is the paper's; `mobile_unet` (1.7 M parameters) is the default that two cores can train."""
 
 
 _building = threading.Lock()
@@ -55,17 +55,17 @@ _building = threading.Lock()
 def build(
     name: str, *, seed: int = 0, device: str | torch.device = "cpu", batch_norm: str = "average"
 ) -> nn.Module:
-    """A student with random weights that depend on ``seed`` alone.
+    """A student with random weights that depend on `seed` alone.
 
     Args:
-        name: one of :data:`STUDENTS`.
+        name: one of `STUDENTS`.
         seed: of the initial weights; the global random state is left as it was.
         device: where the model is put, its convolutions in channels-last order.
-        batch_norm: ``group`` puts GroupNorm in BatchNorm's place; other choices are for the rounds.
+        batch_norm: `group` puts GroupNorm in BatchNorm's place; other choices are for the rounds.
 
     Returns:
-        A module from (B, 1, H, W) float in 0..1 to (B, 1, H, W) logits; H and W divisible by 32
-        (by 16 for ``unet``).
+        A module from [B, 1, H, W] float in 0..1 to [B, 1, H, W] logits; H and W divisible by 32
+        (by 16 for `unet`).
 
     Raises:
         UserError: the name is unknown.
@@ -90,13 +90,13 @@ def load_weights(model: nn.Module, file: str | Path, *, encoder_only: bool = Fal
 
     Args:
         model: a student.
-        file: bare tensors by name, in PyTorch's format or safetensors (see :func:`fmfl.checkpoints.read`).
+        file: bare tensors by name, in PyTorch's format or safetensors (see `checkpoints.read`).
         encoder_only: the file holds the encoder's weights under its library's names.
 
     Raises:
         UserError: there is no such file, or it does not fit.
     """
-    from fmfl import checkpoints
+    from fmfl.teachers import checkpoints
 
     if not Path(file).is_file():
         raise UserError(f"the start's weights {file} are not there: name an existing file")
@@ -175,7 +175,7 @@ def copy_state(model: nn.Module) -> State:
 
 @torch.no_grad()
 def load_state(model: nn.Module, state: State) -> None:
-    """``model.load_state_dict(state)`` at a quarter of its cost, which every client pays in every round.
+    """`model.load_state_dict(state)` at a quarter of its cost, which every client pays in every round.
 
     Raises:
         RuntimeError: names or shapes differ, as PyTorch says it.

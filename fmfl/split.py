@@ -73,10 +73,10 @@ def age_bands(ages: Sequence[float] | pd.Series) -> np.ndarray:
     """The name of each age's band in `AGE_BANDS`, "" where the age is not known (NaN).
 
     Args:
-        ages: (N,) years, none negative.
+        ages: [N] years, none negative.
 
     Returns:
-        (N,) array of str.
+        [N] array of str.
     """
     years = np.asarray(ages, dtype=float)
     lower_ends = [lower for lower, _ in AGE_BANDS.values()]
@@ -169,7 +169,7 @@ def partition(
 
     Args:
         table: one row an image, with patient_id, site and age (years, NaN where unknown).
-        indices: (N,) int64 rows of `table`, each once.
+        indices: [N] int64 rows of `table`, each once.
         scheme: a key of `OPTIONS`.
         num_clients: K >= 1.
         seed: >= 0.
@@ -434,7 +434,7 @@ def _cut(images: np.ndarray, shares: np.ndarray, *, everyone: bool = True) -> np
 
     Args:
         images: (patients,) images of each.
-        shares: (K,) of any sum.
+        shares: [K] of any sum.
         everyone: move cuts by as little as gives every client a patient.
 
     Returns:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fmfl import paths
 
 State = dict[str, Tensor]
-"""A model's ``state_dict``: what travels between server and clients."""
+"""A model's `state_dict`: what travels between server and clients."""
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -44,13 +44,13 @@ TRAINING_CODE = ("augment.py", "losses.py", "models.py", "train.py", "federate.p
 
 @cache
 def code_digest(files: tuple[str, ...] = TRAINING_CODE) -> str:
-    """SHA-256 of the source of modules of this package: as ``sha256sum FILE ... | sha256sum`` prints it.
+    """SHA-256 of the source of modules of this package: as `sha256sum FILE ... | sha256sum` prints it.
 
     The text counts, comments included, with line endings as LF: syntax trees differ between versions of
     Python, and a checkout on Windows may end its lines with CRLF.
 
     Args:
-        files: modules below the package's folder, named with ``/``; their order counts.
+        files: modules below the package's folder, named with `/`; their order counts.
     """
     lines = ""
     for name in files:
@@ -60,7 +60,7 @@ def code_digest(files: tuple[str, ...] = TRAINING_CODE) -> str:
 
 
 def previous(file: Path) -> Path:
-    """Where :func:`write_state` leaves the state that was in a file before."""
+    """Where `write_state` leaves the state that was in a file before."""
     return file.with_name(f"{file.name}.previous")
 
 
@@ -97,13 +97,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_state(file: Path, state: State, *, keep_previous: bool = False, **record: object) -> None:
-    """Write a state with a record of how it was made: the whole file or none of it, as :func:`write_bytes`.
+    """Write a state with a record of how it was made: the whole file or none of it, as `write_bytes`.
 
-    The file is read as safetensors by anyone; the record is JSON in its metadata under ``fmfl``, with the
-    :func:`state_digest` of the tensors under ``sha256``.
+    The file is read as safetensors by anyone; the record is JSON in its metadata under `fmfl`, with the
+    `state_digest` of the tensors under `sha256`.
 
     Args:
-        keep_previous: the file that was there stays, as :func:`previous`; else neither stays.
+        keep_previous: the file that was there stays, as `previous`; else neither stays.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     content = save(

@@ -1,9 +1,9 @@
 """The teacher: a frozen promptable segmenter, its box prompts, and its logits, computed once and cached.
 
-Every teacher answers one question, ``logits(images, boxes)``: SAM-Med2D (the paper's), SAM and MedSAM from
-their authors' checkpoints (:mod:`fmfl.sam`), or the built-in one. That is a small Segment Anything model
-(Kirillov et al. 2023, arXiv 2304.02643), made of the ``segment-anything`` package's own modules and trained
-by this project (``python -m fmfl.teacher_training``, recorded in data/README.md), so that a fresh machine
+Every teacher answers one question, `logits(images, boxes)`: SAM-Med2D (the paper's), SAM and MedSAM from
+their authors' checkpoints (`sam`), or the built-in one. That is a small Segment Anything model
+(Kirillov et al. 2023, arXiv 2304.02643), made of the `segment-anything` package's own modules and trained
+by this project (`python tools/train_builtin_teacher.py`, recorded in data/README.md), so that a fresh machine
 runs the real path without a download.
 """
 
@@ -29,18 +29,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from fmfl import checkpoints, paths, sam, states, train
-from fmfl.checkpoints import Fit, State
+from fmfl import paths, states, train
 from fmfl.errors import UserError
-from fmfl.sam import Convention
+from fmfl.teachers import checkpoints, sam
+from fmfl.teachers.checkpoints import Fit, State
+from fmfl.teachers.sam import Convention
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
 BUILTIN_WEIGHTS = paths.DATA / "builtin_teacher.safetensors"
 
-#: Where a prompt comes from. The paper prompts with the ground truth's bounding box. ``predicted`` is a box
-#: round what another network found, ``point`` a click in the middle of each lung.
+#: Where a prompt comes from. The paper prompts with the ground truth's bounding box. `predicted` is a box
+#: round what another network found, `point` a click in the middle of each lung.
 BOX_RULES = ("ground_truth", "ground_truth_jitter", "whole_image", "predicted", "point")
 
 #: One box round each lung, or one round both.
@@ -62,7 +63,7 @@ def builtin_sam(
 
     Args:
         size: input side in pixels.
-        patch_size: side of a ViT patch; the logits leave the decoder at ``4 * size / patch_size``.
+        patch_size: side of a ViT patch; the logits leave the decoder at `4 * size / patch_size`.
         width: channels of the image encoder.
         depth: transformer blocks of the image encoder.
         num_heads: attention heads of a block.
@@ -108,7 +109,7 @@ def standardise(images: Tensor) -> Tensor:
     """Each image to mean 0 and standard deviation 1: exposure differs between hospitals, anatomy does not.
 
     Args:
-        images: (B, 1, H, W) float, any range.
+        images: [B, 1, H, W] float, any range.
     """
     mean = images.mean((1, 2, 3), keepdim=True)
     std = images.std((1, 2, 3), keepdim=True)
@@ -171,7 +172,7 @@ class Teacher:
     """A frozen promptable segmenter.
 
     Attributes:
-        name: as given to :func:`load`.
+        name: as given to `load`.
         sam: the network, in evaluation mode, without gradients.
         size: side of the network's input in pixels.
         convention: what is done to images, boxes and masks on the way.
@@ -246,14 +247,14 @@ class Teacher:
         the joined mask exactly when it is inside one of the single masks.
 
         Args:
-            images: (B, 1, H, W) uint8.
-            boxes: (B, 4) or (B, n, 4) float, x0 y0 x1 y1 as pixel indices of these images; a row of
+            images: [B, 1, H, W] uint8.
+            boxes: [B, 4] or [B, n, 4] float, x0 y0 x1 y1 as pixel indices of these images; a row of
                 NaN is no box (an image with one visible lung among images with two). Or clicks x y inside
-                what is meant, (B, 2) or (B, n, 2), each decoded by itself as a box is.
-            batch_size: images a forward pass; None for :attr:`batch_size`.
+                what is meant, [B, 2] or [B, n, 2], each decoded by itself as a box is.
+            batch_size: images a forward pass; None for `batch_size`.
 
         Returns:
-            (B, 1, H, W) float32: the decoder's low-resolution logits, resized as the network's authors do it.
+            [B, 1, H, W] float32: the decoder's low-resolution logits, resized as the network's authors do it.
 
         Raises:
             ValueError: the shapes do not fit, or an image has no box at all.
@@ -265,20 +266,20 @@ class Teacher:
     def answers(
         self, images: Tensor, prompts: list[Tensor], *, batch_size: int | None = None
     ) -> list[Tensor]:
-        """:meth:`logits` for several sets of boxes, with each image encoded once.
+        """`logits` for several sets of boxes, with each image encoded once.
 
         The image encoder is the dear part and does not see the boxes.
 
         Args:
-            images: (B, 1, H, W) uint8.
-            prompts: each as for :meth:`logits`.
-            batch_size: images a forward pass; None for :attr:`batch_size`.
+            images: [B, 1, H, W] uint8.
+            prompts: each as for `logits`.
+            batch_size: images a forward pass; None for `batch_size`.
 
         Returns:
-            One (B, 1, H, W) float32 for each set of boxes.
+            One [B, 1, H, W] float32 for each set of boxes.
 
         Raises:
-            ValueError, UserError: see :meth:`logits`.
+            ValueError, UserError: see `logits`.
         """
         if images.ndim != 4 or images.shape[1] != 1:
             raise ValueError(f"images {tuple(images.shape)} must be (B, 1, H, W)")
@@ -286,7 +287,7 @@ class Teacher:
         for boxes in prompts:
             if boxes.ndim != 3 or boxes.shape[0] != images.shape[0] or boxes.shape[2] not in (2, 4):
                 raise ValueError(
-                    f"boxes {tuple(boxes.shape)} must be (B, 4) or (B, n, 4), clicks (B, 2) or (B, n, 2), "
+                    f"boxes {tuple(boxes.shape)} must be [B, 4] or [B, n, 4], clicks [B, 2] or [B, n, 2], "
                     f"with B = {images.shape[0]}"
                 )
             if boxes.isnan().any(-1).all(-1).any():
@@ -305,14 +306,14 @@ class Teacher:
         return [torch.cat(parts) for parts in found]
 
     def _embed(self, images: Tensor) -> Tensor:
-        """(B, C, h, w) image embeddings."""
+        """[B, C, h, w] image embeddings."""
         self.calls += len(images)
         x = self.convention.image(images.to(self.device), self.size)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             return self.sam.image_encoder(x).float()
 
     def _decode(self, embeddings: Tensor, prompts: Tensor, height: int, width: int) -> Tensor:
-        """(B, 1, height, width) logits of (B, n, 4) boxes or (B, n, 2) clicks in pixels of that size."""
+        """(B, 1, height, width) logits of [B, n, 4] boxes or [B, n, 2] clicks in pixels of that size."""
         scaled = self.convention.boxes(prompts.to(self.device, torch.float32), self.size, height, width)
         image, slot = (~scaled.isnan().any(-1)).nonzero(as_tuple=True)
         multimask = self.convention.multimask
@@ -324,7 +325,7 @@ class Teacher:
         return joined.amax(1, keepdim=True)
 
 
-#: Names that :func:`load` knows.
+#: Names that `load` knows.
 NAMES = ("builtin", *sam.FAMILIES)
 
 
@@ -342,14 +343,14 @@ def load(
     """A frozen teacher by name, from its authors' checkpoint.
 
     Args:
-        name: one of :data:`NAMES`; ``builtin`` is the small Segment Anything model that this project ships.
-        checkpoint: file of its weights; None for the shipped ones of ``builtin``, or for those that
-            ``fmfl teacher download`` has fetched.
+        name: one of `NAMES`; `builtin` is the small Segment Anything model that this project ships.
+        checkpoint: file of its weights; None for the shipped ones of `builtin`, or for those that
+            `fmfl teacher download` has fetched.
         device: where it runs.
         adapter: False runs SAM-Med2D's weights without the adapters, or plain SAM's as SAM-Med2D is called.
         size: side of the network's input in pixels; None for the family's own. A checkpoint of another
-            size has its positions interpolated (:func:`fmfl.sam.resize`). ``builtin`` keeps its file's.
-        allow: keys of the network or of the checkpoint that need not agree, ``*`` for anything; what is
+            size has its positions interpolated (`sam.resize`). `builtin` keeps its file's.
+        allow: keys of the network or of the checkpoint that need not agree, `*` for anything; what is
             missing keeps random values, the same in each run.
         precision: of the image encoder, float32 or bfloat16.
         noise: makes the teacher worse on purpose: normal noise on each weight, in standard deviations of its
@@ -383,7 +384,7 @@ def load(
 
 @torch.no_grad()
 def _disturb(network: nn.Module, noise: float) -> None:
-    """Add normal noise to each weight, in standard deviations of its tensor; see :func:`load`."""
+    """Add normal noise to each weight, in standard deviations of its tensor; see `load`."""
     rng = torch.Generator().manual_seed(0)
     for weight in network.parameters():
         if weight.numel() > 1:
@@ -442,7 +443,7 @@ def _builtin_parts(path: Path) -> tuple["Sam", State]:
 def _load_published(
     name: str, path: Path, adapter: bool, size: int | None, allow: Iterable[str]
 ) -> tuple["Sam", Fit]:
-    """A family's network with a checkpoint's weights, all of them or those that ``allow`` leaves."""
+    """A family's network with a checkpoint's weights, all of them or those that `allow` leaves."""
     state, adapters = checkpoints.read(path), adapter and sam.FAMILIES[name].adapters
     if sam.FAMILIES[name].adapters and not adapter:
         state = {key: value for key, value in state.items() if ".Adapter." not in key}
@@ -469,7 +470,7 @@ class Checked:
         name: the teacher that was asked for, or that its keys look like; None where they look like none.
         input_size: side in pixels that its positions were made for; None where it has none.
         fit: its keys against that teacher's network; None without one.
-        not_finite, constant: what is wrong with its numbers, see the functions of :mod:`fmfl.checkpoints`.
+        not_finite, constant: what is wrong with its numbers, see the functions of `checkpoints`.
     """
 
     sha256: str
@@ -531,10 +532,10 @@ def _input_size(state: State) -> int | None:
 
 
 def _parts(masks: Tensor, per_image: str) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """Each mask's number and its one or two parts as (H, W) bool, from left to right.
+    """Each mask's number and its one or two parts as [H, W] bool, from left to right.
 
     Raises:
-        UserError: ``per_image`` is unknown.
+        UserError: `per_image` is unknown.
         ValueError: a mask is empty.
     """
     if per_image not in BOXES_PER_IMAGE:
@@ -560,15 +561,15 @@ def boxes_from_masks(masks: Tensor, *, per_image: str = "per_lung") -> Tensor:
     """Bounding boxes of the ground truth, the paper's prompt.
 
     Args:
-        masks: (B, 1, H, W) uint8 or bool.
-        per_image: ``per_lung`` for a box round each of the two largest connected parts, ordered from
-            left to right (the second row is NaN where there is one part); ``one`` for a single box.
+        masks: [B, 1, H, W] uint8 or bool.
+        per_image: `per_lung` for a box round each of the two largest connected parts, ordered from
+            left to right (the second row is NaN where there is one part); `one` for a single box.
 
     Returns:
-        (B, 2, 4) or (B, 1, 4) float32 on the masks' device: x0 y0 x1 y1, the outermost pixels' indices.
+        [B, 2, 4] or [B, 1, 4] float32 on the masks' device: x0 y0 x1 y1, the outermost pixels' indices.
 
     Raises:
-        UserError: ``per_image`` is unknown.
+        UserError: `per_image` is unknown.
         ValueError: a mask is empty.
     """
     found = np.full((len(masks), 2 if per_image == "per_lung" else 1, 4), np.nan, np.float32)
@@ -582,10 +583,10 @@ def boxes_from_masks(masks: Tensor, *, per_image: str = "per_lung") -> Tensor:
 def points_from_masks(masks: Tensor, *, per_image: str = "per_lung") -> Tensor:
     """A click in the middle of each part: the pixel that lies deepest inside (distance to the border).
 
-    Args and errors as for :func:`boxes_from_masks`.
+    Args and errors as for `boxes_from_masks`.
 
     Returns:
-        (B, 2, 2) or (B, 1, 2) float32: x y; NaN where there is one part.
+        [B, 2, 2] or [B, 1, 2] float32: x y; NaN where there is one part.
     """
     found = np.full((len(masks), 2 if per_image == "per_lung" else 1, 2), np.nan, np.float32)
     for number, parts in _parts(masks, per_image):
@@ -598,10 +599,10 @@ def points_from_masks(masks: Tensor, *, per_image: str = "per_lung") -> Tensor:
 
 
 def jitter(boxes: Tensor, size: int, generator: torch.Generator, *, pixels: float = 5.0) -> Tensor:
-    """Boxes as a hurried hand draws them: every side moved by up to ``pixels``.
+    """Boxes as a hurried hand draws them: every side moved by up to `pixels`.
 
     Args:
-        boxes: (..., 4) in pixels; NaN rows stay.
+        boxes: [..., 4] in pixels; NaN rows stay.
         size: side of the images; the moved boxes are clipped to it.
         generator: on the CPU.
         pixels: half-width of the uniform shift of each side.
@@ -626,15 +627,15 @@ def prompt(
     """Prompts by a named rule.
 
     Args:
-        masks: (B, 1, H, W) ground truth; its values are not looked at for ``whole_image``. For ``predicted``,
+        masks: [B, 1, H, W] ground truth; its values are not looked at for `whole_image`. For `predicted`,
             what another network found; where that is nothing, the box is the whole image.
-        rule: one of :data:`BOX_RULES`.
-        per_image: one of :data:`BOXES_PER_IMAGE`; ``whole_image`` gives one box in any case.
-        jitter_pixels: for ``ground_truth_jitter``.
-        seed: for ``ground_truth_jitter``.
+        rule: one of `BOX_RULES`.
+        per_image: one of `BOXES_PER_IMAGE`; `whole_image` gives one box in any case.
+        jitter_pixels: for `ground_truth_jitter`.
+        seed: for `ground_truth_jitter`.
 
     Returns:
-        (B, n, 4) float32 boxes; (B, n, 2) clicks for ``point``.
+        [B, n, 4] float32 boxes; [B, n, 2] clicks for `point`.
     """
     if rule not in BOX_RULES:
         raise UserError(f"box_rule {rule!r} is unknown: choose one of {', '.join(BOX_RULES)}")
@@ -656,7 +657,7 @@ def prompt(
 class CachedLogits(NamedTuple):
     """A teacher's answers, and what they have cost."""
 
-    logits: Tensor  # (B, 1, H, W) float16
+    logits: Tensor  # [B, 1, H, W] float16
     seconds: float  # that the teacher took when it was asked: of CPU time on a CPU, else on the wall
 
 
@@ -673,15 +674,15 @@ def cached_logits(
     A file that is damaged is found out by its digest, and computed again.
 
     Args:
-        images: (B, 1, H, W) uint8.
-        boxes: as for :meth:`Teacher.logits`, from :func:`prompt`.
+        images: [B, 1, H, W] uint8.
+        boxes: as for `Teacher.logits`, from `prompt`.
         cache: folder of the cached files.
         progress: show a bar while computing.
 
     Returns:
-        (B, 1, H, W) float16 on the images' device, and the seconds that it took to ask.
+        [B, 1, H, W] float16 on the images' device, and the seconds that it took to ask.
     """
-    made_by = states.code_digest(("teacher.py", "sam.py", "checkpoints.py"))
+    made_by = states.code_digest(("teacher.py", "teachers/sam.py", "teachers/checkpoints.py"))
     asked = (teacher.name, teacher.sha256, teacher.size, teacher.adapters, teacher.precision, teacher.noise)
     key = hashlib.sha256(f"{made_by} {asked} {tuple(images.shape)} {tuple(boxes.shape)}".encode())
     for tensor in (images, boxes):

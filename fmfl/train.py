@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fmfl import augment, losses, models
-from fmfl.checkpoints import sha256_of
 from fmfl.config import DistillConfig, RunConfig
 from fmfl.errors import UserError
 from fmfl.states import State, code_digest, fingerprint, read_state, tensor_digest, write_state
+from fmfl.teachers.checkpoints import sha256_of
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(student logits, masks, teacher logits or None), each (B, 1, H, W), to a scalar."""
+"""(student logits, masks, teacher logits or None), each [B, 1, H, W], to a scalar."""
 
 LOSSES: dict[str, Loss] = {
     "dice": lambda logits, masks, _: losses.dice_loss(logits, masks),
@@ -51,7 +51,7 @@ def generator(*key: int) -> torch.Generator:
 
 
 def device_of(cfg: RunConfig) -> torch.device:
-    """The device that ``auto`` means here."""
+    """The device that `auto` means here."""
     if cfg.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(cfg.device)
@@ -61,7 +61,7 @@ def set_determinism(cfg: RunConfig) -> None:
     """Make a GPU give the same bytes twice, or let it be fast; to be called before it multiplies anything.
 
     An operation that has no deterministic form then raises PyTorch's error, which names it. Training on a CPU
-    is deterministic as it is (:func:`side_by_side`).
+    is deterministic as it is (`side_by_side`).
     """
     if device_of(cfg).type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
@@ -70,9 +70,9 @@ def set_determinism(cfg: RunConfig) -> None:
 
 
 def precision_of(cfg: RunConfig) -> str:
-    """What ``auto`` means here: bfloat16 on a GPU that has it, float32 elsewhere.
+    """What `auto` means here: bfloat16 on a GPU that has it, float32 elsewhere.
 
-    Many CPUs emulate bfloat16 at a hundredth of the speed, so ``auto`` never picks it there.
+    Many CPUs emulate bfloat16 at a hundredth of the speed, so `auto` never picks it there.
     """
     if cfg.precision != "auto":
         return cfg.precision
@@ -92,7 +92,7 @@ def side_by_side(task: Callable[[T], R], items: Iterable[T], device: torch.devic
     """Independent trainings at once: on a CPU one a core, each on a single thread; elsewhere one by one.
 
     A small network's layers are too short to be worth dividing: two trainings beside each other took 0.5 to
-    0.7 of the time of one after the other on both cores (``python -m bench threads``). A single thread also
+    0.7 of the time of one after the other on both cores (`python -m bench threads`). A single thread also
     adds in one order only, so the same seed gives the same bytes whatever the number of cores.
 
     Args:
@@ -157,7 +157,7 @@ class _Left:
 def places(device: torch.device) -> list[torch.device]:
     """Where the clients of one run can train side by side: on cores of a CPU, on every GPU.
 
-    Beside other runs (:func:`side_by_side`) a run has one core, and more when fewer runs than cores are left.
+    Beside other runs (`side_by_side`) a run has one core, and more when fewer runs than cores are left.
     """
     if device.type == "cpu":
         return [device] * (_Left.now.cores_each() if _Left.now else torch.get_num_threads())
@@ -187,11 +187,11 @@ class Examples:
     """Images to train on, where they already are.
 
     Attributes:
-        images: (N, 1, H, W) uint8, all stored ones.
-        masks: (N, 1, H, W) uint8, 0 or 1.
-        indices: (n,) int64, the ones trained on.
-        teacher_logits: (n, 1, H, W) float, row i for ``indices[i]``, or None.
-        ask: instead of them, augmented images (B, 1, H, W) uint8 and their masks to the teacher's logits.
+        images: [N, 1, H, W] uint8, all stored ones.
+        masks: [N, 1, H, W] uint8, 0 or 1.
+        indices: [n] int64, the ones trained on.
+        teacher_logits: [n, 1, H, W] float, row i for `indices[i]`, or None.
+        ask: instead of them, augmented images [B, 1, H, W] uint8 and their masks to the teacher's logits.
         device: where batches are wanted; None: where the images lie, as all other tensors do.
     """
 
@@ -213,8 +213,8 @@ def fetch(stored: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     """Chosen rows on a device; from the host's memory they are sent while the device still computes.
 
     Args:
-        stored: (N, ...), on the device or on the host.
-        rows: (n,) int64, where ``stored`` is.
+        stored: [N, ...], on the device or on the host.
+        rows: [n] int64, where `stored` is.
     """
     if stored.device == device:
         return stored[rows]
@@ -232,7 +232,7 @@ def batches(
     a single image would leave BatchNorm without a variance.
 
     Yields:
-        images (B, 1, H, W) in 0..1, masks (B, 1, H, W) of 0 and 1, teacher logits or None; all float32.
+        images [B, 1, H, W] in 0..1, masks [B, 1, H, W] of 0 and 1, teacher logits or None; all float32.
     """
     device, teacher_logits = examples.device, examples.teacher_logits
     order = torch.randperm(len(examples), generator=rng).to(examples.images.device)
@@ -286,14 +286,14 @@ def fit(
     Args:
         model: trained in place, on the device where the examples' batches are wanted.
         examples: what it is trained on.
-        loss: see :data:`Loss`.
+        loss: see `Loss`.
         epochs: passes of the examples.
         batch_size: images a step.
         optimizer: over the model's parameters; its state is used and changed.
         key: names the random order and augmentation, for example (seed, client, round); an epoch adds
             its own number.
-        augmentation: a name in ``augment.AUGMENTATIONS``.
-        precision: see :func:`autocast`.
+        augmentation: a name in `augment.AUGMENTATIONS`.
+        precision: see `autocast`.
     """
     device = examples.device
     # A core's own time, where trainings share the machine: else one would be charged for the other's.
@@ -331,12 +331,12 @@ def predict(
     """Logits of chosen images, without augmentation; on a CPU a batch a core, whose sums have one order.
 
     Args:
-        images: (N, 1, H, W) uint8.
-        indices: (n,) int64, where the images are.
+        images: [N, 1, H, W] uint8.
+        indices: [n] int64, where the images are.
         batch_size: None: what the device is fast with, 16 on a CPU and 64 elsewhere.
 
     Returns:
-        (n, 1, H, W) float32 on the model's device.
+        [n, 1, H, W] float32 on the model's device.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -358,7 +358,7 @@ class InitialState:
     Attributes:
         name: random, pretraining, fm.
         state: the student's weights.
-        fitted: of the training on the proxy set; empty for ``random``.
+        fitted: of the training on the proxy set; empty for `random`.
         reused: whether it was read from a file instead of being made.
     """
 
@@ -384,22 +384,22 @@ def initial_state(
 ) -> InitialState:
     """One of the paper's three initial states (section 2.3), all from the same random weights, or another.
 
-    - ``random``: the student as built.
-    - ``pretraining``: trained on the proxy set's masks alone, which is Eq. 5 with alpha = 0.
-    - ``fm``: trained on Eq. 5 with the teacher's logits.
-    - ``imagenet``: the student as built, with its encoder's weights from ``cfg.encoder_file``.
-    - ``file``: the weights in ``cfg.init_file``, as they are.
+    - `random`: the student as built.
+    - `pretraining`: trained on the proxy set's masks alone, which is Eq. 5 with alpha = 0.
+    - `fm`: trained on Eq. 5 with the teacher's logits.
+    - `imagenet`: the student as built, with its encoder's weights from `cfg.encoder_file`.
+    - `file`: the weights in `cfg.init_file`, as they are.
 
     Args:
         name: one of these.
-        proxy: the proxy set, with the teacher's logits, or a way to ask it, for ``fm``.
+        proxy: the proxy set, with the teacher's logits, or a way to ask it, for `fm`.
         cfg: student, alpha, temperature, epochs, learning rate.
         batch_size: images a step.
         seed: of weights, order and augmentation.
-        batch_norm: see :func:`fmfl.models.build`.
+        batch_norm: see `models.build`.
         file: where the state is kept; a file made with the same settings and images is read instead.
         teacher_key: what the teacher's answers depend on, for recognising that file.
-        teacher_seconds: what they have cost; charged to ``fm``.
+        teacher_seconds: what they have cost; charged to `fm`.
     """
     alpha = cfg.alpha if name == "fm" else 0.0
     epochs = cfg.proxy_epochs if name in ("pretraining", "fm") else 0
@@ -450,7 +450,7 @@ GIVEN = {"imagenet": "encoder_file", "file": "init_file"}
 
 
 def weights_of(name: str, cfg: DistillConfig) -> Path:
-    """The file of a start in :data:`GIVEN`.
+    """The file of a start in `GIVEN`.
 
     Raises:
         UserError: none is named, or it is not there.
@@ -463,7 +463,7 @@ def weights_of(name: str, cfg: DistillConfig) -> Path:
 
 
 def passes(epochs: int, num_images: int, num_learned: int) -> int:
-    """Epochs over some of the images that show a student about as many as ``epochs`` over all of them."""
+    """Epochs over some of the images that show a student about as many as `epochs` over all of them."""
     return round(epochs * num_images / max(1, num_learned))
 
 
@@ -488,12 +488,12 @@ def predicted_masks(
         examples: n images and their masks, without a teacher.
         patients: who each of the n is.
         cfg: student, epochs (over all images) and learning rate, as for pre-training.
-        known: (n,) bool, whose masks may be looked at; they are returned as they are. None for all.
+        known: [n] bool, whose masks may be looked at; they are returned as they are. None for all.
         batch_size: images a step.
         seed: of the halves, weights, order and augmentation.
 
     Returns:
-        (n, 1, H, W) uint8 masks on the images' device, and the seconds that the students took.
+        [n, 1, H, W] uint8 masks on the images' device, and the seconds that the students took.
 
     Raises:
         UserError: there are not two patients, or no mask is known.

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fmfl import data
-from fmfl.outlines import fill_even_odd
+from fmfl.sources.outlines import fill_even_odd
 
 SIZE = 32
 

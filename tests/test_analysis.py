@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from fmfl import analysis, statistics
+from fmfl.analysis import statistics, tables
 
 ARMS = [("federated", "random"), ("federated", "pretraining"), ("federated", "fm")]
 
@@ -55,10 +55,10 @@ def curves(finals, *, rounds=8, seeds=3, start=None):
                     )
                 )
     names = ["round", "dice", "seconds", "bytes_up", "bytes_down", "images_seen"]
-    return pd.DataFrame(rows, columns=[*analysis.RUN, *names])
+    return pd.DataFrame(rows, columns=[*tables.RUN, *names])
 
 
-PAPER_CELLS = dict(analysis.PAPER)
+PAPER_CELLS = dict(tables.PAPER)
 PAPER_CELLS |= {("federated", "random", "iid"): 80.0, ("federated", "fm", "iid"): 86.0}
 PAPER_CELLS |= {("federated", "pretraining", "iid"): 85.5, ("federated", "random", "quantity"): 70.0}
 PAPER_CELLS |= {("federated", "fm", "quantity"): 85.0, ("federated", "pretraining", "quantity"): 83.5}
@@ -68,7 +68,7 @@ def test_final_takes_the_last_round_and_not_the_best():
     results = curves({("federated", "fm", "age"): 90}, seeds=2)
     results.loc[results["round"] == 3, "dice"] = 0.99
 
-    last = analysis.final(results.sample(frac=1, random_state=0))  # the order of rows does not matter
+    last = tables.final(results.sample(frac=1, random_state=0))  # the order of rows does not matter
 
     assert list(last["round"]) == [8, 8]
     assert list(last.seed) == [0, 1]
@@ -80,33 +80,33 @@ def test_rounds_and_cost_charge_the_start_with_its_making():
         {("federated", "random", "age"): 80, ("federated", "fm", "age"): 80}, seeds=1, start={"fm": 75}
     )
 
-    rounds = analysis.rounds_to_target(results, 0.75).set_index("init").rounds
-    spent = analysis.cost(results, 0.75).set_index("init")
+    rounds = tables.rounds_to_target(results, 0.75).set_index("init").rounds
+    spent = tables.cost(results, 0.75).set_index("init")
 
     assert rounds["fm"] == 0  # there before any round,
     assert spent.seconds["fm"] == 1000  # and not for nothing
     assert rounds["random"] == 7  # 40 + 5 * 7 = 75
     assert (spent.bytes["random"], spent.images_seen["random"]) == (7 * 30, 35)
-    assert analysis.cost(results, 0.9)[["rounds", "seconds", "bytes"]].isna().all(axis=None)
-    assert analysis.rounds_to_target(results, 0.9).rounds.isna().all()
+    assert tables.cost(results, 0.9)[["rounds", "seconds", "bytes"]].isna().all(axis=None)
+    assert tables.rounds_to_target(results, 0.9).rounds.isna().all()
 
 
 def test_loss_from_iid_to_skew_is_paired_by_seed():
     results = curves({("federated", "fm", "iid"): 90, ("federated", "fm", "age"): 88}, seeds=3)
     results["dice"] += 0.05 * results.seed  # seeds differ much, but alike under both splits
 
-    (row,) = analysis.iid_to_skew_loss(results).itertuples()
+    (row,) = tables.iid_to_skew_loss(results).itertuples()
 
     assert (row.init, row.split, row.seeds) == ("fm", "age", 3)
     assert row.loss == pytest.approx(2)
     assert row.high - row.low == pytest.approx(0, abs=1e-9)
-    assert analysis.iid_to_skew_loss(results[results.split == "age"]).empty
+    assert tables.iid_to_skew_loss(results[results.split == "age"]).empty
 
 
 def test_effect_is_the_mean_over_the_deviation_of_patients():
     cells = {("federated", "random", "age"): 80.0, ("federated", "fm", "age"): 82.0}
     per_image = scores(cells, taste=2.0)
-    found = analysis.contrast(per_image, dict(zip(cells, [-1, 1], strict=True)))
+    found = tables.contrast(per_image, dict(zip(cells, [-1, 1], strict=True)))
     by_cell = 100 * per_image.groupby(["init", "patient_id"]).dice.mean().unstack("init")
     difference = by_cell.fm - by_cell.random
     assert found["effect"] == pytest.approx(difference.mean() / difference.std())
@@ -116,8 +116,8 @@ def test_contrast_finds_the_known_difference_whatever_the_images_hardness():
     cells = {("federated", "random", "age"): 80.0, ("federated", "fm", "age"): 82.0}
     per_image = scores(cells)
 
-    mean = analysis.contrast(per_image, {("federated", "fm", "age"): 1})
-    difference = analysis.contrast(per_image, dict(zip(cells, [-1, 1], strict=True)))
+    mean = tables.contrast(per_image, {("federated", "fm", "age"): 1})
+    difference = tables.contrast(per_image, dict(zip(cells, [-1, 1], strict=True)))
 
     assert mean["value"] == pytest.approx(82, abs=0.1)
     assert difference["low"] < 2 < difference["high"]
@@ -136,18 +136,18 @@ def test_contrast_uses_only_what_the_cells_share():
         ~((per_image.init == "random") & ((per_image.seed == 2) | (per_image.image_id == "image0")))
     ]
 
-    shared = analysis.contrast(per_image, dict(zip(cells, [-1, 1], strict=True)))
+    shared = tables.contrast(per_image, dict(zip(cells, [-1, 1], strict=True)))
 
     assert (shared["images"], shared["seeds"]) == (179, 2)
     assert shared["value"] == pytest.approx(2, abs=0.1)
     apart = per_image[(per_image.init == "fm") == (per_image.seed == 1)]
-    assert "share no seed" in analysis.contrast(apart, dict(zip(cells, [-1, 1], strict=True)))["missing"]
+    assert "share no seed" in tables.contrast(apart, dict(zip(cells, [-1, 1], strict=True)))["missing"]
 
 
 def test_standalone_score_is_the_mean_over_clients():
     cell = ("standalone", "random", "age")
     clients = [scores({cell: mean}).assign(client=k) for k, mean in enumerate((60, 63, 72))]
-    result = analysis.contrast(pd.concat(clients), {cell: 1})
+    result = tables.contrast(pd.concat(clients), {cell: 1})
     assert result["value"] == pytest.approx(65, abs=0.1)
     assert result["images"] == 180
 
@@ -158,7 +158,7 @@ def test_false_positive_rate_of_the_reading_stays_below_five_percent():
     called = []
     for study in range(500):
         per_image = scores(equal, patients=20, seeds=1, taste=2.0, seed=study)
-        row = analysis.paired_differences(per_image, pairs=[("fm", "random")], resamples=500, seed=study)
+        row = tables.paired_differences(per_image, pairs=[("fm", "random")], resamples=500, seed=study)
         called.append(row.reading[0] != "inside the noise")
     assert 0 < np.mean(called) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 500)
 
@@ -170,14 +170,14 @@ def test_paired_differences_reads_each_pair_and_corrects_over_the_table():
         ("federated", "fm", "iid"): 85.0,
         ("federated", "random", "iid"): 86.0,
     }
-    table = analysis.paired_differences(scores(cells, seed=1)).set_index(["split", "higher", "lower"])
+    table = tables.paired_differences(scores(cells, seed=1)).set_index(["split", "higher", "lower"])
 
     assert table.reading["age", "fm", "random"] == "higher"
     assert table.reading["age", "fm", "pretraining"] == "inside the noise"
     assert table.reading["iid", "fm", "random"] == "lower"
     assert ("iid", "fm", "pretraining") not in table.index  # not run
     np.testing.assert_allclose(table.p_holm, statistics.holm(table.p))
-    assert analysis.paired_differences(scores({("centralised", "random", "pooled"): 9.0})).empty
+    assert tables.paired_differences(scores({("centralised", "random", "pooled"): 9.0})).empty
 
 
 def test_one_small_p_among_several_comparisons_is_inside_the_noise():
@@ -193,8 +193,8 @@ def test_one_small_p_among_several_comparisons_is_inside_the_noise():
     real = {"fm": {cells["fm"]: 1, cells["random"]: -1}}
     nothing = {init: {cells[init]: 1, cells["random"]: -1} for init in "abcd"}
 
-    alone = analysis.compare(per_image, real)
-    together = analysis.compare(per_image, real | nothing)
+    alone = tables.compare(per_image, real)
+    together = tables.compare(per_image, real | nothing)
 
     assert alone.p["fm"] == pytest.approx(stats.wilcoxon(ranks).pvalue) == pytest.approx(0.024, abs=1e-3)
     assert alone.reading["fm"] == "higher, one seed"
@@ -209,17 +209,17 @@ def test_seeds_that_disagree_put_a_difference_inside_the_noise():
     fm = per_image.init == "fm"
     per_image.loc[fm, "dice"] += 0.04 * (per_image.seed[fm] - 1)
 
-    row = analysis.paired_differences(per_image).iloc[0]
+    row = tables.paired_differences(per_image).iloc[0]
     assert row.patient_low > 0 and row.low < 0
     assert row.p_holm < 0.05
     assert row.seed_low < 0
     assert row.reading == "inside the noise"
-    one = analysis.paired_differences(per_image[per_image.seed == 1]).iloc[0]
+    one = tables.paired_differences(per_image[per_image.seed == 1]).iloc[0]
     assert one.reading == "higher, one seed"
 
 
 def test_table1_and_the_gap_closed_are_the_papers_on_the_papers_numbers():
-    table = analysis.table1(curves(PAPER_CELLS), scores(PAPER_CELLS)).set_index("init")
+    table = tables.table1(curves(PAPER_CELLS), scores(PAPER_CELLS)).set_index("init")
 
     assert list(table.index) == ["random", "pretraining", "fm"]
     assert table.federated.to_list() == pytest.approx([74.67, 83.92, 85.38], abs=0.1)
@@ -229,16 +229,16 @@ def test_table1_and_the_gap_closed_are_the_papers_on_the_papers_numbers():
     assert (table.federated_low < table.federated).all()
     assert (table.federated < table.federated_high).all()
     assert (table.federated_images["fm"], table.federated_seeds["fm"]) == (180, 3)
-    closed = analysis.gap_closed(table.reset_index()).set_index("init").gap_closed
+    closed = tables.gap_closed(table.reset_index()).set_index("init").gap_closed
     assert closed.round(2).to_dict() == {"pretraining": 0.63, "fm": 0.73}
 
 
 def test_table1_of_another_split_says_so_and_a_closed_gap_has_no_share():
     cells = {("federated", "random", "quantity"): 90.0, ("centralised", "random", "pooled"): 89.0}
     cells |= {("federated", "fm", "quantity"): 91.0}
-    table = analysis.table1(curves(cells), scores(cells))
+    table = tables.table1(curves(cells), scores(cells))
     assert set(table.split) == {"quantity"}
-    closed = analysis.gap_closed(table).set_index("init")
+    closed = tables.gap_closed(table).set_index("init")
     assert closed.gap_closed.isna().all()
     assert "no better" in closed.why["fm"]
     assert closed.why["pretraining"] == "an arm is missing"
@@ -246,7 +246,7 @@ def test_table1_of_another_split_says_so_and_a_closed_gap_has_no_share():
 
 def test_table1_without_scores_by_image_keeps_the_mean():
     cells = {("federated", "fm", "age"): 85.0}
-    row = analysis.table1(curves(cells), scores(cells).iloc[:0]).set_index("init").loc["fm"]
+    row = tables.table1(curves(cells), scores(cells).iloc[:0]).set_index("init").loc["fm"]
     assert row.federated == pytest.approx(85)
     assert np.isnan(row.federated_low)
     assert (row.federated_images, row.federated_seeds) == (0, 3)
@@ -256,7 +256,7 @@ def number(low, high, *, inner=None, patients=60, seeds=3, missing=""):
     inner = (low, high) if inner is None else inner
     row = {"low": low, "high": high, "inner_low": inner[0], "inner_high": inner[1]}
     row |= {"patients": patients, "seeds": seeds, "missing": missing}
-    return analysis.judge_number(80.0, 2.0, row)[0]
+    return tables.judge_number(80.0, 2.0, row)[0]
 
 
 def test_verdict_on_a_number():
@@ -277,7 +277,7 @@ def difference(value, low, high, *, patients=60, seeds=3, noise=None, missing=""
     row = {"value": value, "low": low, "high": high, "patients": patients, "seeds": seeds}
     row |= {"inside_noise": low <= 0 <= high if noise is None else noise, "missing": missing}
     row["equivalent"] = options.pop("equivalent", False)
-    return analysis.judge_difference(row, paper, **options)
+    return tables.judge_difference(row, paper, **options)
 
 
 def test_verdict_on_a_difference():
@@ -288,8 +288,8 @@ def test_verdict_on_a_difference():
         "outside the noise, but 20% of the paper's size",
     )
     assert difference(-2, -3, -1)[0] == "not reproduced"
-    assert difference(2, 1, 3, seeds=1) == ("not testable here", analysis.ONE_SEED)
-    assert difference(60, 50, 70, patients=7) == ("not testable here", analysis.TOO_FEW)
+    assert difference(2, 1, 3, seeds=1) == ("not testable here", tables.ONE_SEED)
+    assert difference(60, 50, 70, patients=7) == ("not testable here", tables.TOO_FEW)
     nan = float("nan")
     assert difference(nan, nan, nan, missing="fm was not run") == ("not testable here", "fm was not run")
 
@@ -322,7 +322,7 @@ def test_a_claim_about_skew_needs_a_skew_that_costs_the_random_start_something()
 def ledger(finals, **options):
     rounds = {key: options.pop(key) for key in ("rounds", "start") if key in options}
     results = curves(finals, seeds=options.get("seeds", 3), **rounds)
-    return analysis.claims(results, scores(finals, **options)).set_index("claim")
+    return tables.claims(results, scores(finals, **options)).set_index("claim")
 
 
 PAPERS_CURVES = {"rounds": 100, "start": {"fm": 85.0, "pretraining": 83.0, "random": 20.0}}
@@ -408,7 +408,7 @@ def test_speed_counts_up_to_a_fixed_dice_and_a_run_that_does_not_get_there_with_
     results = curves({("federated", "random", "age"): 80, ("federated", "fm", "age"): 88})
     late = (results.init == "random") & (results.seed == 2)
     results.loc[late, "dice"] = 0.4
-    found = analysis.speed(results, [0.6, 0.99]).set_index(["target", "init"])
+    found = tables.speed(results, [0.6, 0.99]).set_index(["target", "init"])
     low, never = found.loc[0.6], found.loc[0.99]
     assert low.reached.to_dict() == {"random": 2, "fm": 3} and (low.seeds == 3).all()
     assert low.capped.to_dict() == {"random": True, "fm": False} and never.capped.all()
@@ -424,8 +424,8 @@ def test_no_interval_of_rounds_leaves_the_run():
     """Rounds 0, 0 and 8 of 8 have a t interval from -9 to 14."""
     results = curves({("federated", "fm", "age"): 90}, start={"fm": 85})
     results.loc[(results.seed == 2) & (results["round"] < 8), "dice"] = 0.4
-    (row,) = analysis.speed(results, [0.85]).itertuples()
-    low, high = analysis.seed_interval([0, 0, 8])
+    (row,) = tables.speed(results, [0.85]).itertuples()
+    low, high = tables.seed_interval([0, 0, 8])
     assert low < 0 and high > 8
     assert (row.rounds_low, row.rounds_high) == (0, 8)
     assert 0 <= row.curve_low <= row.curve_high <= 100
@@ -449,7 +449,7 @@ def test_the_weakest_are_found_by_hand():
         [("age", 0, 0, "x", "0-5", 30), ("age", 0, 1, "y", "0-5", 30), ("age", 0, 1, "y", "50-59", 10)],
         columns=["split", "seed", "client", "site", "band", "images"],
     )
-    (found,) = analysis.weakest(rows.assign(hd95=2.5), mixtures).to_dict("records")
+    (found,) = tables.weakest(rows.assign(hd95=2.5), mixtures).to_dict("records")
     assert found["dice"] == pytest.approx((20 * 220 + 10 * 95) / 70) and found[
         "worst_tenth"
     ] == pytest.approx(60)
@@ -457,41 +457,41 @@ def test_the_weakest_are_found_by_hand():
     assert (found["worst_band"], found["worst_band_dice"]) == ("50-59", pytest.approx(60))
     assert (found["worst_band_images"], found["worst_band_patients"]) == (20, 20)
     assert found["worst_client_dice"] == pytest.approx((70 * 30 + 60 * 10) / 40)
-    assert np.isnan(analysis.weakest(rows)["worst_client_dice"][0])
+    assert np.isnan(tables.weakest(rows)["worst_client_dice"][0])
 
 
 def test_no_group_is_named_as_worst_for_a_patient_or_two():
     """One patient of 50 with twelve images at 10 % is nobody's worst group; nor are nine; ten are."""
     child = {("x", 3): (20, 0.9), ("x", 30): (10, 0.8)}
     one = pd.concat([weak(child), weak({("x", 50): (12, 0.1)}).assign(patient_id="one")])
-    (found,) = analysis.weakest(one).to_dict("records")
+    (found,) = tables.weakest(one).to_dict("records")
     assert (found["worst_band"], found["worst_band_patients"]) == ("30-39", 10)
-    (nine,) = analysis.weakest(weak(child | {("x", 50): (9, 0.1)})).to_dict("records")
-    (ten,) = analysis.weakest(weak(child | {("x", 50): (10, 0.1)})).to_dict("records")
+    (nine,) = tables.weakest(weak(child | {("x", 50): (9, 0.1)})).to_dict("records")
+    (ten,) = tables.weakest(weak(child | {("x", 50): (10, 0.1)})).to_dict("records")
     assert (nine["worst_band"], ten["worst_band"]) == ("30-39", "50-59")
-    (alone,) = analysis.weakest(weak({("x", 3): (20, 0.9)})).to_dict("records")
+    (alone,) = tables.weakest(weak({("x", 3): (20, 0.9)})).to_dict("records")
     assert alone["worst_band"] == "" and np.isnan(alone["worst_band_dice"])  # the worst of one is none
     held = pd.DataFrame(
         [("age", 0, 0, "x", "0-5", 30), ("age", 0, 1, "x", "50-59", 30)],
         columns=["split", "seed", "client", "site", "band", "images"],
     )
-    (found,) = analysis.weakest(one, held).to_dict("records")
+    (found,) = tables.weakest(one, held).to_dict("records")
     assert np.isnan(found["worst_client_dice"])  # client 1 has no test group that is large enough
 
 
 def test_the_gap_has_an_interval_and_none_where_there_is_no_gap():
-    paper = {cell: mean for cell, mean in analysis.PAPER.items() if cell != analysis.STANDALONE}
+    paper = {cell: mean for cell, mean in tables.PAPER.items() if cell != tables.STANDALONE}
     per_image = scores(paper)
-    found = analysis.gap(per_image, ["fm", "pretraining"], "age").set_index("init")
+    found = tables.gap(per_image, ["fm", "pretraining"], "age").set_index("init")
     for init, share in (("fm", 0.727), ("pretraining", 0.628)):
         row = found.loc[init]
         assert row.gap_closed == pytest.approx(share, abs=0.02) and row.why == "" and row.split == "age"
         assert share - 0.05 < row.low < row.gap_closed < row.high < share + 0.05
     level = scores(dict.fromkeys(paper, 90.0), taste=2.0)
-    row = analysis.gap_interval(level, "fm", "age")
+    row = tables.gap_interval(level, "fm", "age")
     assert np.isnan(row["gap_closed"]) and "outside the noise" in row["why"]
-    assert "was not run" in analysis.gap_interval(per_image, "imagenet", "age")["why"]
-    assert "too few" in analysis.gap_interval(scores(paper, patients=12), "fm", "age")["why"]
+    assert "was not run" in tables.gap_interval(per_image, "imagenet", "age")["why"]
+    assert "too few" in tables.gap_interval(scores(paper, patients=12), "fm", "age")["why"]
 
 
 @pytest.mark.slow
@@ -501,23 +501,23 @@ def test_the_gaps_interval_covers_the_true_share_at_about_its_rate():
     covered = 0
     for _ in range(200):
         frames = []
-        for cell, mean in {analysis.RANDOM: 80, analysis.FM: 83, analysis.CENTRALISED: 85}.items():
+        for cell, mean in {tables.RANDOM: 80, tables.FM: 83, tables.CENTRALISED: 85}.items():
             dice = mean + rng.normal(0, 2, 40)[:, None] + rng.normal(0, 0.3, 3) + rng.normal(0, 1, (40, 3))
             for seed in range(3):
                 names = {"image_id": range(40), "patient_id": range(40), "dice": dice[:, seed] / 100}
                 arm, init, split = cell
                 frames.append(pd.DataFrame(names).assign(arm=arm, init=init, split=split, seed=seed))
-        found = analysis.gap_interval(pd.concat(frames), "fm", "age")
+        found = tables.gap_interval(pd.concat(frames), "fm", "age")
         covered += found["low"] <= 0.6 <= found["high"]
     assert 0.90 <= covered / 200 <= 0.995
 
 
 def test_the_studys_own_setting_is_one_test_on_however_many_axes_it_stands():
-    cells = dict(zip([("federated", init, "age") for init in analysis.INITS], (80, 81, 81), strict=True))
+    cells = dict(zip([("federated", init, "age") for init in tables.INITS], (80, 81, 81), strict=True))
     base = scores(cells, taste=2.0)
     of_axis = [scores(cells, taste=2.0, seed=k).assign(axis=axis, value="x", own="0") for k, axis in
                enumerate("abcd", 1)]  # fmt: skip
-    found = analysis.gains(base, pd.concat(of_axis))
+    found = tables.gains(base, pd.concat(of_axis))
     own = found[found["value"] == "0"]
     assert len(own) == 4 * 2 and len(own.drop_duplicates("p_holm")) <= 2
     once = pd.concat([own.drop_duplicates(["higher", "lower"]), found[found["value"] != "0"]])
@@ -528,7 +528,7 @@ def test_the_studys_own_setting_is_one_test_on_however_many_axes_it_stands():
 def test_the_map_takes_from_the_study_what_an_axis_cannot_change():
     """With fewer labels pre-training loses and the teacher's student does not; random is the study's own."""
     base = scores(
-        {("federated", init, "age"): mean for init, mean in zip(analysis.INITS, (80, 88, 88), strict=True)}
+        {("federated", init, "age"): mean for init, mean in zip(tables.INITS, (80, 88, 88), strict=True)}
     )
     few = {"10": 82, "100": 86}
     variants = pd.concat(
@@ -539,7 +539,7 @@ def test_the_map_takes_from_the_study_what_an_axis_cannot_change():
             for value, mean in few.items()
         ]
     )
-    found = analysis.gains(base, variants).set_index(["value", "lower"])
+    found = tables.gains(base, variants).set_index(["value", "lower"])
     assert list(dict.fromkeys(found.index.get_level_values("value"))) == ["10", "100", "all"]
     assert (found.higher == "fm").all() and (found.axis == "labelled").all()
     expected = {"10": (8, 6), "100": (8, 2), "all": (8, 0)}
@@ -548,10 +548,10 @@ def test_the_map_takes_from_the_study_what_an_axis_cannot_change():
         assert found.gain[value, "pretraining"] == pytest.approx(over_pretraining, abs=0.2)
     assert found.reading["10", "pretraining"] == "higher"
     assert found.inside_noise["all", "pretraining"]
-    levels = analysis.variant_scores(base, variants).set_index(["value", "init"]).dice
+    levels = tables.variant_scores(base, variants).set_index(["value", "init"]).dice
     assert levels["10", "pretraining"] == pytest.approx(82, abs=0.2)
     assert ("10", "random") not in levels and levels["all", "random"] == pytest.approx(80, abs=0.2)
-    assert analysis.gains(base, variants.head(0)).empty
+    assert tables.gains(base, variants.head(0)).empty
     without = [table[table.init != "pretraining"] for table in (base, variants)]
-    assert set(analysis.gains(*without).lower) == {"random"}  # what was run nowhere has no row
-    assert analysis.gains(*[table[table.init == "fm"] for table in without]).empty
+    assert set(tables.gains(*without).lower) == {"random"}  # what was run nowhere has no row
+    assert tables.gains(*[table[table.init == "fm"] for table in without]).empty

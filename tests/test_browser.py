@@ -17,8 +17,10 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from fmfl import paths, plots, report
-from fmfl.study import save_figure
+from fmfl import paths
+from fmfl.analysis import plots
+from fmfl.study import report
+from fmfl.study.stages import save_figure
 
 pytestmark = pytest.mark.slow
 

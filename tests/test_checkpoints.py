@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fmfl import checkpoints, paths
-from fmfl.checkpoints import Published, compare, download, read
+from fmfl import paths
 from fmfl.errors import UserError
+from fmfl.teachers import checkpoints
+from fmfl.teachers.checkpoints import Published, compare, download, read
 
 STATE = {
     "image_encoder.pos_embed": torch.arange(8.0).reshape(1, 2, 2, 2),

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fmfl import cli, grid, teacher
+from fmfl import teacher
+from fmfl.study import cli, grid
 
 TINY = ["-p", "size=32", "-p", "num_phantoms=40", "-p", "num_rounds=1", "-p", "proxy_epochs=1"]
 TINY += ["-p", "student=tiny_unet", "--plain"]

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fmfl import config, paths, phantom, split, statistics
+from fmfl import config, paths, split
+from fmfl.analysis import statistics
 from fmfl.errors import UserError
+from fmfl.sources import phantom
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("0*.ipynb"))
 

@@ -23,17 +23,18 @@ import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from fmfl import config, data, federate, models, phantom, states, train
-from fmfl.cli import main
-from fmfl.engines import deploy
+from fmfl import config, data, federate, models, states, train
 from fmfl.errors import UserError
+from fmfl.flower import deploy
+from fmfl.sources import phantom
+from fmfl.study.cli import main
 from fmfl.train import Examples, Fitted, InitialState
 
 SIZE, IMAGES, CLIENTS, ROUNDS = 64, 6, 3, 3
 
 
 def run_cli(*arguments: object) -> int:
-    """The exit code of ``fmfl`` with these arguments."""
+    """The exit code of `fmfl` with these arguments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["fmfl", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:

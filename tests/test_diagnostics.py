@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from fmfl import config, diagnostics, federate, study, train
+from fmfl import config, federate, train
+from fmfl.analysis import landscape
 from fmfl.states import state_digest
+from fmfl.study import stages
 
 
 def squares(logits, masks, _):
@@ -19,9 +21,9 @@ def squares(logits, masks, _):
 def test_the_state_half_way_is_the_mean_and_counts_stay():
     one = {"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(3)}
     other = {"w": torch.tensor([1.0, 4.0]), "n": torch.tensor(5)}
-    middle = diagnostics.line(one, other, 0.5)
+    middle = landscape.line(one, other, 0.5)
     assert middle["w"].tolist() == [0.5, 3.0] and middle["n"] == 3
-    assert torch.equal(diagnostics.line(one, other, 1.0)["w"], other["w"])
+    assert torch.equal(landscape.line(one, other, 1.0)["w"], other["w"])
 
 
 @pytest.mark.parametrize(
@@ -29,7 +31,7 @@ def test_the_state_half_way_is_the_mean_and_counts_stay():
     [([1, 2, 3], 0), ([1, 5, 3], 3), ([0, 1, 4, 0], 4), ([2, 0, 2], 0), ([4, 3.5, 1], 1)],
 )
 def test_a_barrier_is_the_rise_above_the_line_between_the_ends(along, height):
-    assert diagnostics.barrier(along) == pytest.approx(height)
+    assert landscape.barrier(along) == pytest.approx(height)
 
 
 def test_losses_between_two_models_begin_and_end_at_theirs():
@@ -38,7 +40,7 @@ def test_losses_between_two_models_begin_and_end_at_theirs():
     masks = (images > 0.5).float()
     one = {"weight": torch.full((1, 1, 1, 1), 9.0), "bias": torch.tensor([-4.5])}
     other = {"weight": torch.full((1, 1, 1, 1), -9.0), "bias": torch.tensor([4.5])}
-    along = diagnostics.losses_between(model, one, other, images, masks, points=3)
+    along = landscape.losses_between(model, one, other, images, masks, points=3)
     # Half way every weight is zero and every pixel 1/2: 1 - (2 s/2 + 1) / (n/2 + s + 1) for s pixels of n.
     pixels = masks.flatten(1).sum(1)
     expected = (1 - (pixels + 1) / (8 + pixels + 1)).mean()
@@ -54,7 +56,7 @@ def test_sharpness_is_the_largest_eigenvalue_of_the_hessian():
     with_one = torch.cat([x, torch.ones(40, 1)], 1)
     largest = float(torch.linalg.eigvalsh(with_one.T @ with_one)[-1])
     before = state_digest(model.state_dict())
-    found = diagnostics.sharpness(model, x, y, loss=squares, steps=200, tolerance=1e-10)
+    found = landscape.sharpness(model, x, y, loss=squares, steps=200, tolerance=1e-10)
     assert found == pytest.approx(largest, rel=1e-4)
     assert state_digest(model.state_dict()) == before
 
@@ -62,16 +64,16 @@ def test_sharpness_is_the_largest_eigenvalue_of_the_hessian():
 def test_the_ground_is_looked_at_without_changing_a_run(tmp_path):
     tiny = {"run_name": tmp_path, "size": 32, "num_phantoms": 40, "student": "tiny_unet", "proxy_epochs": 1}
     cfg = config.settings(tiny | {"inits": "random,pretraining", "num_rounds": 1})
-    cohort, (results, begun) = study.load_cohort(cfg), a_round(cfg)
+    cohort, (results, begun) = stages.load_cohort(cfg), a_round(cfg)
     files = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
-    servers, why_not = study.first_servers(cfg, cohort, results)
+    servers, why_not = stages.first_servers(cfg, cohort, results)
     before = [(state_digest(server.state), server.round_number) for server in servers]
     assert why_not == "" and before == [(digest, 0) for digest in begun]
-    found = diagnostics.of_starts(servers, cohort, images=4)
+    found = landscape.of_starts(servers, cohort, images=4)
     assert found.init.tolist() == ["random", "pretraining"]
     assert (found.barrier >= 0).all() and found.sharpness.notna().all()
     assert [(state_digest(server.state), server.round_number) for server in servers] == before
-    alone = diagnostics.of_starts(servers, cohort, images=4, clients=1)
+    alone = landscape.of_starts(servers, cohort, images=4, clients=1)
     assert alone.barrier.isna().all() and alone.sharpness.equals(found.sharpness)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*.*")} == files, "it only reads"
 
@@ -82,7 +84,7 @@ def test_where_starts_are_missing_or_stale_diagnostics_are_left_out_and_nothing_
 ):
     tiny = {"run_name": tmp_path, "size": 32, "num_phantoms": 40, "student": "tiny_unet", "proxy_epochs": 1}
     cfg = config.settings(tiny | {"inits": "random,pretraining", "num_rounds": 1})
-    cohort, (results, _) = study.load_cohort(cfg), a_round(cfg)
+    cohort, (results, _) = stages.load_cohort(cfg), a_round(cfg)
     start = tmp_path / "weights" / "init-pretraining-seed0.safetensors"
     if gone == "start":
         start.unlink()
@@ -94,8 +96,8 @@ def test_where_starts_are_missing_or_stale_diagnostics_are_left_out_and_nothing_
         results.dice += 0.01
     files = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
     monkeypatch.setattr(train, "fit", None)
-    servers, why_not = study.first_servers(cfg, cohort, results)
-    assert servers == [] and len(diagnostics.of_starts(servers, cohort)) == 0
+    servers, why_not = stages.first_servers(cfg, cohort, results)
+    assert servers == [] and len(landscape.of_starts(servers, cohort)) == 0
     wanted = "random" if gone == "other results" else "pretraining"
     assert (
         f"weights/init-{wanted}-seed0.safetensors" in why_not and "run 03_distill and 04_federate" in why_not
@@ -105,12 +107,12 @@ def test_where_starts_are_missing_or_stale_diagnostics_are_left_out_and_nothing_
 
 def a_round(cfg: config.Settings) -> tuple[pd.DataFrame, list[str]]:
     """The results of one round from each start, as 04_federate leaves them, and the starts' digests."""
-    cohort = study.load_cohort(cfg)
-    parts = study.hold_out(cfg, cohort)
-    clients = study.partition(cohort, parts.federated, cfg.federate)
-    starts = study.initial_states(cfg, cohort, parts.proxy, ["random", "pretraining"])
+    cohort = stages.load_cohort(cfg)
+    parts = stages.hold_out(cfg, cohort)
+    clients = stages.partition(cohort, parts.federated, cfg.federate)
+    starts = stages.initial_states(cfg, cohort, parts.proxy, ["random", "pretraining"])
     cfg = replace(cfg, federate=replace(cfg.federate, arms="federated"))
-    servers = study.servers(cfg, cohort, parts, clients, starts)
+    servers = stages.servers(cfg, cohort, parts, clients, starts)
     for server in servers:
         state = federate.aggregate(federate.train_clients(server, server.participants()))
         server.finish_round(state, cohort, parts.test)

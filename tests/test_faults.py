@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fmfl import cli, config, errors, grid, interrupt, models, states, teacher
+from fmfl import config, errors, models, states, teacher
 from fmfl.errors import UserError
+from fmfl.study import cli, grid, interrupt
 
 FMFL = [sys.executable, "-m", "fmfl"]
 TINY = ["--profile", "smoke", "-p", "size=32", "-p", "num_rounds=1", "-p", "proxy_epochs=1"]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from made_sources import LEFT, load, lungs, make_dicom, make_folder, picture, reasons, save, write
 
-from fmfl import files
 from fmfl.errors import UserError
+from fmfl.sources import files
 
 
 def test_a_link_that_leads_back_up_is_named_and_not_followed(tmp_path):

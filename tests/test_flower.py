@@ -12,11 +12,12 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import nn
 
-from fmfl import config, federate, grid, models, privacy, states, study
+from fmfl import config, federate, models, states
 from fmfl.data import Cohort
-from fmfl.engines import deploy, flower
 from fmfl.errors import UserError
 from fmfl.federate import Server
+from fmfl.flower import deploy, engine, privacy
+from fmfl.study import grid, stages
 from fmfl.train import Fitted, InitialState
 
 SIZE = 32
@@ -75,11 +76,11 @@ def serve(cfg: config.Settings, parts=PARTS) -> Server:
         student="micro",
         cohort=cohort,
         test=TEST,
-        engine=study.engine_key(cfg),
+        engine=stages.engine_key(cfg),
     )
 
 
-def run(server: Server, nodes: flower.Nodes | None = None, rounds: int | None = None) -> Server:
+def run(server: Server, nodes: engine.Nodes | None = None, rounds: int | None = None) -> Server:
     """The notebook's loop, to the end or stopped after some rounds."""
     cohort = a_cohort()
     for number in server.remaining_rounds():
@@ -114,7 +115,7 @@ def test_the_rounds_are_the_local_engines_to_the_last_bit(tmp_path, given):
     local = run(serve(settings(tmp_path / "local", engine="local", num_rounds=5, **given)))
     cfg = settings(tmp_path / "flower", num_rounds=5, **given)
     server = serve(cfg)
-    run(server, flower.simulated(cfg, server))
+    run(server, engine.simulated(cfg, server))
     assert digests(server) == digests(local) and len(set(digests(server))) == 6
     compared = ["dice", "iou", "hd95", "images_seen"]
     assert pd.DataFrame(server.history)[compared].equals(pd.DataFrame(local.history)[compared])
@@ -125,12 +126,12 @@ def test_the_rounds_are_the_local_engines_to_the_last_bit(tmp_path, given):
 def test_a_run_that_was_stopped_goes_on_in_the_same_bytes(tmp_path, given):
     whole_cfg, cfg = settings(tmp_path / "whole", **given), settings(tmp_path / "stopped", **given)
     whole = serve(whole_cfg)
-    run(whole, flower.simulated(whole_cfg, whole))
+    run(whole, engine.simulated(whole_cfg, whole))
     first = serve(cfg)
-    run(first, flower.simulated(cfg, first), rounds=2)
+    run(first, engine.simulated(cfg, first), rounds=2)
     again = serve(cfg)
     assert again.round_number == 2
-    run(again, flower.simulated(cfg, again))
+    run(again, engine.simulated(cfg, again))
     assert digests(again) == digests(whole)
 
 
@@ -143,26 +144,26 @@ def test_an_engine_does_not_take_the_others_rounds_for_its_own(tmp_path):
 def test_the_study_puts_flower_between_the_federated_runs_alone(tmp_path):
     cfg = settings(tmp_path)
     server = serve(cfg)
-    assert isinstance(study.nodes(cfg, server), flower.Nodes)
-    assert study.nodes(cfg, dataclasses.replace(server, arm="centralised")) is None
-    assert study.nodes(settings(tmp_path, engine="local"), server) is None
+    assert isinstance(stages.nodes(cfg, server), engine.Nodes)
+    assert stages.nodes(cfg, dataclasses.replace(server, arm="centralised")) is None
+    assert stages.nodes(settings(tmp_path, engine="local"), server) is None
     with pytest.raises(UserError, match="privacy 'dp' comes with the engine flower"):
-        study.nodes(settings(tmp_path, engine="local", privacy="dp"), server)
+        stages.nodes(settings(tmp_path, engine="local", privacy="dp"), server)
 
 
 @pytest.mark.slow
 def test_the_notebook_gives_the_same_results_with_either_engine(tmp_path):
     """All columns, but for what is measured: the bytes, and the seconds."""
     tables = {}
-    for engine in ("local", "flower"):
+    for name in ("local", "flower"):
         given = {"size": 32, "num_phantoms": 40, "num_rounds": 2, "proxy_epochs": 1, "inits": "random"}
         cfg = config.settings(
-            given | {"student": "tiny_unet", "run_name": str(tmp_path / engine), "engine": engine}
+            given | {"student": "tiny_unet", "run_name": str(tmp_path / name), "engine": name}
         )
         (cell,) = [c for c in grid.plan(cfg, [0], ["iid"]) if c.notebook == "04_federate"]
-        assert cell.parameters["engine"] == engine and "min_clients" in cell.parameters
-        grid.execute_plain(cell, tmp_path / engine / "out.ipynb")
-        tables[engine] = pd.read_csv(tmp_path / engine / "cells" / cell.name / "results.csv")
+        assert cell.parameters["engine"] == name and "min_clients" in cell.parameters
+        grid.execute_plain(cell, tmp_path / name / "out.ipynb")
+        tables[name] = pd.read_csv(tmp_path / name / "cells" / cell.name / "results.csv")
     measured = ["seconds", "bytes_up", "bytes_down"]
     local, flowers = tables["local"], tables["flower"]
     assert list(local) == list(flowers) and set(local.arm) == {"federated", "centralised", "standalone"}
@@ -175,7 +176,7 @@ def test_the_notebook_gives_the_same_results_with_either_engine(tmp_path):
 # ------------------------------------------------------------------------------------------ what crosses
 
 
-class Recorded(flower.InProcess):
+class Recorded(engine.InProcess):
     """Keeps every byte that crosses, both ways."""
 
     def __init__(self, *given):
@@ -189,11 +190,11 @@ class Recorded(flower.InProcess):
 
     def pull_messages(self, message_ids):
         replies = super().pull_messages(message_ids)
-        self.crossed += [flower.message_to_proto(reply).SerializeToString() for reply in replies]
+        self.crossed += [engine.message_to_proto(reply).SerializeToString() for reply in replies]
         return replies
 
 
-def grid_of(nodes: flower.Nodes, kind=flower.InProcess, **given):
+def grid_of(nodes: engine.Nodes, kind=engine.InProcess, **given):
     """The same nodes behind another kind of grid."""
     nodes.grid = kind(nodes.grid.app, nodes.grid.contexts.values(), **given)
     return nodes.grid
@@ -202,7 +203,7 @@ def grid_of(nodes: flower.Nodes, kind=flower.InProcess, **given):
 def test_no_image_no_mask_and_no_row_of_the_table_crosses(tmp_path):
     cfg = settings(tmp_path)
     server = serve(cfg)
-    nodes = flower.simulated(cfg, server)
+    nodes = engine.simulated(cfg, server)
     grid = grid_of(nodes, Recorded)
     start = server.state["0.weight"].numpy().tobytes()
     run(server, nodes)
@@ -231,7 +232,7 @@ def test_bytes_are_those_of_the_messages_and_hardly_more_than_the_weights(tmp_pa
         tmp_path, InitialState("random", model.state_dict(), Fitted()), federate.clients_of(cohort, PARTS),
         cfg.federate, student="tiny_unet", cohort=cohort, test=TEST,
     )  # fmt: skip
-    nodes = flower.simulated(cfg, server)
+    nodes = engine.simulated(cfg, server)
     grid = grid_of(nodes, Recorded)
     run(server, nodes)
     weights = 3 * models.num_bytes(model.state_dict())
@@ -244,15 +245,15 @@ def test_bytes_are_those_of_the_messages_and_hardly_more_than_the_weights(tmp_pa
 
 def test_a_state_is_packed_and_unpacked_bit_by_bit():
     state = models.build("tiny_unet").state_dict()
-    found = flower.unpack(flower.pack(state), state)
+    found = engine.unpack(engine.pack(state), state)
     assert list(found) == list(state) and states.state_digest(found) == states.state_digest(state)
-    assert len(flower.pack(state)) == 2, "two arrays cross instead of hundreds"
+    assert len(engine.pack(state)) == 2, "two arrays cross instead of hundreds"
 
 
 # ------------------------------------------------------------------------------------------ faults
 
 
-class Faulty(flower.InProcess):
+class Faulty(engine.InProcess):
     """Nodes of which one answers otherwise, from some round on."""
 
     def __init__(self, *given, client=1, since=2, tamper=None):
@@ -262,7 +263,7 @@ class Faulty(flower.InProcess):
     def pull_messages(self, message_ids):
         found = []
         for name in list(message_ids):
-            message = flower.message_from_proto(flower.MessageProto.FromString(self.posted[name]))
+            message = engine.message_from_proto(engine.MessageProto.FromString(self.posted[name]))
             group = message.metadata.group_id
             faulty = message.metadata.dst_node_id == 1000 + self.client and group
             if faulty and int(group) >= self.since:
@@ -329,7 +330,7 @@ def test_a_round_goes_on_without_a_client_that_fails(tmp_path, caplog, tamper, s
     """It ends where the others alone would have brought it."""
     cfg = settings(tmp_path / "faulty", num_rounds=2)
     server = serve(cfg)
-    nodes = flower.simulated(cfg, server)
+    nodes = engine.simulated(cfg, server)
     grid_of(nodes, Faulty, tamper=tamper)
     run(server, nodes)
     assert [done["clients"] for done in server.rounds] == [[], [0, 1, 2], [0, 2]]
@@ -348,7 +349,7 @@ def test_a_round_goes_on_without_a_client_that_fails(tmp_path, caplog, tamper, s
 def test_a_client_whose_training_raises_is_left_out_with_its_own_words(tmp_path):
     cfg = settings(tmp_path, num_rounds=1)
     server = serve(cfg)
-    nodes = flower.simulated(cfg, server)
+    nodes = engine.simulated(cfg, server)
     server.clients[2].images = torch.empty(0, 1, SIZE, SIZE, dtype=torch.uint8)  # its folder was emptied
     run(server, nodes)
     assert server.rounds[1]["clients"] == [0, 1]
@@ -358,13 +359,13 @@ def test_a_client_whose_training_raises_is_left_out_with_its_own_words(tmp_path)
 def test_too_few_good_updates_stop_the_run_and_it_goes_on_at_that_round(tmp_path):
     cfg = settings(tmp_path, min_clients=3)
     server = serve(cfg)
-    nodes = flower.simulated(cfg, server)
+    nodes = engine.simulated(cfg, server)
     grid_of(nodes, Faulty, tamper=with_records(weights=spoilt(math.nan)))
     with pytest.raises(UserError, match=r"round 2 has 2 good updates and min_clients asks for 3 \(client 1 "):
         run(server, nodes)
     again = serve(cfg)
     assert again.round_number == 1
-    run(again, flower.simulated(cfg, again))
+    run(again, engine.simulated(cfg, again))
     whole = run(serve(settings(tmp_path / "local", engine="local")))
     assert digests(again) == digests(whole)
 
@@ -372,11 +373,11 @@ def test_too_few_good_updates_stop_the_run_and_it_goes_on_at_that_round(tmp_path
 def test_one_client_alone_needs_no_second(tmp_path):
     cfg = settings(tmp_path, num_rounds=1, num_clients=1)
     server = serve(cfg, PARTS[:1])
-    run(server, flower.simulated(cfg, server))
+    run(server, engine.simulated(cfg, server))
     assert server.rounds[1]["clients"] == [0]
 
 
-class Arriving(flower.InProcess):
+class Arriving(engine.InProcess):
     """Nodes that come and go: round -> those who are there from its beginning on."""
 
     def __init__(self, *given, there):
@@ -390,7 +391,7 @@ class Arriving(flower.InProcess):
 def test_a_client_that_joins_late_takes_part_from_then_on_and_one_that_leaves_is_missed(tmp_path):
     cfg = settings(tmp_path, num_rounds=4, join_timeout=0.3)
     server = serve(cfg)
-    nodes = flower.simulated(cfg, server)
+    nodes = engine.simulated(cfg, server)
     grid = grid_of(nodes, Arriving, there={1: [0, 1], 2: [0, 1, 2], 3: [1, 2], 4: [0, 1, 2]})
     for number in server.remaining_rounds():
         grid.round_number = number
@@ -413,7 +414,7 @@ def test_a_node_is_not_taken_in(tmp_path, caplog, number, code, says):
     """One that claims another's number would push the other out."""
     cfg = settings(tmp_path, num_rounds=1)
     server = serve(cfg)
-    nodes = flower.simulated(cfg, server)
+    nodes = engine.simulated(cfg, server)
     inner = nodes.grid.app
 
     def app(message: Message, context: Context) -> Message:
@@ -435,11 +436,11 @@ def test_a_node_is_not_taken_in(tmp_path, caplog, number, code, says):
 def test_a_nodes_own_part_is_the_studys(tmp_path):
     given = {"num_phantoms": 40, "num_clients": 2, "split": "iid"}
     cfg = settings(tmp_path, **given)
-    cohort = study.load_cohort(cfg)
-    expected = study.partition(cohort, study.hold_out(cfg, cohort).federated, cfg.federate)
+    cohort = stages.load_cohort(cfg)
+    expected = stages.partition(cohort, stages.hold_out(cfg, cohort).federated, cfg.federate)
     for k in range(2):
         context = Context(1, 2, {"partition-id": k, "num-partitions": 2}, RecordDict(), {})
-        held = flower.own_images(context, cfg)
+        held = engine.own_images(context, cfg)
         assert held.number == k and torch.equal(held.examples.indices, expected[k])
         assert torch.equal(held.examples.images, cohort.images)
 
@@ -448,7 +449,7 @@ def test_a_nodes_own_part_is_the_studys(tmp_path):
 def test_a_node_without_a_number_is_told_so(tmp_path, number):
     context = Context(1, 2, {} if number is None else {"partition-id": number}, RecordDict(), {})
     with pytest.raises(UserError, match=r"partition-id is .*: give it a number from 0 to 2"):
-        flower.own_images(context, settings(tmp_path))
+        engine.own_images(context, settings(tmp_path))
 
 
 def test_what_a_client_keeps_stays_in_its_context():
@@ -457,9 +458,9 @@ def test_what_a_client_keeps_stays_in_its_context():
         "adam-0": {"0/exp_avg": torch.randn(2, 3), "0/step": torch.tensor(4.0)},
         "norm-0": {"a": torch.ones(1)},
     }
-    assert flower._kept(context) == {}
-    flower._keep(context, kept)
-    found = flower._kept(context)
+    assert engine._kept(context) == {}
+    engine._keep(context, kept)
+    found = engine._kept(context)
     assert {k: states.state_digest(v) for k, v in found.items()} == {
         k: states.state_digest(v) for k, v in kept.items()
     }
@@ -470,7 +471,7 @@ def test_what_a_client_keeps_stays_in_its_context():
 
 def test_the_apps_folder_lists_every_parameter_at_its_default():
     listed = tomllib.loads((deploy.APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    assert listed == flower.run_config()
+    assert listed == engine.run_config()
     assert set(listed) >= {"num_rounds", "batch_norm", "start", "test_data", "min_clients", "privacy", "size"}
 
 
@@ -484,7 +485,7 @@ def test_the_apps_folder_lists_every_parameter_at_its_default():
 )
 def test_flowers_run_config_is_under_the_contract_of_parameters(given, says):
     with pytest.raises(UserError, match=says):
-        flower.settings_of(Context(1, 2, {}, RecordDict(), flower.run_config() | given))
+        engine.settings_of(Context(1, 2, {}, RecordDict(), engine.run_config() | given))
 
 
 @pytest.mark.parametrize("test_data", ["held_out", ""])
@@ -496,14 +497,14 @@ def test_a_deployments_results_have_the_columns_of_every_study(tmp_path, test_da
     fitted = {"losses": [], "images_seen": 11, "seconds": 2.5}
     states.write_state(start, state, init="fm", fitted=fitted)
     cfg = dataclasses.replace(cfg, flower=dataclasses.replace(cfg.flower, start=str(start)))
-    cohort = study.load_cohort(cfg)
-    clients = study.partition(cohort, study.hold_out(cfg, cohort).federated, cfg.federate)
+    cohort = stages.load_cohort(cfg)
+    clients = stages.partition(cohort, stages.hold_out(cfg, cohort).federated, cfg.federate)
     held = federate.clients_of(cohort, clients)
-    app = flower.make_client_app(
-        lambda c, _: flower.Held(c.node_config["partition-id"], held[c.node_config["partition-id"]])
+    app = engine.make_client_app(
+        lambda c, _: engine.Held(c.node_config["partition-id"], held[c.node_config["partition-id"]])
     )
     contexts = [Context(1, k, {"partition-id": k}, RecordDict(), cfg.flat()) for k in held]
-    server = flower.serve(flower.InProcess(app, contexts), cfg)
+    server = engine.serve(engine.InProcess(app, contexts), cfg)
 
     table = pd.read_csv(tmp_path / "results.csv")
     assert list(table) == [
@@ -515,7 +516,7 @@ def test_a_deployments_results_have_the_columns_of_every_study(tmp_path, test_da
     assert server.rounds[0]["sha256"] == states.state_digest(state)
     assert (tmp_path / "per_image.csv").exists() == bool(test_data)
     assert list(pd.read_csv(tmp_path / "faults.csv")) == ["round", "client", "fault"]
-    assert flower.serve(flower.InProcess(app, contexts), cfg).rounds == server.rounds, "nothing is left to do"
+    assert engine.serve(engine.InProcess(app, contexts), cfg).rounds == server.rounds, "nothing is left to do"
 
 
 @pytest.mark.parametrize(
@@ -527,7 +528,7 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path, student, says):
         states.write_state(file, models.build(student).state_dict())
     cfg = settings(tmp_path, student="tiny_unet", start=str(file))
     with pytest.raises(UserError, match=says):
-        flower.serve(flower.InProcess(None, []), cfg)
+        engine.serve(engine.InProcess(None, []), cfg)
 
 
 def test_a_start_with_batchnorm_is_no_start_of_a_network_with_groupnorm(tmp_path):
@@ -536,32 +537,32 @@ def test_a_start_with_batchnorm_is_no_start_of_a_network_with_groupnorm(tmp_path
     states.write_state(file, models.build("unet").state_dict())
     cfg = settings(tmp_path, student="unet", start=str(file), batch_norm="group")
     with pytest.raises(UserError, match="with batch_norm 'group': choose the student and the batch_norm"):
-        flower.serve(flower.InProcess(None, []), cfg)
+        engine.serve(engine.InProcess(None, []), cfg)
 
 
-def nodes_of(cfg: config.Settings) -> flower.InProcess:
+def nodes_of(cfg: config.Settings) -> engine.InProcess:
     held = federate.clients_of(a_cohort(), PARTS)
-    app = flower.make_client_app(lambda c, _: flower.Held(c.node_id, held[c.node_id]))
-    return flower.InProcess(app, [Context(1, k, {}, RecordDict(), cfg.flat()) for k in held])
+    app = engine.make_client_app(lambda c, _: engine.Held(c.node_id, held[c.node_id]))
+    return engine.InProcess(app, [Context(1, k, {}, RecordDict(), cfg.flat()) for k in held])
 
 
 def test_a_run_with_other_settings_is_not_written_over(tmp_path):
     cfg = settings(tmp_path, num_rounds=1)
-    first = flower.serve(nodes_of(cfg), cfg)
+    first = engine.serve(nodes_of(cfg), cfg)
     before = first.file.read_bytes()
     for changed in ({"num_rounds": 2}, {"learning_rate": 1e-3}):
         other = settings(tmp_path, **{"num_rounds": 1} | changed)
         with pytest.raises(UserError, match=r"holds 1 rounds made with other settings.*--out"):
-            flower.serve(nodes_of(other), other)
+            engine.serve(nodes_of(other), other)
     assert first.file.read_bytes() == before
     table = (tmp_path / "results.csv").read_bytes()
     other = settings(tmp_path, num_rounds=1, seed=1)
     with pytest.raises(UserError, match=r"is of another run than federated-age-random-seed1: .*--out"):
-        flower.serve(nodes_of(other), other)
+        engine.serve(nodes_of(other), other)
     (tmp_path / "cells" / "01_data").mkdir(parents=True)
     (tmp_path / "cells" / "01_data" / "cell.json").write_text("{}")
     with pytest.raises(UserError, match=r"holds a study: name another folder with --out"):
-        flower.serve(nodes_of(cfg), cfg)
+        engine.serve(nodes_of(cfg), cfg)
     assert first.file.read_bytes() == before and (tmp_path / "results.csv").read_bytes() == table
 
 
@@ -576,17 +577,17 @@ def test_an_update_is_clipped_at_the_client_and_the_average_is_noised_as_said(tm
     clipping, noise = 0.05, 2.0
     cfg = dp(tmp_path, dp_clipping=clipping, dp_noise=noise, num_rounds=1)
     server = serve(cfg)
-    nodes = flower.simulated(cfg, server)
+    nodes = engine.simulated(cfg, server)
     grid = grid_of(nodes, Recorded)
     before = server.state
     average = federate.aggregate(nodes.train(server))
-    sent = [flower.message_from_proto(flower.MessageProto.FromString(raw)) for raw in grid.crossed]
+    sent = [engine.message_from_proto(engine.MessageProto.FromString(raw)) for raw in grid.crossed]
     ups = [m.content["weights"]["float32"].numpy() for m in sent if "numbers" in m.content]
-    start = flower.pack(before)["float32"].numpy()
+    start = engine.pack(before)["float32"].numpy()
     lengths = [np.linalg.norm(up.astype(np.float64) - start) for up in ups]
     assert len(ups) == 3 and lengths == pytest.approx([clipping] * 3, rel=1e-4), "a step is far longer"
     quiet = np.mean(ups, axis=0)
-    away = flower.pack(average)["float32"].numpy() - quiet
+    away = engine.pack(average)["float32"].numpy() - quiet
     expected = noise * clipping / 3
     number = len(away)
     assert np.mean(away**2) ** 0.5 == pytest.approx(expected, rel=4 / (2 * number) ** 0.5)
@@ -599,7 +600,7 @@ def test_privacy_is_refused_where_it_would_not_hold(tmp_path):
     ):
         cfg = settings(tmp_path, privacy="dp", **given)
         with pytest.raises(UserError, match=says):
-            flower.simulated(cfg, serve(cfg))
+            engine.simulated(cfg, serve(cfg))
 
 
 def test_a_private_deployment_states_what_it_has_spent(tmp_path, monkeypatch):
@@ -612,7 +613,7 @@ def test_a_private_deployment_states_what_it_has_spent(tmp_path, monkeypatch):
         finish(*arguments)
 
     monkeypatch.setattr(Server, "finish_round", finished)
-    server = flower.serve(nodes_of(cfg), cfg)
+    server = engine.serve(nodes_of(cfg), cfg)
     assert after == [False, True]
     assert [done["update_norm"] for done in server.rounds[1:]] == [None, None]
     said = json.loads((tmp_path / "privacy.json").read_text())
@@ -622,14 +623,14 @@ def test_a_private_deployment_states_what_it_has_spent(tmp_path, monkeypatch):
 def test_what_was_spent_does_not_lie_beside_weights_without_noise(tmp_path):
     (tmp_path / "privacy.json").write_text("{}")
     cfg = settings(tmp_path, num_rounds=1)
-    flower.serve(nodes_of(cfg), cfg)
+    engine.serve(nodes_of(cfg), cfg)
     assert not (tmp_path / "privacy.json").exists()
 
 
 def test_an_update_that_has_not_moved_needs_no_clipping(tmp_path):
     cfg = dp(tmp_path, num_rounds=1, learning_rate=0.0)
     server = serve(cfg)
-    nodes = flower.simulated(cfg, server)
+    nodes = engine.simulated(cfg, server)
     assert len(nodes.train(server)) == 3 and server.exchange.faults == {}
 
 
@@ -640,7 +641,7 @@ def test_a_client_cannot_choose_its_weight(tmp_path, client_weights):
 
     cfg = settings(tmp_path, num_rounds=2, client_weights=client_weights)
     server = serve(cfg)
-    nodes = flower.simulated(cfg, server)
+    nodes = engine.simulated(cfg, server)
     grid_of(nodes, Faulty, tamper=with_records(numbers=heavier))
     run(server, nodes)
     assert server.rounds[2]["clients"] == [0, 2]

@@ -18,8 +18,9 @@ import pytest
 import torch
 from matplotlib import pyplot
 
-from fmfl import config, data, grid, paths, states, study, teacher
+from fmfl import config, data, paths, states, teacher
 from fmfl.errors import UserError
+from fmfl.study import grid, stages
 
 ORDER = ["01_data", "02_teacher", "03_distill", "04_federate", "05_analysis"]
 SPLITS = ["iid", "age", "quantity"]
@@ -101,7 +102,7 @@ def test_a_cell_gets_the_settings_it_depends_on_and_no_others(tmp_path):
 def test_what_a_federation_does_not_know_of_its_analysis_may_differ(tmp_path):
     """05 takes a federation's results where all settings agree that the federation was given."""
     (cell,) = [c for c in grid.plan(settings(tmp_path), [0], ["iid"]) if c.notebook == "04_federate"]
-    assert set(config.defaults()) - set(cell.parameters) <= set(study.FREE)
+    assert set(config.defaults()) - set(cell.parameters) <= set(stages.FREE)
 
 
 def test_every_injected_value_is_accepted(tmp_path):
@@ -142,7 +143,8 @@ def test_the_check_knows_the_images_and_the_weights_by_their_bytes(tmp_path):
 # With notebooks that only leave the files of the real ones, so that a study takes milliseconds.
 
 SETUP = """
-from fmfl import config, grid, study
+from fmfl import config
+from fmfl.study import grid, stages
 cfg = config.from_notebook(globals())
 def leave(*names):
     for name in names:
@@ -203,7 +205,7 @@ def notebooks(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr(paths, "NOTEBOOKS", folder)
     monkeypatch.setattr(grid, "check", lambda cells: {"data": "these images", "teacher": "these weights"})
-    monkeypatch.setattr(study, "commit", lambda: "")  # git takes longer than all the rest
+    monkeypatch.setattr(stages, "commit", lambda: "")  # git takes longer than all the rest
     return Notebooks(folder)
 
 
@@ -378,8 +380,8 @@ def test_results_that_were_passed_on_without_their_cells_are_not_written_over(tm
 
 def test_a_variant_of_other_settings_than_the_studys_is_another_study(tmp_path, notebooks):
     cfg = settings(tmp_path / "run")
-    own = settings(study.variant_dir(cfg, "labelled=10"), labelled=10.0, learning_rate=0.5)
-    study.save(own, "04_federate", {"images": "these images"})
+    own = settings(stages.variant_dir(cfg, "labelled=10"), labelled=10.0, learning_rate=0.5)
+    stages.save(own, "04_federate", {"images": "these images"})
     with pytest.raises(UserError, match=r"\(learning_rate is 0\.5 there"):
         run(cfg)
 
@@ -438,9 +440,9 @@ def test_the_code_that_no_number_depends_on_is_left_out(tmp_path, notebooks, mon
     seen = []
     monkeypatch.setattr(states, "code_digest", lambda files: seen.append(files) or "code")
     run(settings(tmp_path / "run"))
-    every = {file.name for file in paths.PACKAGE.glob("*.py")}
-    without = {"__main__", "cli", "grid", "inspection", "interrupt", "syntax", "teacher_training", "verify"}
-    assert every - set(seen[0]) == {f"{name}.py" for name in without}
+    every = {file.relative_to(paths.PACKAGE).as_posix() for file in paths.PACKAGE.rglob("*.py")}
+    study = {f"study/{name}.py" for name in ("cli", "grid", "inspection", "interrupt", "verify")}
+    assert every - set(seen[0]) == study | {"__main__.py", "syntax.py", "flower/deploy.py"}
 
 
 @pytest.mark.parametrize(
@@ -710,7 +712,7 @@ def test_without_the_studys_bar_there_are_no_bars_at_all(tmp_path, notebooks, mo
     seen = "assert not study.show_bars()"
     notebooks.write("01_data", LEAVE["01_data"] + seen)
     run(settings(tmp_path / "run"), progress=False)
-    assert study.show_bars()
+    assert stages.show_bars()
     monkeypatch.setenv("TQDM_DISABLE", "yes")
     run(settings(tmp_path / "other"), progress=False)
     assert os.environ["TQDM_DISABLE"] == "yes"

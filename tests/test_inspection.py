@@ -7,8 +7,10 @@ from made_sources import LEFT, load, lungs, make_folder, picture, save, write
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from fmfl import inspection, plots, split
+from fmfl import split
+from fmfl.analysis import plots
 from fmfl.errors import UserError
+from fmfl.study import inspection
 
 ALL = [[12, 0], [28, 0], [40, 10], [40, 22], [28, 32], [12, 32], [0, 22], [0, 10]]
 DOT = [[20, 20], [22, 20], [22, 22], [20, 22]]

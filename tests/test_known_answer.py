@@ -14,10 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import ndimage
 
-from fmfl import known_answer, sam, teacher
+from fmfl import teacher
 from fmfl.errors import UserError
-from fmfl.known_answer import UNKNOWN, by_the_package, checks, drawn_chest
 from fmfl.teacher import Teacher, boxes_from_masks
+from fmfl.teachers import known_answer, sam
+from fmfl.teachers.known_answer import UNKNOWN, by_the_package, checks, drawn_chest
 
 LOGITS, PACKAGE, TOGETHER = (
     "the recorded logits",

@@ -6,8 +6,8 @@ from made_sources import LEFT, RIGHT, lungs, picture, save
 from PIL import Image
 from scipy import ndimage
 
-from fmfl import mask_files
-from fmfl.files import LeftOut
+from fmfl.sources import mask_files
+from fmfl.sources.files import LeftOut
 
 HEIGHT, WIDTH = 96, 120
 A = lungs([[12, 18], [42, 18], [42, 78], [12, 78]], height=HEIGHT, width=WIDTH)

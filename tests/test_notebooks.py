@@ -13,8 +13,9 @@ import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from fmfl import config, grid, paths
+from fmfl import config, paths
 from fmfl.errors import UserError
+from fmfl.study import grid
 
 NAMES = ["01_data", "02_teacher", "03_distill", "04_federate", "05_analysis"]
 NOTEBOOKS = {name: nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4) for name in NAMES}

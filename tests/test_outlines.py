@@ -1,7 +1,7 @@
 import numpy as np
 from matplotlib.path import Path as Outline
 
-from fmfl import outlines
+from fmfl.sources import outlines
 
 
 def test_compressed_counts_by_hand():

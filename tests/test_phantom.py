@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.ndimage import label
 
-from fmfl import phantom
 from fmfl.errors import UserError
+from fmfl.sources import phantom
 
 COLUMNS = [
     "image_id",
@@ -33,7 +33,7 @@ def made():
 
 
 def lung_boxes(masks):
-    """x0, y0, x1, y1 of each mask, (n, 4)."""
+    """x0, y0, x1, y1 of each mask, [n, 4]."""
     return np.array([(x.min(), y.min(), x.max() + 1, y.max() + 1) for y, x in map(np.nonzero, masks)])
 
 

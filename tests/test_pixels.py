@@ -7,8 +7,8 @@ import pytest
 from made_sources import LEFT, load, lungs, make_dicom, make_folder, picture, reasons, save, write
 from PIL import Image
 
-from fmfl import pixels
-from fmfl.files import LeftOut
+from fmfl.sources import pixels
+from fmfl.sources.files import LeftOut
 
 
 def test_resizing_keeps_the_edges_of_a_mask_in_place():

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
-from fmfl import analysis, plots
+from fmfl.analysis import plots, tables
 
 SPREAD = 0.01 * np.linspace(-3, 3, 12)  # of Dice over images
 
@@ -28,7 +28,7 @@ def _style():
     plt.close("all")
 
 
-def results(inits=analysis.INITS, splits=("iid", "age"), seeds=2, rounds=4, centralised=True):
+def results(inits=tables.INITS, splits=("iid", "age"), seeds=2, rounds=4, centralised=True):
     """Dice that climbs from 40 % in equal steps; each later start ends 4 points higher, seed 1 one point."""
     rows = []
     cells = [("federated", init, split) for init in inits for split in splits]
@@ -48,7 +48,7 @@ def per_image(table):
         pd.DataFrame(names).assign(
             arm=row.arm, init=row.init, split=row.split, seed=row.seed, dice=row.dice + SPREAD
         )
-        for row in analysis.final(table).itertuples()
+        for row in tables.final(table).itertuples()
     ]
     return pd.concat(frames, ignore_index=True)
 
@@ -109,7 +109,7 @@ def test_fig2_places_means_seeds_and_intervals():
 
 def test_fig2_without_scores_by_image_takes_the_seeds():
     axis = plots.fig2(results(inits=("fm",), splits=("age",))).axes[0]
-    assert drawn(axis, "fm", "-") == [pytest.approx(analysis.seed_interval([80, 81]))]
+    assert drawn(axis, "fm", "-") == [pytest.approx(tables.seed_interval([80, 81]))]
 
 
 def test_fig3_draws_the_mean_of_seeds_their_range_and_the_centralised_level():
@@ -464,10 +464,10 @@ def _every_figure():
     scores = per_image(results(splits=("iid", "age", "quantity")))
     ends = results(splits=("iid", "age", "quantity"))
     drift = pd.DataFrame(
-        [(init, "age", 0, n, 1.0 * n, 0.5, 1.2, 3.0) for init in analysis.INITS for n in range(11)],
+        [(init, "age", 0, n, 1.0 * n, 0.5, 1.2, 3.0) for init in tables.INITS for n in range(11)],
         columns=["init", "split", "seed", "round", *plots.DRIFT],
     )
-    starts = pd.DataFrame({"init": analysis.INITS, "sharpness": [5.0, 2, 1], "barrier": [0.3, 0.1, 0]})
+    starts = pd.DataFrame({"init": tables.INITS, "sharpness": [5.0, 2, 1], "barrier": [0.3, 0.1, 0]})
     rules = [f"{rule}, per_lung" for rule in ("ground_truth", "ground_truth_jitter", "predicted")]
     by_rule = pd.DataFrame({"rule": rules * 2, "dice": np.linspace(0.8, 0.9, 6), "hd95": np.arange(6.0)})
     by_pixels = {"pixels": [0, 0, 5, 5], "dice": [0.9, 1.0, 0.6, 0.8], "hd95": [1.0, 2.0, 4.0, 8.0]}

@@ -6,8 +6,8 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from fmfl import privacy
 from fmfl.config import FlowerConfig
+from fmfl.flower import privacy
 
 
 @pytest.mark.parametrize(("noise", "rounds", "delta"), [(1.0, 1, 1e-5), (2.0, 5, 1e-5), (8.0, 20, 1e-3)])

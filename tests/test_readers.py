@@ -21,9 +21,9 @@ from made_sources import (
     write,
 )
 
-from fmfl import readers
 from fmfl.errors import UserError
-from fmfl.pixels import resize
+from fmfl.sources import readers
+from fmfl.sources.pixels import resize
 
 
 def test_folder_layout_reads_masks_of_another_suffix_and_the_table(tmp_path):

@@ -13,8 +13,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fmfl import analysis, config, markdown, paths, plots, privacy, report
+from fmfl import config, paths
+from fmfl.analysis import markdown, plots, tables
 from fmfl.errors import UserError
+from fmfl.flower import privacy
+from fmfl.study import report
 
 MANIFEST = {
     "fmfl": "0.1.0",
@@ -28,7 +31,7 @@ MANIFEST = {
 
 
 def study(
-    directory, *, gain=3.0, seeds=3, inits=analysis.INITS, images=40, pictures=("fig2", "fig3"), **manifest
+    directory, *, gain=3.0, seeds=3, inits=tables.INITS, images=40, pictures=("fig2", "fig3"), **manifest
 ):
     """A run in which every informed start is `gain` points above random, written as the study writes it."""
     rng = np.random.default_rng(0)
@@ -48,8 +51,8 @@ def study(
     results, per_image = pd.DataFrame(runs), pd.concat(scores)
     results.to_csv(directory / "results.csv", index=False)
     per_image.to_csv(directory / "per_image.csv", index=False)
-    analysis.table1(results, per_image).to_csv(directory / "table1.csv", index=False)
-    analysis.claims(results, per_image).to_csv(directory / "claims.csv", index=False)
+    tables.table1(results, per_image).to_csv(directory / "table1.csv", index=False)
+    tables.claims(results, per_image).to_csv(directory / "claims.csv", index=False)
     (directory / "manifest.json").write_text(json.dumps(MANIFEST | manifest))
     (directory / "figures").mkdir()
     for name in pictures:
@@ -164,9 +167,9 @@ def test_headline_is_about_the_split_that_is_asked_for():
                 names = {"image_id": range(30), "patient_id": range(30)}
                 scores.append(pd.DataFrame(names | {"dice": dice}).assign(**base))
     results, per_image = pd.DataFrame(rows), pd.concat(scores)
-    tables = results, analysis.paired_differences(per_image), analysis.claims(results, per_image)
-    assert "ends above a random start: +5.0 points" in " ".join(report.headline(*tables))
-    quantity = " ".join(report.headline(*tables, split="quantity"))
+    found = results, tables.paired_differences(per_image), tables.claims(results, per_image)
+    assert "ends above a random start: +5.0 points" in " ".join(report.headline(*found))
+    quantity = " ".join(report.headline(*found, split="quantity"))
     assert quantity.startswith("Under quantity skew, ")
     assert "ends below a random start: −5.0 points" in quantity
 
@@ -299,9 +302,9 @@ def test_the_further_tables_and_the_map_are_shown_where_a_study_has_them(tmp_pat
     young = per_image.patient_id % 2 == 0  # and half a Dice worse
     per_image = per_image.assign(age=np.where(young, 30.0, 50.0), dice=per_image.dice - 0.5 * young)
     per_image = per_image.assign(site="here", hd95=1.0, assd=0.5)
-    analysis.speed(results, [0.8]).to_csv(tmp_path / "speed.csv", index=False)
-    analysis.weakest(per_image).to_csv(tmp_path / "weakest.csv", index=False)
-    gap = analysis.gap(per_image, ["fm"], "age")
+    tables.speed(results, [0.8]).to_csv(tmp_path / "speed.csv", index=False)
+    tables.weakest(per_image).to_csv(tmp_path / "weakest.csv", index=False)
+    gap = tables.gap(per_image, ["fm"], "age")
     gap.to_csv(tmp_path / "gap.csv", index=False)
     (tmp_path / "gains.csv").write_text("axis,value\nlabelled,10\n")
     page = Page(report.write(tmp_path).read_text(encoding="utf-8"))
@@ -465,8 +468,8 @@ def test_the_page_gives_a_share_of_the_gap_only_where_its_ledger_has_one(tmp_pat
     scores = pd.concat([per_image, own.assign(**pooled, dice=own.dice + 0.05)])
     runs.to_csv(tmp_path / "results.csv", index=False)
     scores.to_csv(tmp_path / "per_image.csv", index=False)
-    analysis.table1(runs, scores).to_csv(tmp_path / "table1.csv", index=False)
-    claims = analysis.claims(runs, scores)
+    tables.table1(runs, scores).to_csv(tmp_path / "table1.csv", index=False)
+    claims = tables.claims(runs, scores)
     claims.to_csv(tmp_path / "claims.csv", index=False)
     page = Page.of(tmp_path)
     table1 = page.tables["table1"]

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageChops
 
-from fmfl import markdown, paths
+from fmfl import paths
+from fmfl.analysis import markdown
 from fmfl.errors import UserError
 
 RESULTS = paths.ROOT / "docs" / "results"
@@ -80,19 +81,19 @@ def test_the_rule_of_the_verdicts_is_one_click_away():
 
 
 def test_the_rule_of_the_verdicts_names_the_numbers_that_the_code_uses():
-    from fmfl import analysis
+    from fmfl.analysis import tables
 
     text = (paths.ROOT / "docs" / "verdicts.md").read_text(encoding="utf-8")
     for said in (
-        f"Fewer than {analysis.MIN_PATIENTS} test patients",
-        f"**{analysis.EQUIVALENCE:g} points**",
-        f"a margin of {analysis.MARGIN:g} points",
-        f"a margin of {analysis.GAP_MARGIN:g} %",
-        f"({100 * analysis.TARGETS[0]:g} %;",
-        f"from {analysis.GROUP_PATIENTS} test patients and {analysis.GROUP_IMAGES} test images on",
+        f"Fewer than {tables.MIN_PATIENTS} test patients",
+        f"**{tables.EQUIVALENCE:g} points**",
+        f"a margin of {tables.MARGIN:g} points",
+        f"a margin of {tables.GAP_MARGIN:g} %",
+        f"({100 * tables.TARGETS[0]:g} %;",
+        f"from {tables.GROUP_PATIENTS} test patients and {tables.GROUP_IMAGES} test images on",
     ):
         assert said in text, said
-    assert all(f"| {verdict} |" in text for verdict in analysis.VERDICTS)
+    assert all(f"| {verdict} |" in text for verdict in tables.VERDICTS)
 
 
 def test_small_numbers_keep_two_decimals_and_zero_has_no_sign():

@@ -1,8 +1,8 @@
 """SAM, MedSAM and SAM-Med2D against the package's own predictor, a known answer, and their authors' steps.
 
 Weights are made up: what the networks answer has no meaning, but it must be what others' code answers. The
-known answer of SAM-Med2D is no part of this project: it is looked for in ``FMFL_REFERENCE``, or in
-``../shared/reference`` beside it.
+known answer of SAM-Med2D is no part of this project: it is looked for in `FMFL_REFERENCE`, or in
+`../shared/reference` beside it.
 """
 
 import hashlib
@@ -25,9 +25,10 @@ from segment_anything.modeling.image_encoder import get_rel_pos
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmfl import paths, sam, teacher
+from fmfl import paths, teacher
 from fmfl.errors import UserError
 from fmfl.teacher import decode
+from fmfl.teachers import sam
 
 REFERENCE = Path(os.environ.get("FMFL_REFERENCE", paths.ROOT.parent / "shared" / "reference")) / "sam_med2d"
 needs_reference = pytest.mark.skipif(

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
-from fmfl import config, federate, grid, split, study
+from fmfl import config, federate, split
 from fmfl.errors import UserError
+from fmfl.study import grid, stages
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def cohort():
 
 def held(cohort, scheme, **given):
     cfg = config.settings({"num_clients": 3} | given).federate
-    return set(torch.cat(study.partition(cohort, torch.arange(60), cfg, scheme)).tolist())
+    return set(torch.cat(stages.partition(cohort, torch.arange(60), cfg, scheme)).tolist())
 
 
 def test_every_split_deals_the_same_images_where_those_without_an_age_are_left_out(cohort):
@@ -68,8 +69,8 @@ def test_alone_a_notebook_deals_as_its_split_needs(cohort):
 def test_who_holds_what_by_age_is_as_it_was(cohort):
     """Leaving the images out before or while dealing by age is the same deal."""
     cfg = config.settings({"images_without_age": "leave_out", "seed": 3}).federate
-    ours = study.partition(cohort, torch.arange(60), cfg, "age")
-    theirs = study.partition(cohort, torch.arange(60), replace(cfg, images_without_age="keep"), "age")
+    ours = stages.partition(cohort, torch.arange(60), cfg, "age")
+    theirs = stages.partition(cohort, torch.arange(60), replace(cfg, images_without_age="keep"), "age")
     assert all(map(torch.equal, ours, theirs))
 
 
@@ -81,12 +82,12 @@ def test_a_notebook_finds_the_cells_of_a_study_whatever_that_has_decided(tmp_pat
         {"arm": ["federated"], "init": "fm", "split": "age", "seed": 0, "round": 1, "dice": 0.5}
     )
     scores = table.assign(client=-1, image_id="a", patient_id="a")
-    study.save(made, "04_federate", {"images": "x", "code": "y"}, results=table, per_image=scores)
-    found, _, others = study.collect(cfg)
+    stages.save(made, "04_federate", {"images": "x", "code": "y"}, results=table, per_image=scores)
+    found, _, others = stages.collect(cfg)
     assert len(found) == 1 and others == []
     other = config.settings({"run_name": str(tmp_path), "images_without_age": "keep"})
     with pytest.raises(UserError, match="other settings"):
-        study.collect(other)
+        stages.collect(other)
 
 
 def test_a_study_may_add_a_split_by_age_and_trains_nothing_again_where_all_images_have_one(tmp_path):
@@ -96,7 +97,7 @@ def test_a_study_may_add_a_split_by_age_and_trains_nothing_again_where_all_image
     was, now = (cells[0].cfg.federate for cells in (before, after))
     assert (was.images_without_age, now.images_without_age) == ("keep", "leave_out")
     assert federate.run_settings(was, "federated") == federate.run_settings(now, "federated")
-    study.save(before[0].cfg, "01_data", {"fingerprint": "x"})
+    stages.save(before[0].cfg, "01_data", {"fingerprint": "x"})
     inputs = {"data": "x", "teacher": "y"}
     assert grid.other_study(after, inputs) == {}
     assert "data (by its bytes)" in grid.other_study(after, inputs | {"data": "z"})
@@ -107,10 +108,10 @@ def test_a_split_by_age_that_a_study_adds_is_not_refused_by_its_notebooks(tmp_pa
     cfg = config.settings({"run_name": str(tmp_path)})
     before, after = (grid.plan(cfg, [0], splits) for splits in (["iid"], ["iid", "age"]))
     for cell in before:
-        study.save(cell.cfg, cell.notebook, {})
+        stages.save(cell.cfg, cell.notebook, {})
     for cell in after:
         if cell.notebook in ("03_distill", "04_federate"):
-            study.check_run(cell.cfg, cell.notebook)
+            stages.check_run(cell.cfg, cell.notebook)
 
 
 def test_a_notebook_never_mixes_cells_with_and_without_images_of_unknown_age(tmp_path):
@@ -122,14 +123,14 @@ def test_a_notebook_never_mixes_cells_with_and_without_images_of_unknown_age(tmp
         made = {"run_name": str(tmp_path), "split": scheme, "seed": seed, "images_without_age": whose}
         cell = {"split": scheme, "seed": seed}
         tables = {"results": table.assign(**cell), "per_image": scores.assign(**cell)}
-        study.save(config.settings(made), "04_federate", {"images": "x", "code": "y"}, **tables)
-    found, _, others = study.collect(cfg)
+        stages.save(config.settings(made), "04_federate", {"images": "x", "code": "y"}, **tables)
+    found, _, others = stages.collect(cfg)
     assert sorted(found.split) == ["age", "iid"] and set(found.seed) == {0}
     assert others == ["04_federate-iid-seed1"]
 
 
 def test_an_analysis_with_other_settings_is_told_which(tmp_path):
     """As after the exercise of 04_federate, whose run 05_analysis is asked for with its own three clients."""
-    study.save(config.settings({"run_name": str(tmp_path), "num_clients": 1}), "04_federate", {})
+    stages.save(config.settings({"run_name": str(tmp_path), "num_clients": 1}), "04_federate", {})
     with pytest.raises(UserError, match=r"num_clients is 1 there and 3 here.*same values in the parameters"):
-        study.collect(config.settings({"run_name": str(tmp_path)}))
+        stages.collect(config.settings({"run_name": str(tmp_path)}))

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from fmfl import statistics
+from fmfl.analysis import statistics
 
 FM, RANDOM = ("federated", "fm", "age"), ("federated", "random", "age")
 

@@ -27,8 +27,9 @@ from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file
 
 import fmfl
-from fmfl import config, data, grid, models, paths, split, states, study, teacher, train
+from fmfl import config, data, models, paths, split, states, teacher, train
 from fmfl.errors import UserError
+from fmfl.study import grid, stages
 
 TINY = {
     "size": 32,
@@ -188,7 +189,7 @@ def test_table_1_is_of_the_reference_split(done):
 def test_the_manifest_is_true(done):
     manifest = json.loads((done / "manifest.json").read_text())
     assert manifest["fmfl"] == fmfl.__version__
-    assert manifest["commit"] == study.commit()
+    assert manifest["commit"] == stages.commit()
     for package, version in manifest["versions"].items():
         wanted = sys.version.split()[0] if package == "python" else importlib.metadata.version(package)
         assert version == wanted
@@ -327,8 +328,8 @@ def test_two_processes_that_share_a_study_and_are_stopped_end_in_the_files_of_on
 def few(**given) -> tuple[config.Settings, data.Cohort, split.Holdout]:
     tiny = {"size": 32, "num_phantoms": 60, "student": "tiny_unet", "proxy_epochs": 1}
     cfg = config.settings(tiny | given)
-    cohort = study.load_cohort(cfg)
-    return cfg, cohort, study.hold_out(cfg, cohort)
+    cohort = stages.load_cohort(cfg)
+    return cfg, cohort, stages.hold_out(cfg, cohort)
 
 
 def test_a_smaller_budget_of_labels_lies_within_a_larger_one():
@@ -336,14 +337,14 @@ def test_a_smaller_budget_of_labels_lies_within_a_larger_one():
     chosen = []
     for budget in (0, 3, 0.5, 1.0):
         own = config.settings({"labelled": float(budget)})
-        chosen.append(set(study.labelled(own, parts.proxy).nonzero()[:, 0].tolist()))
+        chosen.append(set(stages.labelled(own, parts.proxy).nonzero()[:, 0].tolist()))
     n = len(parts.proxy)
     assert [len(some) for some in chosen] == [0, 3, round(0.5 * n), n]
     assert chosen[0] < chosen[1] < chosen[2] < chosen[3]
     other = config.settings({"labelled": 3.0, "seed": 1})
-    assert set(study.labelled(other, parts.proxy).nonzero()[:, 0].tolist()) != chosen[1]
+    assert set(stages.labelled(other, parts.proxy).nonzero()[:, 0].tolist()) != chosen[1]
     with pytest.raises(UserError, match=f"labelled is 1000, but the proxy set has {n} images"):
-        study.labelled(config.settings({"labelled": 1000.0}), parts.proxy)
+        stages.labelled(config.settings({"labelled": 1000.0}), parts.proxy)
 
 
 @pytest.mark.parametrize("box_rule", ["whole_image", "predicted"])
@@ -351,12 +352,12 @@ def test_masks_outside_the_budget_are_never_looked_at(tmp_path, monkeypatch, box
     """With boxes that need none: the starts are the same bytes whatever those masks hold."""
     monkeypatch.setattr(paths, "CACHE", tmp_path)
     cfg, cohort, parts = few(labelled=4.0, box_rule=box_rule, run_name=str(tmp_path / "a"))
-    hidden = parts.proxy[~study.labelled(cfg, parts.proxy)]
+    hidden = parts.proxy[~stages.labelled(cfg, parts.proxy)]
     inits = ("random", "pretraining", "fm")
-    one = study.initial_states(cfg, cohort, parts.proxy, inits)
+    one = stages.initial_states(cfg, cohort, parts.proxy, inits)
     cohort.masks[hidden] = 1 - cohort.masks[hidden]
     cfg = replace(cfg, run=replace(cfg.run, run_name=str(tmp_path / "b")))
-    other = study.initial_states(cfg, cohort, parts.proxy, inits)
+    other = stages.initial_states(cfg, cohort, parts.proxy, inits)
     for init in inits:
         assert not one[init].reused and not other[init].reused
         assert states.state_digest(one[init].state) == states.state_digest(other[init].state)
@@ -368,18 +369,18 @@ def test_masks_outside_the_budget_are_never_looked_at(tmp_path, monkeypatch, box
 def test_where_there_is_no_mask_the_teachers_stands_in(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "CACHE", tmp_path)
     cfg, cohort, parts = few(labelled=0.0, box_rule="whole_image", run_name=str(tmp_path / "a"))
-    taught = study.taught(cfg, cohort, parts.proxy).examples
+    taught = stages.taught(cfg, cohort, parts.proxy).examples
     stands = taught.masks[parts.proxy]
     assert torch.equal(stands, (taught.teacher_logits > 0).to(stands.dtype))
     assert torch.equal(taught.masks[parts.test], cohort.masks[parts.test])
     with pytest.raises(UserError, match="labelled is 0: leave pretraining out of inits"):
-        study.initial_states(cfg, cohort, parts.proxy, ["pretraining"])
+        stages.initial_states(cfg, cohort, parts.proxy, ["pretraining"])
     predicted = replace(cfg, teacher=replace(cfg.teacher, box_rule="predicted"))
     with pytest.raises(UserError, match="needs proxy images with masks"):
-        study.initial_states(predicted, cohort, parts.proxy, ["fm"])
+        stages.initial_states(predicted, cohort, parts.proxy, ["fm"])
     fresh = replace(cfg, distill=replace(cfg.distill, teacher_views="fresh"))
     with pytest.raises(UserError, match="teacher_views 'fresh' needs a mask of every proxy image"):
-        study.initial_states(fresh, cohort, parts.proxy, ["fm"])
+        stages.initial_states(fresh, cohort, parts.proxy, ["fm"])
 
 
 # ------------------------------------------------------------------------------------------ cells, untrained
@@ -398,21 +399,21 @@ def cell(
         rows += [about | {"round": k, "dice": k * dice, "iou": 0.1, "hd95": 1.0} | spent for k in (0, 1)]
         images.append(about | {"client": -1, "image_id": "a", "patient_id": "p", "dice": dice})
     record = {"images": pixels, "code": code}
-    study.save(cfg, "04_federate", record, results=pd.DataFrame(rows), per_image=pd.DataFrame(images))
+    stages.save(cfg, "04_federate", record, results=pd.DataFrame(rows), per_image=pd.DataFrame(images))
     return cfg
 
 
 def test_a_cell_is_named_by_what_it_depends_on():
     cfg = config.settings({"split": "iid", "seed": 3})
-    names = [study.cell_name(cfg, name) for name in grid.DEPENDS]
+    names = [stages.cell_name(cfg, name) for name in grid.DEPENDS]
     assert names == ["01_data", "02_teacher", "03_distill-seed3", "04_federate-iid-seed3", "05_analysis"]
 
 
 def test_a_cells_record_says_what_made_it(tmp_path):
     cfg = config.settings({"run_name": tmp_path, "seed": 3})
-    folder = study.save(cfg, "03_distill", {"weighs": 1}, losses=pd.DataFrame({"loss": [0.25]}))
+    folder = stages.save(cfg, "03_distill", {"weighs": 1}, losses=pd.DataFrame({"loss": [0.25]}))
     assert folder == tmp_path / "cells" / "03_distill-seed3"
-    about = study.read_json(folder / "cell.json")
+    about = stages.read_json(folder / "cell.json")
     assert about["settings"] == cfg.flat() and about["record"] == {"weighs": 1}
     assert about["run"]["versions"]["torch"] == importlib.metadata.version("torch")
     assert (folder / "losses.csv").read_text() == "loss\n0.25\n"
@@ -423,7 +424,7 @@ def test_cells_come_together_whatever_seed_split_and_arms_they_have(tmp_path):
     cell(tmp_path, split="iid")
     cell(tmp_path, split="age", seed=1)
     cfg = cell(tmp_path, split="age", arms=("federated", "centralised"))
-    results, images, others = study.collect(cfg)
+    results, images, others = stages.collect(cfg)
     assert others == []
     assert set(zip(results.arm, results.split, results.seed, strict=True)) == {
         ("federated", "iid", 0),
@@ -437,42 +438,42 @@ def test_cells_come_together_whatever_seed_split_and_arms_they_have(tmp_path):
 def test_names_of_images_stay_as_they_are(tmp_path):
     """Read as numbers, 01 and 1 would be one image, and NA none."""
     cfg = cell(tmp_path)
-    file = tmp_path / "cells" / study.cell_name(cfg, "04_federate") / "per_image.csv"
+    file = tmp_path / "cells" / stages.cell_name(cfg, "04_federate") / "per_image.csv"
     row = pd.read_csv(file).iloc[0].to_dict()
     names = ["01", "1", "1.0", "NA"]
     pd.DataFrame([row | {"image_id": name, "patient_id": name} for name in names]).to_csv(file, index=False)
-    _, images, _ = study.collect(cfg)
+    _, images, _ = stages.collect(cfg)
     assert images.image_id.tolist() == names == images.patient_id.tolist()
 
 
 def test_a_run_that_two_cells_hold_counts_once(tmp_path):
     """As the centralised one does that was trained under two splits."""
     cell(tmp_path, split="iid", arms=("federated", "centralised"))
-    results, images, _ = study.collect(cell(tmp_path, arms=("federated", "centralised")))
+    results, images, _ = stages.collect(cell(tmp_path, arms=("federated", "centralised")))
     assert (results.arm == "centralised").sum() == 2 and (images.arm == "centralised").sum() == 1
 
 
 def test_two_results_for_one_run_are_refused(tmp_path):
     cell(tmp_path, split="iid", arms=("centralised",), dice=0.25)
     with pytest.raises(UserError, match="two different results for one run"):
-        study.collect(cell(tmp_path, arms=("centralised",)))
+        stages.collect(cell(tmp_path, arms=("centralised",)))
 
 
 @pytest.mark.parametrize("other", [{"pixels": "c"}, {"code": "c"}])
 def test_cells_of_other_images_or_other_code_are_not_mixed(tmp_path, other):
     cell(tmp_path, split="iid", **other)
     with pytest.raises(UserError, match="made from different images or by different code"):
-        study.collect(cell(tmp_path))
+        stages.collect(cell(tmp_path))
 
 
 def test_cells_of_other_settings_are_left_out_and_named(tmp_path):
     cell(tmp_path, split="iid", learning_rate=0.5)
     cfg = cell(tmp_path)
-    results, _, others = study.collect(cfg)
+    results, _, others = stages.collect(cfg)
     assert set(results.split) == {"age"} and others == ["04_federate-iid-seed0"]
     (tmp_path / "cells" / "04_federate-age-seed0" / "cell.json").unlink()
     with pytest.raises(UserError, match=r"cell\.json is missing"):
-        study.collect(cfg)
+        stages.collect(cfg)
 
 
 @pytest.mark.parametrize(
@@ -486,24 +487,24 @@ def test_cells_of_other_settings_are_left_out_and_named(tmp_path):
 def test_cells_of_other_notebooks_with_other_settings_are_left_out_and_named(tmp_path, notebook, given):
     """As an exercise leaves them: neither their records nor their figures are the study's."""
     other = config.settings({"run_name": tmp_path, "num_rounds": 1} | given)
-    study.save_figure(other, "theirs", pyplot.figure())
-    study.save(other, notebook, {"theirs": True})
+    stages.save_figure(other, "theirs", pyplot.figure())
+    stages.save(other, notebook, {"theirs": True})
     cfg = cell(tmp_path)
-    results, _, others = study.collect(cfg)
-    assert others == [study.cell_name(other, notebook)]
-    manifest = study.manifest(cfg, results, others)
+    results, _, others = stages.collect(cfg)
+    assert others == [stages.cell_name(other, notebook)]
+    manifest = stages.manifest(cfg, results, others)
     assert "theirs" not in json.dumps(manifest)
     # What it does not depend on does not matter, nor do seed and sweep.
     same = config.settings({"run_name": tmp_path, "num_rounds": 9, "seed": 7, "alpha_sweep": ""})
-    study.save(same, "02_teacher", {})
-    assert study.cell_name(same, "02_teacher") not in study.collect(cfg)[2]
+    stages.save(same, "02_teacher", {})
+    assert stages.cell_name(same, "02_teacher") not in stages.collect(cfg)[2]
 
 
 def test_the_manifest_names_the_figures_of_the_studys_cells_in_the_order_of_the_story(tmp_path):
     def draw(cfg, notebook, *names):
         for name in names:
-            study.save_figure(cfg, name, pyplot.figure())
-        return study.save(cfg, notebook, {}) if notebook else None
+            stages.save_figure(cfg, name, pyplot.figure())
+        return stages.save(cfg, notebook, {}) if notebook else None
 
     cfg = config.settings({"run_name": tmp_path, "num_rounds": 1})
     draw(config.settings({"run_name": tmp_path / "another"}), None, "of another folder")
@@ -511,11 +512,11 @@ def test_the_manifest_names_the_figures_of_the_studys_cells_in_the_order_of_the_
     draw(config.settings({"run_name": tmp_path, "seed": 9}), "03_distill", "loss_seed9")
     draw(cfg, "01_data", "images", "ages", "images")
     draw(cfg, "05_analysis", "of an earlier analysis")
-    study.save_figure(cfg, "dice_by_round", pyplot.figure())
-    results, *_ = study.collect(cell(tmp_path))
+    stages.save_figure(cfg, "dice_by_round", pyplot.figure())
+    results, *_ = stages.collect(cell(tmp_path))
     draw(cfg, None, "fig2", "fig3")
     names = ["images", "ages", "loss_seed9", "loss_seed10", "dice_by_round", "fig2", "fig3"]
-    assert study.manifest(cfg, results)["figures"] == [f"{name}.png" for name in names]
+    assert stages.manifest(cfg, results)["figures"] == [f"{name}.png" for name in names]
     pyplot.close("all")
 
 
@@ -528,31 +529,31 @@ def test_the_manifest_names_the_figures_of_the_studys_cells_in_the_order_of_the_
 )
 def test_a_notebook_does_not_write_over_results_of_other_settings(tmp_path, made, begun):
     """Its sentence says which, and holds the line that helps."""
-    study.save(config.settings({"run_name": tmp_path / "quick"}), made, {})
+    stages.save(config.settings({"run_name": tmp_path / "quick"}), made, {})
     other = config.settings({"run_name": tmp_path / "quick", "temperature": 2.0})
     with pytest.raises(UserError) as caught:
-        study.check_run(other, begun)
+        stages.check_run(other, begun)
     assert str(caught.value) == (
         f"run '{tmp_path}/quick' holds results of other settings (temperature is 1.0 there and 2.0 here), "
         "and would lose them: name a run of its own in the parameters cell, such as "
         "run_name = 'quick-temperature=2'"
     )
-    study.check_run(
+    stages.check_run(
         config.settings({"run_name": tmp_path / "quick-temperature=2", "temperature": 2.0}), begun
     )
 
 
 def test_a_notebook_goes_on_where_only_seed_split_starts_and_what_it_does_not_know_differ(tmp_path):
-    study.save(config.settings({"run_name": tmp_path, "num_clients": 5}), "04_federate", {})
-    study.save(config.settings({"run_name": tmp_path, "age_strength": 0.5}), "01_data", {})
-    study.save(config.settings({"run_name": tmp_path, "jitter_pixels": 20.0}), "02_teacher", {})
+    stages.save(config.settings({"run_name": tmp_path, "num_clients": 5}), "04_federate", {})
+    stages.save(config.settings({"run_name": tmp_path, "age_strength": 0.5}), "01_data", {})
+    stages.save(config.settings({"run_name": tmp_path, "jitter_pixels": 20.0}), "02_teacher", {})
     free = {"seed": 3, "split": "iid", "inits": "random", "arms": "federated", "device": "cpu"}
-    study.check_run(config.settings({"run_name": tmp_path, "num_clients": 5} | free), "04_federate")
-    study.check_run(config.settings({"run_name": tmp_path}), "03_distill")  # knows of no clients
+    stages.check_run(config.settings({"run_name": tmp_path, "num_clients": 5} | free), "04_federate")
+    stages.check_run(config.settings({"run_name": tmp_path}), "03_distill")  # knows of no clients
     with pytest.raises(UserError, match="num_clients is 5 there and 3 here"):
-        study.check_run(config.settings({"run_name": tmp_path}), "04_federate")
+        stages.check_run(config.settings({"run_name": tmp_path}), "04_federate")
     (tmp_path / "cells" / "04_federate-age-seed0" / "cell.json").write_text("{")
-    study.check_run(config.settings({"run_name": tmp_path}), "04_federate")
+    stages.check_run(config.settings({"run_name": tmp_path}), "04_federate")
 
 
 def test_variants_come_together_with_their_axis_and_the_studys_own_value(tmp_path):
@@ -564,11 +565,11 @@ def test_variants_come_together_with_their_axis_and_the_studys_own_value(tmp_pat
         ("server=adam", {"server": "adam"}),
         ("num_clients=4", {"num_clients": 4, "server": "adam"}),
     ):
-        cell(study.variant_dir(cfg, variant), **given)
-    found = study.collect_variants(cfg)
+        cell(stages.variant_dir(cfg, variant), **given)
+    found = stages.collect_variants(cfg)
     rows = set(found[["axis", "value", "own"]].itertuples(index=False, name=None))
     assert rows == {("labelled", "10", "all"), ("labelled", "30", "all"), ("server", "adam", "average")}
-    assert study.collect_variants(cell(tmp_path / "alone")).empty
+    assert stages.collect_variants(cell(tmp_path / "alone")).empty
 
 
 def test_a_cell_made_before_a_parameter_came_had_it_at_its_default(tmp_path):
@@ -577,17 +578,17 @@ def test_a_cell_made_before_a_parameter_came_had_it_at_its_default(tmp_path):
     about = json.loads(file.read_text())
     del about["settings"]["labelled"]
     file.write_text(json.dumps(about))
-    assert len(study.collect(cfg)[0]) == 2
+    assert len(stages.collect(cfg)[0]) == 2
     with pytest.raises(UserError, match=r"labelled is 1\.0 there and 5\.0 here"):
-        study.collect(config.settings({"run_name": tmp_path, "num_rounds": 1, "labelled": 5.0}))
+        stages.collect(config.settings({"run_name": tmp_path, "num_rounds": 1, "labelled": 5.0}))
 
 
 def test_no_results_of_these_settings_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"holds no results of these settings: run 04_federate first"):
-        study.collect(config.settings({"run_name": tmp_path}))
+        stages.collect(config.settings({"run_name": tmp_path}))
     cell(tmp_path)
     with pytest.raises(UserError, match="holds results of other settings alone"):
-        study.collect(config.settings({"run_name": tmp_path}))
+        stages.collect(config.settings({"run_name": tmp_path}))
 
 
 @pytest.mark.parametrize(("content", "what"), [(None, "is missing"), ("{", "is damaged")])
@@ -595,28 +596,28 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path, content, what):
     if content:
         (tmp_path / "cell.json").write_text(content)
     with pytest.raises(UserError, match=rf"cell\.json {what}"):
-        study.read_json(tmp_path / "cell.json")
+        stages.read_json(tmp_path / "cell.json")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    study.write_text(tmp_path / "new" / "file", "before")
+    stages.write_text(tmp_path / "new" / "file", "before")
 
     def broken(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(OSError, match="no space left"):
-        study.write_text(tmp_path / "new" / "file", "after")
+        stages.write_text(tmp_path / "new" / "file", "after")
     assert (tmp_path / "new" / "file").read_text() == "before"
 
 
 def test_a_figure_half_written_is_no_figure(tmp_path, monkeypatch):
     """A report takes every *.png of the folder, hidden ones too."""
     cfg, figure = config.settings({"run_name": tmp_path}), pyplot.figure()
-    assert study.save_figure(cfg, "fig9", figure) is figure
+    assert stages.save_figure(cfg, "fig9", figure) is figure
     assert [file.name for file in (tmp_path / "figures").glob("*.png")] == ["fig9.png"]
     monkeypatch.setattr(os, "replace", lambda *_: None)  # killed just before
-    study.save_figure(cfg, "fig8", figure)
+    stages.save_figure(cfg, "fig8", figure)
     assert [file.name for file in (tmp_path / "figures").glob("*.png")] == ["fig9.png"]
     pyplot.close(figure)
 
@@ -624,8 +625,8 @@ def test_a_figure_half_written_is_no_figure(tmp_path, monkeypatch):
 def test_the_manifest_shows_names_and_no_paths(tmp_path):
     given = {"data": "phantom,/home/somebody/rays", "checkpoint": "/home/somebody/weights.safetensors"}
     cfg = cell(tmp_path / "run", **given)
-    results, *_ = study.collect(cfg)
-    settings = study.manifest(cfg, results)["settings"]
+    results, *_ = stages.collect(cfg)
+    settings = stages.manifest(cfg, results)["settings"]
     assert (settings["data"], settings["checkpoint"]) == ("phantom,rays", "weights.safetensors")
     assert settings["run_name"] == "run"
 
@@ -634,9 +635,9 @@ def test_the_commit_is_that_of_the_checkout(monkeypatch, tmp_path):
     git = shutil.which("git")
     if git and (paths.ROOT / ".git").exists():
         head = subprocess.run([git, "rev-parse", "HEAD"], cwd=paths.ROOT, capture_output=True, text=True)
-        assert study.commit().removesuffix("+changes") == head.stdout.strip()
+        assert stages.commit().removesuffix("+changes") == head.stdout.strip()
     monkeypatch.setattr(paths, "ROOT", tmp_path)
-    assert study.commit() == "", "outside git"
+    assert stages.commit() == "", "outside git"
 
 
 # ------------------------------------------------------------------------------------------ distillations
@@ -644,7 +645,7 @@ def test_the_commit_is_that_of_the_checkout(monkeypatch, tmp_path):
 
 def distillations(**given) -> list[tuple]:
     """Alpha, temperature, labels and views of what is compared, after the run's own."""
-    own, *others = study.variants(config.settings({"alpha_sweep": ""} | given))
+    own, *others = stages.variants(config.settings({"alpha_sweep": ""} | given))
     assert own == config.settings(given).distill
     return [(how.alpha, how.temperature, how.teacher_labels, how.teacher_views) for how in others]
 
@@ -704,16 +705,16 @@ def test_a_sweep_asks_the_teacher_once_and_again_not_at_all(tmp_path, monkeypatc
     )
     sweep = {"alpha_sweep": "0,0.5,1", "temperature_sweep": "1,2", "variants": "hard", "proxy_epochs": 1}
     cfg = config.settings(TINY | sweep | {"run_name": tmp_path / "run", "alpha": 0.5})
-    cohort = study.load_cohort(cfg)
-    proxy = study.hold_out(cfg, cohort).proxy
-    starts = study.initial_states(cfg, cohort, proxy, INITS)
-    first = study.distilled(cfg, cohort, proxy)
+    cohort = stages.load_cohort(cfg)
+    proxy = stages.hold_out(cfg, cohort).proxy
+    starts = stages.initial_states(cfg, cohort, proxy, INITS)
+    first = stages.distilled(cfg, cohort, proxy)
     assert sum(asked) == len(proxy), "once, for all students together"
     # random is not trained but built; of the sweep, alpha 0 and 0.5 at T = 1 are starts already.
     assert len(first) == 6 and len(trained) == 3 + 4
     asked.clear()
     trained.clear()
-    again = study.distilled(cfg, cohort, proxy)
+    again = stages.distilled(cfg, cohort, proxy)
     assert asked == [] == trained
     digests = [states.state_digest(start.state) for _, start in first]
     assert digests == [states.state_digest(start.state) for _, start in again]
@@ -726,11 +727,11 @@ def test_a_sweep_asks_the_teacher_once_and_again_not_at_all(tmp_path, monkeypatc
 def test_fresh_views_are_asked_in_every_epoch_and_the_others_not(tmp_path, asked):
     given = {"run_name": tmp_path / "run", "alpha_sweep": "", "variants": "fresh", "proxy_epochs": 2}
     cfg = config.settings(TINY | given)
-    cohort = study.load_cohort(cfg)
-    proxy = study.hold_out(cfg, cohort).proxy
-    study.initial_states(cfg, cohort, proxy, ["fm"])
+    cohort = stages.load_cohort(cfg)
+    proxy = stages.hold_out(cfg, cohort).proxy
+    stages.initial_states(cfg, cohort, proxy, ["fm"])
     asked.clear()
-    (_, own), (how, fresh) = study.distilled(cfg, cohort, proxy)
+    (_, own), (how, fresh) = stages.distilled(cfg, cohort, proxy)
     assert sum(asked) == 2 * len(proxy)
     assert how.teacher_views == "fresh"
     assert states.state_digest(own.state) != states.state_digest(fresh.state)
@@ -739,22 +740,22 @@ def test_fresh_views_are_asked_in_every_epoch_and_the_others_not(tmp_path, asked
 @pytest.mark.parametrize("module", ["teacher.py", "sam.py", "checkpoints.py", "study.py"])
 def test_fresh_views_of_other_code_are_other_answers(tmp_path, monkeypatch, module):
     cfg = config.settings(TINY | {"run_name": tmp_path, "teacher_views": "fresh"})
-    cohort = study.load_cohort(cfg)
-    proxy = study.hold_out(cfg, cohort).proxy
-    key = study.taught(cfg, cohort, proxy).key
-    assert key == study.taught(cfg, cohort, proxy).key
+    cohort = stages.load_cohort(cfg)
+    proxy = stages.hold_out(cfg, cohort).proxy
+    key = stages.taught(cfg, cohort, proxy).key
+    assert key == stages.taught(cfg, cohort, proxy).key
     digest = states.code_digest
     monkeypatch.setattr(
         states, "code_digest", lambda files=(): "edited" if module in files else digest(files)
     )
-    assert study.taught(cfg, cohort, proxy).key != key
+    assert stages.taught(cfg, cohort, proxy).key != key
 
 
 def test_without_masks_there_is_no_student_of_masks_alone(tmp_path):
     given = {"run_name": tmp_path / "run", "alpha_sweep": "0,1", "labelled": 0.0, "proxy_epochs": 1}
     cfg = config.settings(TINY | given)
-    cohort = study.load_cohort(cfg)
-    found = study.distilled(cfg, cohort, study.hold_out(cfg, cohort).proxy)
+    cohort = stages.load_cohort(cfg)
+    found = stages.distilled(cfg, cohort, stages.hold_out(cfg, cohort).proxy)
     assert [how.alpha for how, _ in found] == [0.6, 1]
 
 
@@ -765,22 +766,22 @@ def test_a_tasks_memory_is_what_it_takes_and_gives_back():
     """64 MiB, written so that they are really there; twice, because freed memory may be kept."""
     device = torch.device("cpu")
     for _ in range(2):
-        found = study.working_memory(lambda: torch.ones(2**24), device)
+        found = stages.working_memory(lambda: torch.ones(2**24), device)
         if found is None:
             pytest.skip("this system does not tell")
         assert 0.9 * 2**26 < found < 2 * 2**26
-    assert study.working_memory(lambda: None, device) < 2**24
+    assert stages.working_memory(lambda: None, device) < 2**24
 
 
 def test_memory_that_is_not_told_is_none(monkeypatch):
     def refused(what: str) -> int:
         raise FileNotFoundError(what)
 
-    monkeypatch.setattr(study, "_of_this_process", refused)
-    assert study.working_memory(lambda: None, torch.device("cpu")) is None
+    monkeypatch.setattr(stages, "_of_this_process", refused)
+    assert stages.working_memory(lambda: None, torch.device("cpu")) is None
 
 
 def test_the_machines_memory_is_told_where_the_system_tells_it(monkeypatch):
-    assert study.memory_gib() is None or 0.1 < study.memory_gib() < 100_000
+    assert stages.memory_gib() is None or 0.1 < stages.memory_gib() < 100_000
     monkeypatch.delattr(os, "sysconf", raising=False)
-    assert study.memory_gib() is None
+    assert stages.memory_gib() is None

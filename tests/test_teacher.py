@@ -18,9 +18,11 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmfl import metrics, paths, phantom, sam, teacher
+from fmfl import metrics, paths, teacher
 from fmfl.errors import UserError
+from fmfl.sources import phantom
 from fmfl.teacher import Teacher, boxes_from_masks, cached_logits, decode, jitter, prompt
+from fmfl.teachers import sam
 
 SIZE = 64
 NETWORK = dict(

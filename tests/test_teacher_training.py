@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from fmfl import data, teacher, teacher_training
+from fmfl import data, teacher
 from fmfl.teacher import boxes_from_masks
+from tools import train_builtin_teacher as teacher_training
 
 SIZE = 64
 

@@ -35,7 +35,7 @@ def _micro_student(monkeypatch):
 def examples(indices=range(10), logits: bool = False, num: int = NUM) -> Examples:
     """Images with a bright rectangle as the mask; image i is recognised by the grey value i of its corner.
 
-    With ``logits`` the teacher's are +6 inside the mask and -6 outside.
+    With `logits` the teacher's are +6 inside the mask and -6 outside.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(20, 120, (num, 1, SIZE, SIZE), generator=generator, dtype=torch.uint8)
@@ -185,7 +185,7 @@ def test_image_mask_and_teacher_belong_together(augmentation):
 
 
 def test_teacher_logits_are_by_position_and_images_by_index():
-    """Row i of the logits belongs to ``indices[i]``, whatever the number of stored images."""
+    """Row i of the logits belongs to `indices[i]`, whatever the number of stored images."""
     of = examples([7, 2, 9, 4, 11])
     of.teacher_logits = of.indices.float().view(-1, 1, 1, 1).expand(-1, 1, SIZE, SIZE)
     for images, _, logits in epoch(of, 5, batch_size=2):
@@ -332,7 +332,7 @@ def test_random_is_the_untrained_student():
 
 
 def test_pretraining_is_eq_5_without_the_teacher():
-    """alpha = 0, to the last bit: as ``fm`` with that alpha, and in a loop that still asks the teacher."""
+    """alpha = 0, to the last bit: as `fm` with that alpha, and in a loop that still asks the teacher."""
     cfg = DistillConfig(student="tiny_unet", proxy_epochs=2)
     pretrained = begin("pretraining", cfg)
     assert equal(
@@ -430,7 +430,7 @@ def test_a_start_serves_both_ways_of_averaging_batchnorm_and_group_norm_has_its_
 
 
 def test_pretraining_does_not_depend_on_the_teacher(tmp_path, trained):
-    """Another teacher or alpha changes ``fm`` alone."""
+    """Another teacher or alpha changes `fm` alone."""
     file = tmp_path / "pretraining.safetensors"
     begin("pretraining", file=file, teacher_key="t")
     cfg = DistillConfig(student="micro", proxy_epochs=2, alpha=0.9)

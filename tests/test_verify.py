@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from fmfl import cli, states, verify
+from fmfl import states
+from fmfl.study import cli, verify
 
 RUN = "federated-iid-fm-seed0"
 STATE = {

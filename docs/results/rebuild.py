@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 import scipy
 
-from fmfl import analysis, markdown, plots, report, statistics
+from fmfl.analysis import markdown, plots, statistics, tables
+from fmfl.study import report
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = ("v7-cpu", "v7-labels")  # all tables
@@ -40,18 +41,18 @@ def main(root: Path = ROOT, *, figures: bool = True) -> None:
 
 def analyse(folder: Path) -> None:
     """Write a study's tables from its scores."""
-    results, per_image = (analysis.read_table(folder / f"{name}.csv") for name in ("results", "per_image"))
-    informed = [init for init in analysis.ordered_inits(results) if init != "random"]
-    tables = {
-        "table1": analysis.table1(results, per_image),
-        "claims": analysis.claims(results, per_image),
-        "differences": analysis.paired_differences(per_image),
-        "cost": analysis.cost(results, analysis.TARGETS[0]),
-        "gap": analysis.gap(per_image, informed, analysis.reference_split(results)),
-        "speed": analysis.speed(results),
-        "weakest": analysis.weakest(per_image),
+    results, per_image = (tables.read_table(folder / f"{name}.csv") for name in ("results", "per_image"))
+    informed = [init for init in tables.ordered_inits(results) if init != "random"]
+    written = {
+        "table1": tables.table1(results, per_image),
+        "claims": tables.claims(results, per_image),
+        "differences": tables.paired_differences(per_image),
+        "cost": tables.cost(results, tables.TARGETS[0]),
+        "gap": tables.gap(per_image, informed, tables.reference_split(results)),
+        "speed": tables.speed(results),
+        "weakest": tables.weakest(per_image),
     }
-    for name, table in tables.items():
+    for name, table in written.items():
         table.to_csv(folder / f"{name}.csv", index=False)
 
 
@@ -86,7 +87,7 @@ def gains(folder: Path) -> None:
     judged = statistics.corrected(once).rename(columns={"value": "gain"})
     table = table[[*same, *(name for name in table if name not in {*same, *JUDGED})]]
     table = table.merge(judged[[*same, *JUDGED]], on=same, how="left")
-    columns = ["axis", "value", "higher", "lower", "gain", *(c for c in analysis.COMPARED if c != "value")]
+    columns = ["axis", "value", "higher", "lower", "gain", *(c for c in tables.COMPARED if c != "value")]
     table[columns].to_csv(folder / "gains.csv", index=False)
 
 
@@ -100,7 +101,7 @@ def scores_of_variants(folder: Path) -> None:
     """Write by_variant.csv again with two-way intervals."""
     table = pd.read_csv(folder / "by_variant.csv", dtype={"value": str})
     table["low"], table["high"] = zip(*(mean.interval() for mean in together(table, "dice")), strict=True)
-    table[["axis", "value", "init", "dice", *analysis.SCORED]].to_csv(folder / "by_variant.csv", index=False)
+    table[["axis", "value", "init", "dice", *tables.SCORED]].to_csv(folder / "by_variant.csv", index=False)
 
 
 def draw(results: Path) -> None:
@@ -109,10 +110,9 @@ def draw(results: Path) -> None:
     for name in STUDIES:
         folder = results / name
         runs, per_image, drift, starts = (
-            analysis.read_table(folder / f"{name}.csv")
-            for name in ("results", "per_image", "drift", "starts")
+            tables.read_table(folder / f"{name}.csv") for name in ("results", "per_image", "drift", "starts")
         )
-        split = analysis.reference_split(runs)
+        split = tables.reference_split(runs)
         _save(plots.fig2(runs, per_image), folder / "figures" / "fig2.png")
         _save(plots.fig3(runs, split), folder / "figures" / "fig3.png")
         _save(plots.per_image(per_image, split), folder / "figures" / "per_image.png")
@@ -139,8 +139,8 @@ def epochs(study: markdown.Folder) -> list[str]:
 
 def end(study: markdown.Folder) -> list[str]:
     """The last epoch's Dice with its interval."""
-    found = statistics.contrast(study["per_image"], {analysis.CENTRALISED: 1})
-    hd95 = analysis.final(study["results"]).hd95.iloc[0]
+    found = statistics.contrast(study["per_image"], {tables.CENTRALISED: 1})
+    hd95 = tables.final(study["results"]).hd95.iloc[0]
     within = markdown.interval(found["low"], found["high"])
     return [
         f"At the end: **{found['value']:.2f} %** (95 % interval over patients {within}; one seed, so the "

@@ -1,0 +1,1 @@
+"""Analysis: statistics, tables, claims, figures and the loss landscape."""

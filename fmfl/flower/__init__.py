@@ -1,0 +1,1 @@
+"""The same study on Flower, in one process and deployed."""

@@ -1,0 +1,168 @@
+"""Pictures: from a file to 8-bit grey, and to the study's size."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from fmfl.sources.files import DICOM_SUFFIXES, LeftOut, first_line, has_image_suffix
+from fmfl.sources.metadata import OLDEST, UNKNOWN_AGE
+
+PHOTOMETRIC_TAG = 262  # PhotometricInterpretation of TIFF 6.0
+DICOM_AGE_UNITS = {"D": 365.25, "W": 52.18, "M": 12, "Y": 1}  # in a year
+
+
+def read_image(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """A picture as 8-bit grey, turned as its EXIF tag says, and what its header tells of the patient.
+
+    8-bit grey stays as it is, colour is weighted to luma (ITU-R 601), transparency lies on black. Deeper
+    grey (16-bit, float, DICOM) is stretched from its own lowest to its own highest value: such files hold 10,
+    12 or 16 significant bits and seldom say which.
+
+    Returns:
+        [H, W] uint8, and a dict that may hold age (years), sex, patient_id and view; `age_without_unit` is
+        True for an age that is a number alone, `age_not_valid` the text of one that is none.
+
+    Raises:
+        LeftOut: the file cannot be read, or holds several pictures.
+    """
+    # Decoders meet arbitrary bytes and raise nearly anything; whatever it is, it is this one file's fault.
+    try:
+        if path.suffix.lower() in DICOM_SUFFIXES or not has_image_suffix(path.name):
+            return _read_dicom(path)
+        image = open_picture(path)
+        if is_deep(image):
+            return _stretch(np.asarray(image)), {}
+        return np.asarray(image.convert("L")), {}
+    except (LeftOut, MemoryError):
+        raise
+    except Exception as error:
+        raise unreadable(path, "image", error) from None
+
+
+def unreadable(path: Path, what: str, error: Exception) -> LeftOut:
+    """The reason why an image or a mask is left out that its decoder cannot read."""
+    if path.is_symlink() and not path.exists():
+        detail = f"it is a link to {os.readlink(path)}, which is not there"
+        return LeftOut(path, "broken link", detail)
+    return LeftOut(path, f"unreadable {what}", f"not readable as an image ({first_line(error)})")
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture in memory, upright, its transparency on black; ValueError where the file holds several.
+
+    Where a TIFF file's lowest value is white (PhotometricInterpretation 0), Pillow turns 8 bits and less
+    round and leaves deeper values as they are. Here white is the highest value of both.
+    """
+    with Image.open(path) as opened:
+        # A JPEG may hold its own thumbnail or a second view of the camera beside it.
+        if opened.format not in ("JPEG", "MPO") and getattr(opened, "n_frames", 1) > 1:
+            raise ValueError(f"it holds {opened.n_frames} pictures")
+        white_is_low = getattr(opened, "tag_v2", {}).get(PHOTOMETRIC_TAG) == 0
+        image = ImageOps.exif_transpose(opened)
+        if white_is_low and is_deep(image):
+            image = _turn_round(image)
+        if image.has_transparency_data:
+            image = on_black(image)
+        image.load()
+        image.format = opened.format
+        return image
+
+
+def _turn_round(image: Image.Image) -> Image.Image:
+    """The same values from the other end: the highest becomes the lowest."""
+    values = np.asarray(image)
+    wide = values.astype(np.float64)  # 16 and 32 bits are exact in it
+    return Image.fromarray((wide.max() + wide.min() - wide).astype(values.dtype))
+
+
+def on_black(image: Image.Image) -> Image.Image:
+    """A picture with transparency as RGB, laid on black."""
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
+
+
+def is_deep(image: Image.Image) -> bool:
+    """True for more than 8 bits a pixel in one channel."""
+    return image.mode.startswith(("I", "F"))
+
+
+def resize(grey: np.ndarray, size: int) -> np.ndarray:
+    """[H, W] uint8 squeezed to (size, size), antialiased.
+
+    Pillow's bilinear filter is as wide as the shrinking asks, along each side for itself: a weighted mean
+    over the area that a new pixel covers. A 0/255 mask thresholded at the half keeps its edges in place.
+    """
+    return np.asarray(Image.fromarray(grey).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _stretch(values: np.ndarray) -> np.ndarray:
+    """Lowest..highest value -> 0..255; a flat picture becomes black."""
+    values = values.astype(np.float64)
+    low, high = values.min(), values.max()
+    if not np.isfinite([low, high]).all():
+        raise ValueError("it holds values that are not finite")
+    return np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+
+
+def _read_dicom(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    try:
+        import pydicom
+        from pydicom import pixels
+    except ImportError:
+        detail = "reading DICOM needs the package pydicom: pip install pydicom"
+        raise LeftOut(path, "pydicom not installed", detail) from None
+    dataset = pydicom.dcmread(path)
+    values = dataset.pixel_array
+    if values.ndim != 2:
+        raise ValueError(f"one grey frame is wanted, not an array of shape {values.shape}")
+    kind = dataset.get("PhotometricInterpretation")
+    if kind == "PALETTE COLOR":  # the values are numbers of colours
+        colours = pixels.apply_color_lut(values, dataset)
+        eight_bit = (colours >> 8 if colours.dtype == np.uint16 else colours).astype(np.uint8)
+        return np.asarray(Image.fromarray(eight_bit).convert("L")), _header(dataset)
+    if kind not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ValueError(f"its values are {kind}, not grey")
+    if kind == "MONOCHROME2" and dataset.get("PresentationLUTShape") == "INVERSE":
+        raise ValueError("its header says both MONOCHROME2 and INVERSE: whether bright is bone is not told")
+    picture = ~_padding(values, dataset)
+    values = pixels.apply_modality_lut(values, dataset)  # stored values -> rescaled values
+    values = pixels.apply_voi_lut(values, dataset)  # -> the window that a reader would see
+    grey = np.zeros(values.shape, np.uint8)
+    grey[picture] = _stretch(values[picture])
+    if kind == "MONOCHROME1":  # there the lowest value is white
+        grey[picture] = 255 - grey[picture]
+    return grey, _header(dataset)
+
+
+def _padding(stored: np.ndarray, dataset: Any) -> np.ndarray:
+    """[H, W] bool, where stored values fill up the picture and measure nothing (PS3.3, C.7.5.1.1.2).
+
+    Such a value may lie far beyond all others, and would leave them a few grey levels.
+    """
+    first = dataset.get("PixelPaddingValue")
+    if first is None:
+        return np.zeros(stored.shape, bool)
+    last = dataset.get("PixelPaddingRangeLimit")
+    low, high = sorted((first, first if last is None else last))
+    padding = (stored >= low) & (stored <= high)
+    return padding & ~padding.all()
+
+
+def _header(dataset: Any) -> dict[str, Any]:
+    header = {
+        "patient_id": str(dataset.get("PatientID") or "").strip(),
+        "sex": {"M": "M", "F": "F"}.get(str(dataset.get("PatientSex") or ""), ""),
+        "view": str(dataset.get("ViewPosition") or "").strip(),
+    }
+    text = str(dataset.get("PatientAge") or "").strip()
+    age = re.fullmatch(r"([0-9]{1,3})([DWMY]?)", text.upper())
+    years = int(age[1]) / DICOM_AGE_UNITS[age[2] or "Y"] if age else OLDEST + 1
+    if years <= OLDEST:
+        header |= {"age": years, "age_without_unit": not age[2]}
+    elif text.lower() not in UNKNOWN_AGE:
+        header["age_not_valid"] = text
+    return header

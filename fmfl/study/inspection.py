@@ -1,0 +1,209 @@
+"""What `fmfl data` says of a source besides its counts: what a person should look at before a study."""
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from fmfl import split
+from fmfl.analysis.statistics import MIN_PATIENTS
+from fmfl.config import DataConfig, FederateConfig
+from fmfl.data import Cohort
+from fmfl.errors import UserError, first_few
+
+COVER = (0.01, 0.70)  # share of the picture that lungs usually take, at most
+FEW_AGES = 0.5  # of the images; a study by age uses only those that have one
+SHEET_IMAGES = 60
+SHEET_COLUMNS = 10
+
+
+def warnings(cohort: Cohort) -> list[str]:
+    """Sentences on what may be wrong with images that are used, or is too little for a study."""
+    checks: tuple[Callable[[Cohort], Iterator[str]], ...] = (
+        _cover,
+        _patients,
+        _near_patients,
+        _copies,
+        _ages,
+        _test_patients,
+    )
+    return [*cohort.remarks, *(sentence for check in checks for sentence in check(cohort))]
+
+
+def cover(cohort: Cohort) -> np.ndarray:
+    """[N] share of each picture that its mask takes, 0..1."""
+    return cohort.masks.flatten(1).float().mean(dim=1).cpu().numpy()
+
+
+def _cover(cohort: Cohort) -> Iterator[str]:
+    share = cover(cohort)
+    for where, what in (
+        (share < COVER[0], f"under {COVER[0]:.0%}"),
+        (share > COVER[1], f"over {COVER[1]:.0%}"),
+    ):
+        if where.any():
+            names = first_few(cohort.table.image_id[where])
+            yield f"{where.sum()} masks cover {what} of their picture, which is not what lungs do: {names}"
+
+
+def _patients(cohort: Cohort) -> Iterator[str]:
+    for name, table in cohort.table.groupby("source", sort=False):
+        own = np.array(
+            [
+                patient.endswith(f":{image}") or patient.endswith(f":{image.removeprefix(f'{name}/')}")
+                for patient, image in zip(table.patient_id, table.image_id, strict=True)
+            ]
+        )
+        if own.all():
+            yield (
+                f"{name}: no image has a patient_id, so each counts as a patient of its own; two of one "
+                "patient can then lie on both sides of a split: give patient_id in metadata.csv"
+            )
+        elif own.any():
+            counted = f"{own.sum()} of {len(own)} images"
+            yield f"{name}: {counted} have no patient_id, and each counts as a patient of its own"
+        largest = table.patient_id.value_counts()
+        if len(table) > 2 and largest.iloc[0] > len(table) / 2:
+            yield f"{name}: {largest.iloc[0]} of {len(table)} images are of one patient, {largest.index[0]}"
+
+
+def _near_patients(cohort: Cohort) -> Iterator[str]:
+    """Name patients whose ids differ by case, spaces, marks or zeros in front: they are often one."""
+    alike = defaultdict(set)
+    for patient in cohort.table.patient_id.unique():
+        digits_apart = re.sub(r"(?<=[0-9])[\W_]+(?=[0-9])", ".", patient.lower())  # 1-12 is not 11-2
+        alike[re.sub(r"(?<![0-9])0+(?=[0-9])|[^\w.]|_", "", digits_apart)].add(patient)
+    groups = [" and ".join(map(repr, sorted(one))) for one in alike.values() if len(one) > 1]
+    if groups:
+        yield (
+            f"{len(groups)} times patient ids differ by case, spaces, marks or zeros in front alone, and "
+            f"each counts as a patient: {first_few(groups)}; write one patient's id in one way"
+        )
+
+
+def _copies(cohort: Cohort) -> Iterator[str]:
+    """Name images whose every pixel is that of another patient's image."""
+    patients = defaultdict(set)
+    images: dict[bytes, list[str]] = defaultdict(list)
+    pixels = cohort.images.cpu().numpy()
+    for image, name, patient in zip(pixels, cohort.table.image_id, cohort.table.patient_id, strict=True):
+        key = hashlib.sha256(image).digest()
+        patients[key].add(patient)
+        images[key].append(name)
+    groups = [" and ".join(images[key]) for key, several in patients.items() if len(several) > 1]
+    if groups:
+        yield (
+            f"{len(groups)} pictures occur under several patients and can then lie on both sides of a split: "
+            f"{first_few(groups)}; remove the copies, or give them one patient_id"
+        )
+
+
+def _ages(cohort: Cohort) -> Iterator[str]:
+    ages = cohort.table.age
+    if ages.notna().mean() >= FEW_AGES and ages.nunique() > 1:
+        return
+    known = f"{ages.notna().sum()} of {len(ages)} images have an age"
+    if ages.nunique() == 1:
+        known += f", and all the same, {ages.max():g} years"
+    working = [name for name in split.OPTIONS if name not in split.AGE_SCHEMES and _works(cohort.table, name)]
+    use = (
+        f"use --splits {','.join(working)}"
+        if working
+        else "and no other split works with so few patients or sites"
+    )
+    yield f"{known}: too few for the splits {' and '.join(split.AGE_SCHEMES)}; {use}"
+
+
+def _works(table: pd.DataFrame, scheme: str) -> bool:
+    try:
+        federated = _holdout(table, DataConfig().test).federated
+        split.partition(table, federated, scheme, FederateConfig().num_clients)
+    except UserError:
+        return False
+    return True
+
+
+def _holdout(table: pd.DataFrame, test: float) -> split.Holdout:
+    usual = DataConfig()
+    return split.holdout(table, usual.holdout_seed, proxy=usual.proxy, test=test)
+
+
+def _test_patients(cohort: Cohort) -> Iterator[str]:
+    table = cohort.table
+    try:
+        held = cohort.patients(_holdout(table, DataConfig().test).test)
+    except UserError as error:
+        yield f"they are too few for a study with its usual parts: {error}"
+        return
+    if len(held) >= MIN_PATIENTS:
+        return
+    enough = _enough(cohort)
+    mend = f"-p test={enough} holds {MIN_PATIENTS}" if enough else "more patients are needed"
+    few = f"under {MIN_PATIENTS} a study gives no interval and no test"
+    yield f"the test part would hold {len(held)} patients, and {few}: {mend}"
+
+
+def _enough(cohort: Cohort) -> int | None:
+    """A number of test images, at most half of all, that has enough patients; None without one."""
+    low, high = MIN_PATIENTS, len(cohort) // 2
+    for size in range(low, high + 1, max(1, high // 100)):
+        try:
+            if len(cohort.patients(_holdout(cohort.table, size).test)) >= MIN_PATIENTS:
+                return size
+        except UserError:
+            continue
+    return None
+
+
+def sheet_file(file: Path) -> None:
+    """Make a contact sheet's folder; UserError where it cannot be written or is to be no PNG."""
+    if file.suffix.lower() != ".png":
+        raise UserError(f"--sheet {file}: it is a picture; give a file name that ends in .png.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("ab").close()
+    except OSError as error:
+        raise UserError(
+            f"--sheet {file}: cannot be written ({error.strerror}); choose another place."
+        ) from None
+
+
+def sheet(cohort: Cohort, file: Path) -> int:
+    """Write a contact sheet: X-rays with the contours of their masks, the doubtful covers first.
+
+    Args:
+        cohort: whose images.
+        file: a PNG.
+
+    Returns:
+        How many images it shows: all, or `SHEET_IMAGES` of them.
+
+    Raises:
+        UserError: the file cannot be written, or is to be no PNG.
+    """
+    from matplotlib import pyplot
+
+    from fmfl.analysis import plots
+
+    sheet_file(file)
+    share = cover(cohort)
+    doubtful = np.flatnonzero((share < COVER[0]) | (share > COVER[1]))[: SHEET_IMAGES // 2]
+    usual = np.setdiff1d(np.arange(len(cohort)), doubtful)
+    count = min(SHEET_IMAGES - len(doubtful), len(usual))
+    places = np.linspace(0, len(usual) - 1, count).round().astype(int)
+    chosen = [*doubtful.tolist(), *usual[places].tolist()]
+    figure = plots.images(cohort, chosen, columns=SHEET_COLUMNS)
+    rows = -(-len(chosen) // SHEET_COLUMNS)
+    figure.set_size_inches(1.5 * SHEET_COLUMNS, 1.9 * rows)  # room for the names
+    for axis, index in zip(figure.axes, chosen, strict=False):
+        name = cohort.table.image_id[index].replace("$", r"\$")
+        axis.set_xlabel(f"{name[-24:]}\nlung {share[index]:.0%}", fontsize=7)
+    try:
+        figure.savefig(file, dpi=110)
+    finally:
+        pyplot.close(figure)
+    return len(chosen)
