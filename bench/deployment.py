@@ -18,7 +18,7 @@ from fmfl import config, federate, models
 from fmfl.flower import deploy
 from fmfl.states import read_record
 from fmfl.study import stages
-from fmfl.train import Fitted, InitialState
+from fmfl.train import FitResult, InitialState
 
 FMFL = [sys.executable, "-c", "import sys; from fmfl.cli import main; sys.argv[0] = 'fmfl'; main()"]
 
@@ -29,10 +29,10 @@ def in_process(folder: Path, engine: str, given: dict[str, Any]) -> tuple[list[f
         given | {"engine": engine, "run_name": str(folder), "arms": "federated", "inits": "random"}
     )
     cohort = stages.load_cohort(cfg)
-    parts = stages.hold_out(cfg, cohort)
+    parts = stages.holdout(cfg, cohort)
     clients = stages.partition(cohort, parts.federated, cfg.federate)
     model = models.build(cfg.distill.student, seed=cfg.federate.seed)
-    start = InitialState("random", models.copy_state(model), Fitted())
+    start = InitialState("random", models.copy_state(model), FitResult())
     (server,) = stages.servers(cfg, cohort, parts, clients, {"random": start})
     nodes = stages.nodes(cfg, server)
     seconds = []

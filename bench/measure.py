@@ -23,7 +23,7 @@ from fmfl import models, paths
 from fmfl.data import Cohort
 from fmfl.federate import Server, clients_of
 from fmfl.study import stages
-from fmfl.train import Fitted, InitialState
+from fmfl.train import FitResult, InitialState
 
 MIB = 2**20
 
@@ -47,7 +47,9 @@ def a_server(
     folder: Path, cohort: Cohort, parts: list[Tensor], cfg: Any, student: str, precision: str
 ) -> Server:
     """A federated run that is scored once, before its first round, and never ends by itself."""
-    initial = InitialState("random", models.copy_state(models.build(student, device=cohort.device)), Fitted())
+    initial = InitialState(
+        "random", models.copy_state(models.build(student, device=cohort.device)), FitResult()
+    )
     return Server.start_or_resume(
         folder,
         initial,

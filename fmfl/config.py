@@ -266,14 +266,14 @@ def defaults() -> dict[str, Any]:
     return {name: field.default for name, (_, field) in _fields().items()}
 
 
-def several(text: str) -> list[str]:
+def split_list(text: str) -> list[str]:
     """A comma-separated parameter as a list."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def numbers(text: str) -> list[float]:
+def float_list(text: str) -> list[float]:
     """A comma-separated parameter of numbers as a list."""
-    return [float(part) for part in several(text)]
+    return [float(part) for part in split_list(text)]
 
 
 def checked(name: str, value: Any) -> Any:
@@ -300,7 +300,7 @@ def checked(name: str, value: Any) -> Any:
     if type(value) is not kind:
         raise UserError(f"parameter {name} must be {_a(kind)}, not {value!r} ({type(value).__name__})")
     if "choices" in rule:
-        chosen = several(value) if rule.get("several") else [value]
+        chosen = split_list(value) if rule.get("several") else [value]
         wrong = [item for item in chosen if item not in rule["choices"]]
         if wrong or not (chosen or rule.get("none")):
             what = "some of" if rule.get("several") else "one of"
@@ -328,7 +328,7 @@ def checked(name: str, value: Any) -> Any:
 def _check_numbers(name: str, text: str, low: float, high: float) -> None:
     """Each part of a comma-separated text is a number in the range, and none is there twice."""
     found = []
-    for part in several(text):
+    for part in split_list(text):
         try:
             found.append(float(part))
         except ValueError:

@@ -50,7 +50,7 @@ from fmfl.sources.files import (
     IMAGE_SUFFIXES,
     Found,
     ImageIndex,
-    LeftOut,
+    SkippedFile,
     first_line,
     image_root,
     list_files,
@@ -342,7 +342,7 @@ def _make_from_folder(
         decoded = pool.map(partial(_decode_or_leave_out, size=images.shape[-1]), ordered)
         bar = tqdm(decoded, total=len(ordered), desc=name, unit="image", disable=not progress, leave=False)
         for result in bar:
-            if isinstance(result, LeftOut):
+            if isinstance(result, SkippedFile):
                 left_out.append(result)
                 continue
             images[len(rows)], masks[len(rows)] = result.image, result.mask
@@ -366,12 +366,12 @@ def _make_from_folder(
     return _Part(rows, entries, _digest(images[: len(rows)], masks[: len(rows)], rows), said)
 
 
-def _records(folder: Path, mask_class: str) -> tuple[list[Record], list[LeftOut]]:
+def _records(folder: Path, mask_class: str) -> tuple[list[Record], list[SkippedFile]]:
     """What a folder's reader finds, in the order of image_id; several images of one id are left out."""
     records: dict[str, list[Record]] = defaultdict(list)
-    left_out: list[LeftOut] = []
+    left_out: list[SkippedFile] = []
     for found in readers.reader(folder)(folder, mask_class):
-        if isinstance(found, LeftOut):
+        if isinstance(found, SkippedFile):
             left_out.append(found)
         else:
             records[found.row["image_id"]].append(found)
@@ -380,11 +380,11 @@ def _records(folder: Path, mask_class: str) -> tuple[list[Record], list[LeftOut]
             detail = (
                 f"{len(several)} images have the image_id {image_id}, and it is not told whose mask it is"
             )
-            left_out += [LeftOut(one.image, "image_id twice", detail) for one in several]
+            left_out += [SkippedFile(one.image, "image_id twice", detail) for one in several]
     return [records[image_id][0] for image_id in sorted(records) if len(records[image_id]) == 1], left_out
 
 
-def _nothing_usable(folder: Path, left_out: list[LeftOut]) -> str:
+def _nothing_usable(folder: Path, left_out: list[SkippedFile]) -> str:
     if all(one.reason == "not an image" and not one.defect for one in left_out):
         return f"{folder}: there is no image file in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})."
     reasons = Counter(one.reason for one in left_out).most_common()
@@ -403,10 +403,10 @@ class Decoded(NamedTuple):
     remarks: tuple[str, ...]  # what a person should look at
 
 
-def _decode_or_leave_out(record: Record, size: int) -> Decoded | LeftOut:
+def _decode_or_leave_out(record: Record, size: int) -> Decoded | SkippedFile:
     try:
         return decode(record, size)
-    except LeftOut as reason:
+    except SkippedFile as reason:
         return reason
 
 
@@ -419,22 +419,22 @@ def decode(record: Record, size: int) -> Decoded:
     Raises:
         LeftOut: the image cannot be read or shows nothing, its mask is empty, or the two do not fit together.
     """
-    no_mask = partial(LeftOut, record.image, record.without_mask, defect=False)
+    no_mask = partial(SkippedFile, record.image, record.without_mask, defect=False)
     if record.mask is None:
         raise no_mask("nothing of the mask class is annotated")
     grey, header = read_image(record.image)
     if grey.min() == grey.max():
-        raise LeftOut(record.image, "constant image", "all its pixels are the same: it shows nothing")
+        raise SkippedFile(record.image, "constant image", "all its pixels are the same: it shows nothing")
     if min(grey.shape) < SIZES[0]:
         detail = f"it has {grey.shape[1]} x {grey.shape[0]} pixels: an X-ray has at least {SIZES[0]} a side"
-        raise LeftOut(record.image, "image too small", detail)
+        raise SkippedFile(record.image, "image too small", detail)
     mask, remark = record.mask(grey)
     if not mask.any():
         raise no_mask("its mask is empty")
     small = resize(mask.astype(np.uint8) * 255, size) >= 128
     if not small.any():
         detail = f"its mask has {mask.sum()} pixels, of which nothing is left at a size of {size}"
-        raise LeftOut(record.image, "mask too small", detail)
+        raise SkippedFile(record.image, "mask too small", detail)
     row, aged = _with_header(record.image, record.row, header)
     height, width = grey.shape
     row["original_width"] = row["original_width"] or width

@@ -36,7 +36,7 @@ from fmfl.states import (
     state_digest,
     write_state,
 )
-from fmfl.train import Examples, Fitted, InitialState
+from fmfl.train import Examples, FitResult, InitialState
 
 POOLED = 2**32 - 2
 """The centralised arm's one client in a random key; no real client has that number."""
@@ -229,7 +229,7 @@ def _examples(cohort: Cohort, indices: Tensor) -> Examples:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Traffic:
     """What went between the server and its clients in one round, measured by an engine that sends messages.
 
     Attributes:
@@ -295,7 +295,7 @@ class Server:
     initial: State = field(default_factory=dict)
     drift: Drift = field(default_factory=Drift)
     kept: dict[str, State] = field(default_factory=dict)
-    exchange: Exchange | None = None
+    exchange: Traffic | None = None
     replicas: dict[int, nn.Module] = field(default_factory=dict)
     spread: dict[int, Examples] = field(default_factory=dict)
 
@@ -447,12 +447,12 @@ class Server:
             **{name: getattr(self, name) for name in STORED},
         )
 
-    def _reckoned(self, average: State) -> Exchange:
+    def _reckoned(self, average: State) -> Traffic:
         """The exchange where all is one process: each client gets and gives all but its own part."""
         clients, own = self.participants(), self.own_keys
         sent = {name: value for name, value in average.items() if name not in own}
         each_way = len(clients) * models.num_bytes(sent) if self.arm == "federated" else 0
-        return Exchange(clients, each_way, each_way, {})
+        return Traffic(clients, each_way, each_way, {})
 
     @property
     def trained_keys(self) -> list[str]:
@@ -677,7 +677,7 @@ def train_clients(
         if place
     }
 
-    def task(number: int, place: int) -> tuple[State, Fitted, State]:
+    def task(number: int, place: int) -> tuple[State, FitResult, State]:
         return _trained(server, number, models_at[place], server.examples_at(number, places[place]), home)
 
     # Where images are moved, a client stays where its own are; the cores of one memory take turns.
@@ -705,7 +705,7 @@ def train_clients(
 
 def _trained(
     server: Server, number: int, model: nn.Module, examples: Examples, home: torch.device | None = None
-) -> tuple[State, Fitted, State]:
+) -> tuple[State, FitResult, State]:
     """A client's local training, which changes nothing but the model; see `train_client`.
 
     Args:
@@ -738,7 +738,9 @@ def _trained(
     return state, fitted, moments
 
 
-def _received(server: Server, number: int, state: State, fitted: Fitted, moments: State) -> tuple[State, int]:
+def _received(
+    server: Server, number: int, state: State, fitted: FitResult, moments: State
+) -> tuple[State, int]:
     """Enter a client's training in the server's books; returns its state and its weight in the average."""
     adam, cfg = f"adam-{number}", server.cfg
     if cfg.optimizer_state == "keep":

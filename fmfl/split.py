@@ -253,7 +253,7 @@ def by_client(table: pd.DataFrame, clients: Sequence[Tensor]) -> pd.DataFrame:
     )
 
 
-def mixture(table: pd.DataFrame, clients: Sequence[Tensor]) -> pd.DataFrame:
+def composition(table: pd.DataFrame, clients: Sequence[Tensor]) -> pd.DataFrame:
     """What each client's images are: one row a (client, site, band) with images; band "": age not known."""
     parts = [
         table.iloc[_rows(table, indices)].assign(client=client) for client, indices in enumerate(clients)

@@ -250,7 +250,7 @@ def batches(
 
 
 @dataclass
-class Fitted:
+class FitResult:
     """What a piece of training leaves behind, besides the weights in the model.
 
     Attributes:
@@ -280,7 +280,7 @@ def fit(
     key: tuple[int, ...],
     augmentation: str = "device",
     precision: str = "float32",
-) -> Fitted:
+) -> FitResult:
     """Train a model in place; every arm of the study goes through here.
 
     Args:
@@ -317,7 +317,7 @@ def fit(
             total += value.detach() * len(images)
         means.append(total / len(examples))
     found = torch.stack(means).tolist() if means else []  # the only wait for the device
-    return Fitted(found, epochs * len(examples), clock() - started)
+    return FitResult(found, epochs * len(examples), clock() - started)
 
 
 def predict(
@@ -364,7 +364,7 @@ class InitialState:
 
     name: str
     state: State
-    fitted: Fitted
+    fitted: FitResult
     reused: bool = False
 
 
@@ -414,7 +414,7 @@ def initial_state(
     )  # fmt: skip
     if file is not None and (stored := read_state(file, fingerprint=key, device=device)) is not None:
         state, record = stored
-        return InitialState(name, state, Fitted(**record["fitted"]), reused=True)
+        return InitialState(name, state, FitResult(**record["fitted"]), reused=True)
 
     def loss(logits: Tensor, masks: Tensor, teacher_logits: Tensor | None) -> Tensor:
         if alpha == 0:  # the teacher has no say, so it need not be asked
@@ -462,7 +462,7 @@ def weights_of(name: str, cfg: DistillConfig) -> Path:
     return Path(file)
 
 
-def passes(epochs: int, num_images: int, num_learned: int) -> int:
+def epochs_for_equal_steps(epochs: int, num_images: int, num_learned: int) -> int:
     """Epochs over some of the images that show a student about as many as `epochs` over all of them."""
     return round(epochs * num_images / max(1, num_learned))
 
@@ -511,7 +511,7 @@ def predicted_masks(
     found = torch.zeros_like(examples.images[examples.indices])
     epochs = cfg.proxy_epochs
     if known is not None:
-        epochs = passes(epochs, len(known), int(known.sum()))
+        epochs = epochs_for_equal_steps(epochs, len(known), int(known.sum()))
 
     def answer(learned_from: Tensor) -> float:
         rest = ~learned_from

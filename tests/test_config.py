@@ -103,7 +103,7 @@ def test_choices_are_listed_where_the_choice_is_unknown():
 
 @pytest.mark.parametrize("value", ["random,fm", "random, fm", "fm"])
 def test_several_choices_are_joined_by_commas(value):
-    assert set(config.several(config.checked("inits", value))) <= set(config.INITS)
+    assert set(config.split_list(config.checked("inits", value))) <= set(config.INITS)
 
 
 def test_a_list_serves_as_its_comma_separated_text():
@@ -115,7 +115,7 @@ def test_a_list_serves_as_its_comma_separated_text():
 def test_numbers_are_joined_by_commas_and_may_be_none():
     for value in ("", "0,0.6,1", "0.5", "1e-1, 1"):
         assert config.checked("alpha_sweep", value) == value
-    assert config.numbers("0, 0.6,1") == [0, 0.6, 1]
+    assert config.float_list("0, 0.6,1") == [0, 0.6, 1]
     assert config.checked("alpha_sweep", 0.5) == "0.5", "as papermill reads a list of one"
     assert config.checked("temperature_sweep", [1, 2.5]) == "1,2.5"
 

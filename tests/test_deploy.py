@@ -28,7 +28,7 @@ from fmfl.errors import UserError
 from fmfl.flower import deploy
 from fmfl.sources import phantom
 from fmfl.study.cli import main
-from fmfl.train import Examples, Fitted, InitialState
+from fmfl.train import Examples, FitResult, InitialState
 
 SIZE, IMAGES, CLIENTS, ROUNDS = 64, 6, 3, 3
 
@@ -378,7 +378,7 @@ def test_the_rounds_end_in_the_local_engines_bytes(deployment, tmp_path):
     )
     held = [data.load(folder, size=SIZE, progress=False) for folder in deployment["folders"][:CLIENTS]]
     clients = {k: Examples(c.images, c.masks, torch.arange(len(c))) for k, c in enumerate(held)}
-    start = InitialState("random", models.build("tiny_unet", seed=0).state_dict(), Fitted())
+    start = InitialState("random", models.build("tiny_unet", seed=0).state_dict(), FitResult())
     test = torch.arange(2)
     server = federate.Server.start_or_resume(
         tmp_path, start, clients, cfg.federate, student="tiny_unet", cohort=held[0], test=test

@@ -108,7 +108,7 @@ def test_where_starts_are_missing_or_stale_diagnostics_are_left_out_and_nothing_
 def a_round(cfg: config.Settings) -> tuple[pd.DataFrame, list[str]]:
     """The results of one round from each start, as 04_federate leaves them, and the starts' digests."""
     cohort = stages.load_cohort(cfg)
-    parts = stages.hold_out(cfg, cohort)
+    parts = stages.holdout(cfg, cohort)
     clients = stages.partition(cohort, parts.federated, cfg.federate)
     starts = stages.initial_states(cfg, cohort, parts.proxy, ["random", "pretraining"])
     cfg = replace(cfg, federate=replace(cfg.federate, arms="federated"))

@@ -17,7 +17,7 @@ from fmfl.config import FederateConfig
 from fmfl.data import Cohort
 from fmfl.errors import UserError
 from fmfl.federate import POOLED, Server, aggregate
-from fmfl.train import Fitted, InitialState
+from fmfl.train import FitResult, InitialState
 
 SIZE = 32
 TEST = torch.tensor([10, 11])
@@ -54,7 +54,7 @@ def an_initial(
     student: str = "micro", seed: int = 0, name: str = "random", batch_norm: str = "average"
 ) -> InitialState:
     model = models.build(student, seed=seed, batch_norm=batch_norm)
-    return InitialState(name, model.state_dict(), Fitted([], 6, 1.5))
+    return InitialState(name, model.state_dict(), FitResult([], 6, 1.5))
 
 
 def settings(**changes) -> FederateConfig:
@@ -454,7 +454,7 @@ def test_under_fedbn_a_client_has_its_own_batchnorm_and_the_server_their_average
 
     def begin(model, *_, **__):
         begun.append(models.copy_state(model))
-        return Fitted()
+        return FitResult()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "fit", begin)
@@ -486,7 +486,7 @@ def test_under_fedbn_a_client_that_diverged_keeps_the_batchnorm_it_had(tmp_path,
     def diverge(model, *_, **__):
         for parameter in model.parameters():
             parameter.data.fill_(torch.nan)
-        return Fitted()
+        return FitResult()
 
     monkeypatch.setattr(train, "fit", diverge)
     federate.train_client(server, 0)

@@ -18,7 +18,7 @@ from fmfl.errors import UserError
 from fmfl.federate import Server
 from fmfl.flower import deploy, engine, privacy
 from fmfl.study import grid, stages
-from fmfl.train import Fitted, InitialState
+from fmfl.train import FitResult, InitialState
 
 SIZE = 32
 TEST = torch.tensor([12, 13])
@@ -70,7 +70,7 @@ def serve(cfg: config.Settings, parts=PARTS) -> Server:
     model = models.build("micro", batch_norm=cfg.federate.batch_norm)
     return Server.start_or_resume(
         cfg.run_dir,
-        InitialState("random", model.state_dict(), Fitted()),
+        InitialState("random", model.state_dict(), FitResult()),
         federate.clients_of(cohort, parts),
         cfg.federate,
         student="micro",
@@ -229,7 +229,7 @@ def test_bytes_are_those_of_the_messages_and_hardly_more_than_the_weights(tmp_pa
     cohort = a_cohort()
     model = models.build("tiny_unet")
     server = Server.start_or_resume(
-        tmp_path, InitialState("random", model.state_dict(), Fitted()), federate.clients_of(cohort, PARTS),
+        tmp_path, InitialState("random", model.state_dict(), FitResult()), federate.clients_of(cohort, PARTS),
         cfg.federate, student="tiny_unet", cohort=cohort, test=TEST,
     )  # fmt: skip
     nodes = engine.simulated(cfg, server)
@@ -437,7 +437,7 @@ def test_a_nodes_own_part_is_the_studys(tmp_path):
     given = {"num_phantoms": 40, "num_clients": 2, "split": "iid"}
     cfg = settings(tmp_path, **given)
     cohort = stages.load_cohort(cfg)
-    expected = stages.partition(cohort, stages.hold_out(cfg, cohort).federated, cfg.federate)
+    expected = stages.partition(cohort, stages.holdout(cfg, cohort).federated, cfg.federate)
     for k in range(2):
         context = Context(1, 2, {"partition-id": k, "num-partitions": 2}, RecordDict(), {})
         held = engine.own_images(context, cfg)
@@ -498,10 +498,10 @@ def test_a_deployments_results_have_the_columns_of_every_study(tmp_path, test_da
     states.write_state(start, state, init="fm", fitted=fitted)
     cfg = dataclasses.replace(cfg, flower=dataclasses.replace(cfg.flower, start=str(start)))
     cohort = stages.load_cohort(cfg)
-    clients = stages.partition(cohort, stages.hold_out(cfg, cohort).federated, cfg.federate)
+    clients = stages.partition(cohort, stages.holdout(cfg, cohort).federated, cfg.federate)
     held = federate.clients_of(cohort, clients)
     app = engine.make_client_app(
-        lambda c, _: engine.Held(c.node_config["partition-id"], held[c.node_config["partition-id"]])
+        lambda c, _: engine.ClientData(c.node_config["partition-id"], held[c.node_config["partition-id"]])
     )
     contexts = [Context(1, k, {"partition-id": k}, RecordDict(), cfg.flat()) for k in held]
     server = engine.serve(engine.InProcess(app, contexts), cfg)
@@ -542,7 +542,7 @@ def test_a_start_with_batchnorm_is_no_start_of_a_network_with_groupnorm(tmp_path
 
 def nodes_of(cfg: config.Settings) -> engine.InProcess:
     held = federate.clients_of(a_cohort(), PARTS)
-    app = engine.make_client_app(lambda c, _: engine.Held(c.node_id, held[c.node_id]))
+    app = engine.make_client_app(lambda c, _: engine.ClientData(c.node_id, held[c.node_id]))
     return engine.InProcess(app, [Context(1, k, {}, RecordDict(), cfg.flat()) for k in held])
 
 

@@ -317,7 +317,7 @@ def test_replace_moves_another_study_aside_whole_and_says_so(tmp_path, notebooks
 def test_a_study_that_is_being_run_is_not_moved(tmp_path, notebooks):
     cfg = settings(tmp_path / "run")
     run(cfg)
-    held, cell = grid.Claims(cfg.run_dir), grid.plan(cfg, [0], ["iid", "age"])[0]
+    held, cell = grid.CellLocks(cfg.run_dir), grid.plan(cfg, [0], ["iid", "age"])[0]
     assert held.take([cell], lambda _: False) is cell
 
     def replace(_: int) -> None:
@@ -626,11 +626,11 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path, notebooks):
     half = cfg.run_dir / "weights" / ".federated-iid-fm-seed0.safetensors.4711"
     half.write_text("half of")
     cell = grid.plan(cfg, [0], ["iid", "age"])[0]
-    held = grid.Claims(cfg.run_dir)
+    held = grid.CellLocks(cfg.run_dir)
     assert held.take([cell], lambda _: False) is cell
 
     def look(_: int) -> None:
-        other = grid.Claims(cfg.run_dir)
+        other = grid.CellLocks(cfg.run_dir)
         other.sweep()
         assert other.take([cell], lambda _: False) is None, "one process a cell"
 

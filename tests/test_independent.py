@@ -12,7 +12,7 @@ from bench import collapse, independent, measure
 from fmfl import federate, models, paths, train
 from fmfl.config import DistillConfig, FederateConfig
 from fmfl.split import Holdout
-from fmfl.train import Fitted, InitialState
+from fmfl.train import FitResult, InitialState
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_a_plain_loop_of_rounds_ends_in_the_same_bytes_and_scores(setting, tmp_p
     start = models.copy_state(models.build("tiny_unet"))
     server = federate.Server.start_or_resume(
         tmp_path,
-        InitialState("random", start, Fitted()),
+        InitialState("random", start, FitResult()),
         federate.clients_of(setting.cohort, setting.clients),
         FederateConfig(num_rounds=2),
         student="tiny_unet",

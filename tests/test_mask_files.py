@@ -7,7 +7,7 @@ from PIL import Image
 from scipy import ndimage
 
 from fmfl.sources import mask_files
-from fmfl.sources.files import LeftOut
+from fmfl.sources.files import SkippedFile
 
 HEIGHT, WIDTH = 96, 120
 A = lungs([[12, 18], [42, 18], [42, 78], [12, 78]], height=HEIGHT, width=WIDTH)
@@ -153,7 +153,7 @@ def test_both_lungs_are_read_from_a_picture_of(form, tmp_path):
 def test_a_mask_file_that_is_none_is_left_out(values, reason, tmp_path):
     values = values if values.dtype == bool else values.astype(np.uint8)
     save(tmp_path / "m.png", values)
-    with pytest.raises(LeftOut) as caught:
+    with pytest.raises(SkippedFile) as caught:
         mask_files.read_mask(tmp_path / "m.png", XRAY)
     assert caught.value.reason == reason
 
@@ -161,7 +161,7 @@ def test_a_mask_file_that_is_none_is_left_out(values, reason, tmp_path):
 def test_several_pages_are_not_read_as_the_first(tmp_path):
     pages = [Image.fromarray(one) for one in (A, B)]
     pages[0].save(tmp_path / "m.tif", save_all=True, append_images=pages[1:])
-    with pytest.raises(LeftOut, match="2 pictures"):
+    with pytest.raises(SkippedFile, match="2 pictures"):
         mask_files.read_mask(tmp_path / "m.tif", XRAY)
 
 

@@ -8,7 +8,7 @@ from made_sources import LEFT, load, lungs, make_dicom, make_folder, picture, re
 from PIL import Image
 
 from fmfl.sources import pixels
-from fmfl.sources.files import LeftOut
+from fmfl.sources.files import SkippedFile
 
 
 def test_resizing_keeps_the_edges_of_a_mask_in_place():
@@ -169,7 +169,7 @@ def test_dicom_palettes_are_applied(tmp_path):
 def test_a_file_of_several_pictures_is_left_out(tmp_path):
     pages = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
     pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
-    with pytest.raises(LeftOut, match="2 pictures"):
+    with pytest.raises(SkippedFile, match="2 pictures"):
         pixels.read_image(tmp_path / "x.tif")
 
 
@@ -216,5 +216,5 @@ def test_a_dicom_that_is_all_padding_by_its_header_is_read_as_it_is(tmp_path):
 
 def test_a_dicom_header_that_contradicts_itself_on_its_polarity_is_left_out(tmp_path):
     make_dicom(tmp_path / "x.dcm", GREY * 16.0, "MONOCHROME2", PresentationLUTShape="INVERSE")
-    with pytest.raises(LeftOut, match="INVERSE"):
+    with pytest.raises(SkippedFile, match="INVERSE"):
         pixels.read_image(tmp_path / "x.dcm")

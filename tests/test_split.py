@@ -105,7 +105,7 @@ def test_a_mixture_counts_every_image_of_a_client_by_site_and_age_band():
             "age": [3.0, 5.0, 3.0, np.nan, 81.0],
         }
     )
-    found = split.mixture(table, [torch.tensor([0, 1, 2]), torch.tensor([3, 4])])
+    found = split.composition(table, [torch.tensor([0, 1, 2]), torch.tensor([3, 4])])
     rows = sorted(found.itertuples(index=False, name=None))
     assert rows == [(0, "x", "0-5", 2), (0, "y", "0-5", 1), (1, "y", "", 1), (1, "y", "80+", 1)]
 

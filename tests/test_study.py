@@ -329,7 +329,7 @@ def few(**given) -> tuple[config.Settings, data.Cohort, split.Holdout]:
     tiny = {"size": 32, "num_phantoms": 60, "student": "tiny_unet", "proxy_epochs": 1}
     cfg = config.settings(tiny | given)
     cohort = stages.load_cohort(cfg)
-    return cfg, cohort, stages.hold_out(cfg, cohort)
+    return cfg, cohort, stages.holdout(cfg, cohort)
 
 
 def test_a_smaller_budget_of_labels_lies_within_a_larger_one():
@@ -706,7 +706,7 @@ def test_a_sweep_asks_the_teacher_once_and_again_not_at_all(tmp_path, monkeypatc
     sweep = {"alpha_sweep": "0,0.5,1", "temperature_sweep": "1,2", "variants": "hard", "proxy_epochs": 1}
     cfg = config.settings(TINY | sweep | {"run_name": tmp_path / "run", "alpha": 0.5})
     cohort = stages.load_cohort(cfg)
-    proxy = stages.hold_out(cfg, cohort).proxy
+    proxy = stages.holdout(cfg, cohort).proxy
     starts = stages.initial_states(cfg, cohort, proxy, INITS)
     first = stages.distilled(cfg, cohort, proxy)
     assert sum(asked) == len(proxy), "once, for all students together"
@@ -728,7 +728,7 @@ def test_fresh_views_are_asked_in_every_epoch_and_the_others_not(tmp_path, asked
     given = {"run_name": tmp_path / "run", "alpha_sweep": "", "variants": "fresh", "proxy_epochs": 2}
     cfg = config.settings(TINY | given)
     cohort = stages.load_cohort(cfg)
-    proxy = stages.hold_out(cfg, cohort).proxy
+    proxy = stages.holdout(cfg, cohort).proxy
     stages.initial_states(cfg, cohort, proxy, ["fm"])
     asked.clear()
     (_, own), (how, fresh) = stages.distilled(cfg, cohort, proxy)
@@ -741,7 +741,7 @@ def test_fresh_views_are_asked_in_every_epoch_and_the_others_not(tmp_path, asked
 def test_fresh_views_of_other_code_are_other_answers(tmp_path, monkeypatch, module):
     cfg = config.settings(TINY | {"run_name": tmp_path, "teacher_views": "fresh"})
     cohort = stages.load_cohort(cfg)
-    proxy = stages.hold_out(cfg, cohort).proxy
+    proxy = stages.holdout(cfg, cohort).proxy
     key = stages.taught(cfg, cohort, proxy).key
     assert key == stages.taught(cfg, cohort, proxy).key
     digest = states.code_digest
@@ -755,7 +755,7 @@ def test_without_masks_there_is_no_student_of_masks_alone(tmp_path):
     given = {"run_name": tmp_path / "run", "alpha_sweep": "0,1", "labelled": 0.0, "proxy_epochs": 1}
     cfg = config.settings(TINY | given)
     cohort = stages.load_cohort(cfg)
-    found = stages.distilled(cfg, cohort, stages.hold_out(cfg, cohort).proxy)
+    found = stages.distilled(cfg, cohort, stages.holdout(cfg, cohort).proxy)
     assert [how.alpha for how, _ in found] == [0.6, 1]
 
 

@@ -563,8 +563,8 @@ def test_predictions_are_the_same_whatever_the_number_of_cores():
 
 
 def test_passes_show_as_many_images_however_few_there_are():
-    assert [train.passes(15, 40, number) for number in (40, 20, 10, 7)] == [15, 30, 60, 86]
-    assert abs(train.passes(15, 40, 7) * 7 - 15 * 40) < 7
+    assert [train.epochs_for_equal_steps(15, 40, number) for number in (40, 20, 10, 7)] == [15, 30, 60, 86]
+    assert abs(train.epochs_for_equal_steps(15, 40, 7) * 7 - 15 * 40) < 7
 
 
 def test_predicted_masks_from_some_masks_look_at_no_others(monkeypatch):

@@ -255,7 +255,7 @@ def weakest(per_image: pd.DataFrame, mixtures: pd.DataFrame | None = None) -> pd
 
     Args:
         per_image: with site, age (years, NaN where unknown) and, where measured, hd95 and assd.
-        mixtures: one row a (split, seed, client, site, band) with images, from `split.mixture`.
+        mixtures: one row a (split, seed, client, site, band) with images, from `split.composition`.
 
     Returns:
         One row an (arm, init, split): dice and worst_tenth in %, failures (% of images below FAILURE), hd95

@@ -46,11 +46,11 @@ from fmfl import config, data, federate, models, states, train
 from fmfl.config import FlowerConfig, Settings
 from fmfl.data import Cohort
 from fmfl.errors import UserError
-from fmfl.federate import Exchange, Server
+from fmfl.federate import Server, Traffic
 from fmfl.flower import privacy
 from fmfl.states import State
 from fmfl.study import stages
-from fmfl.train import Examples, Fitted, InitialState
+from fmfl.train import Examples, FitResult, InitialState
 
 log = logging.getLogger("fmfl.flower")
 
@@ -113,7 +113,7 @@ def layout(state: State) -> str:
     return states.fingerprint([(name, list(v.shape), str(v.dtype)) for name, v in sorted(state.items())])
 
 
-def crossing(state: State, cfg: FlowerConfig) -> State:
+def transmitted(state: State, cfg: FlowerConfig) -> State:
     """What of a state crosses: under differential privacy the floating tensors, which noise can hide."""
     if cfg.privacy == "none":
         return state
@@ -138,7 +138,7 @@ def settings_of(context: Context) -> Settings:
 
 
 @dataclass
-class Held:
+class ClientData:
     """What a client has.
 
     Attributes:
@@ -154,7 +154,7 @@ class Held:
     model: torch.nn.Module | None = None
 
 
-def make_client_app(holds: Callable[[Context, Settings], Held]) -> ClientApp:
+def make_client_app(holds: Callable[[Context, Settings], ClientData]) -> ClientApp:
     """Flower's ClientApp: it answers who it is, and trains from the weights that it is sent.
 
     Args:
@@ -178,7 +178,7 @@ def make_client_app(holds: Callable[[Context, Settings], Held]) -> ClientApp:
         model = held.model or models.build(
             cfg.distill.student, device=device, batch_norm=cfg.federate.batch_norm
         )
-        given = crossing(model.state_dict(), cfg.flower)
+        given = transmitted(model.state_dict(), cfg.flower)
         if asked["layout"] != layout(given):
             raise UserError(f"the server's weights are not those of a {cfg.distill.student}")
         # A stand-in for the server: train_client asks no more of it than this.
@@ -201,7 +201,7 @@ def make_client_app(holds: Callable[[Context, Settings], Held]) -> ClientApp:
             state, weight = federate.train_client(own, held.number)
         if held.kept is None:
             _keep(context, own.kept)
-        sent = crossing(state, cfg.flower)
+        sent = transmitted(state, cfg.flower)
         about = {"client": held.number, "layout": layout(sent)}
         numbers = {"weight": weight, "images_seen": own.images_seen, "seconds": own.seconds}
         records = {
@@ -245,7 +245,7 @@ def _keep(context: Context, kept: dict[str, State]) -> None:
     )
 
 
-def own_images(context: Context, cfg: Settings) -> Held:
+def own_images(context: Context, cfg: Settings) -> ClientData:
     """A SuperNode's images: all of its own folder, or its part of `data` where it names no folder.
 
     The node's configuration says `data` (folders) and `partition-id`, the client's number.
@@ -262,12 +262,12 @@ def own_images(context: Context, cfg: Settings) -> Held:
     folder = context.node_config.get("data")
     if folder is None:
         cohort = stages.load_cohort(cfg)
-        federated = stages.hold_out(cfg, cohort).federated
+        federated = stages.holdout(cfg, cohort).federated
         indices = stages.partition(cohort, federated, cfg.federate)[number]
     else:
         cohort = _load(str(folder), cfg)
         indices = torch.arange(len(cohort), device=cohort.images.device)
-    return Held(number, Examples(cohort.images, cohort.masks, indices, device=cohort.device))
+    return ClientData(number, Examples(cohort.images, cohort.masks, indices, device=cohort.device))
 
 
 def _load(sources: str, cfg: Settings) -> Cohort:
@@ -314,7 +314,7 @@ class Nodes:
         self._wait(server, set(wanted), len(wanted) if self._first else needed)
         self._first = False
         faults = {k: "is not there" for k in wanted if k not in self.node_of}
-        sent = crossing(server.state, flower)
+        sent = transmitted(server.state, flower)
         about: dict[str, Any] = {"round": number, "layout": layout(sent)}
         if flower.privacy == "dp":
             about[KEY_CLIPPING_NORM] = flower.dp_clipping
@@ -342,7 +342,7 @@ class Nodes:
         for k, fault in faults.items():
             log.warning("round %d: client %d %s", number, k, fault)
         up = sum(map(num_bytes, replies.values()))
-        server.exchange = Exchange(sorted(updates), up, down, faults)
+        server.exchange = Traffic(sorted(updates), up, down, faults)
         if len(updates) < needed:
             said = "; ".join(f"client {k} {fault}" for k, fault in faults.items())
             raise UserError(
@@ -552,9 +552,9 @@ def simulated(cfg: Settings, server: Server) -> Nodes:
     stopped run goes on in the same bytes.
     """
 
-    def holds(context: Context, _: Settings) -> Held:
+    def holds(context: Context, _: Settings) -> ClientData:
         number = int(context.node_config["partition-id"])
-        return Held(number, server.clients[number], server.kept, server.model)
+        return ClientData(number, server.clients[number], server.kept, server.model)
 
     run_config = cfg.flat()
     contexts = [Context(1, 1000 + k, {"partition-id": k}, RecordDict(), run_config) for k in server.clients]
@@ -652,7 +652,7 @@ def _test_images(cfg: Settings) -> tuple[Cohort, Tensor]:
     """What the server scores on: its own folders, what `data` holds out, or nothing."""
     if cfg.flower.test_data == HELD_OUT:
         cohort = stages.load_cohort(cfg)
-        return cohort, stages.hold_out(cfg, cohort).test
+        return cohort, stages.holdout(cfg, cohort).test
     if cfg.flower.test_data:
         cohort = _load(cfg.flower.test_data, cfg)
         return cohort, torch.arange(len(cohort), device=cohort.images.device)
@@ -670,7 +670,7 @@ def _start(cfg: Settings, device: torch.device) -> InitialState:
     )
     random = models.copy_state(model)
     if not cfg.flower.start:
-        return InitialState("random", random, Fitted())
+        return InitialState("random", random, FitResult())
     file = Path(cfg.flower.start)
     if (found := states.read_state(file, device=device)) is None:
         raise UserError(f"start {file} is missing or damaged: name a file of safetensors, such as an init-*")
@@ -681,7 +681,7 @@ def _start(cfg: Settings, device: torch.device) -> InitialState:
             f"start {file} does not hold the weights of student {cfg.distill.student!r} with batch_norm "
             f"{cfg.federate.batch_norm!r}: choose the student and the batch_norm that it was made with"
         )
-    spent = Fitted(**record["fitted"]) if "fitted" in record else Fitted()
+    spent = FitResult(**record["fitted"]) if "fitted" in record else FitResult()
     return InitialState(record.get("init", file.stem), {name: state[name] for name in random}, spent)
 
 

@@ -1,7 +1,7 @@
 """Files of a source: which are there, which are images, and which image a name means.
 
 Links are followed, except one that leads back to a folder that holds it. Nothing in images/ or masks/ goes
-unmentioned: what is no image by its suffix or content becomes a `LeftOut`. Hidden files are left aside.
+unmentioned: what is no image by its suffix or content becomes a `SkippedFile`. Hidden files are left aside.
 """
 
 import json
@@ -32,7 +32,7 @@ COMPANIONS = TABLE_SUFFIXES | {
 }
 
 
-class LeftOut(Exception):
+class SkippedFile(Exception):
     """One file that is not used, and why. Readers yield it, decoders raise it."""
 
     def __init__(self, file: Path, reason: str, detail: str, *, defect: bool = True) -> None:
@@ -133,7 +133,7 @@ def read_json(path: Path, fatal: bool = False) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         if fatal:
             raise UserError(f"{path}: broken JSON ({first_line(error)}); export it again.") from None
-        raise LeftOut(path, "broken JSON", f"broken JSON ({first_line(error)})") from None
+        raise SkippedFile(path, "broken JSON", f"broken JSON ({first_line(error)})") from None
 
 
 def first_line(error: BaseException) -> str:
@@ -184,24 +184,24 @@ class ImageIndex:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.files: list[Path] = []
-        self.others: list[LeftOut] = []
+        self.others: list[SkippedFile] = []
         for found in sorted(walk(root)):
             path = root / found.name
             if printable(found.name) != found.name:
                 detail = "its name is not valid UTF-8, so no table can name it; rename it"
-                self.others.append(LeftOut(path, "name not valid", detail))
+                self.others.append(SkippedFile(path, "name not valid", detail))
             elif found.fault and not path.is_symlink():  # a pipe: nobody may ever write into it
-                self.others.append(LeftOut(path, "not a file", f"it is {found.fault}"))
+                self.others.append(SkippedFile(path, "not a file", f"it is {found.fault}"))
             elif has_image_suffix(found.name):  # a broken link too: its reader says so
                 self.files.append(path)
             elif found.fault:
-                self.others.append(LeftOut(path, "broken link", found.fault))
+                self.others.append(SkippedFile(path, "broken link", found.fault))
             elif path.name.upper() != "DICOMDIR" and is_dicom(path):
                 self.files.append(path)
             elif root.name in ("images", "masks"):
                 companion = path.suffix.lower() in COMPANIONS or path.name.upper() == "DICOMDIR"
                 detail = "neither its suffix nor its content is that of an image that is read"
-                self.others.append(LeftOut(path, "not an image", detail, defect=not companion))
+                self.others.append(SkippedFile(path, "not an image", detail, defect=not companion))
         self._exact: dict[tuple[str, ...], set[Path]] = defaultdict(set)
         self._ending: dict[tuple[str, ...], set[Path]] = defaultdict(set)
         for path in self.files:

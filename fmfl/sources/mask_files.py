@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from scipy import ndimage
 
-from fmfl.sources.files import LeftOut
+from fmfl.sources.files import SkippedFile
 from fmfl.sources.pixels import is_deep, on_black, open_picture, unreadable
 
 FEW_VALUES = 16  # up to here a file's values can each be a label
@@ -55,20 +55,20 @@ def read_mask(path: Path, grey: np.ndarray) -> tuple[np.ndarray, str]:
     if values.shape != grey.shape:
         (height, width), (rows, columns) = grey.shape, values.shape
         detail = f"the mask has {columns} x {rows} pixels, its image {width} x {height}"
-        raise LeftOut(path, "mask of another size", detail)
-    unclear = partial(LeftOut, path, "mask unclear")
+        raise SkippedFile(path, "mask of another size", detail)
+    unclear = partial(SkippedFile, path, "mask unclear")
     try:
         if hues > 2:
             raise ValueError(f"it has areas of {hues} colours, and not all can be lungs")
         mask, between = lung_pixels(values, lossy=image.format in ("JPEG", "MPO", "WEBP"))
     except ValueError as error:
         if _alike(values, grey) > COPY:
-            raise LeftOut(
+            raise SkippedFile(
                 path, "mask is its image", "it shows the X-ray itself, not where its lungs are"
             ) from None
         raise unclear(str(error)) from None
     if _alike(mask, grey) > 0.98 or (between and _alike(values, grey) > COPY):
-        raise LeftOut(path, "mask is its image", "mask and image show the same picture")
+        raise SkippedFile(path, "mask is its image", "mask and image show the same picture")
     if doubt := _no_lungs(mask):
         raise unclear(doubt)
     return mask, "grey levels between lung and background" if between else ""

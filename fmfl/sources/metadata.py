@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fmfl.errors import UserError
-from fmfl.sources.files import TABLE_SUFFIXES, ImageIndex, LeftOut, first_line, walk
+from fmfl.sources.files import TABLE_SUFFIXES, ImageIndex, SkippedFile, first_line, walk
 
 COLUMNS = (
     "image_id",
@@ -67,7 +67,7 @@ class Table:
     has_patients: bool
 
 
-def read(folder: Path, images: ImageIndex) -> Generator[LeftOut, None, Table | None]:
+def read(folder: Path, images: ImageIndex) -> Generator[SkippedFile, None, Table | None]:
     """Yield what of metadata.csv is not used, and return the table, or None where there is none.
 
     Raises:
@@ -86,14 +86,14 @@ def read(folder: Path, images: ImageIndex) -> Generator[LeftOut, None, Table | N
         detail = f"its column {given!r} is not read; name it {ours} if it is that, or remove it"
         if ours in ("image_id", "patient_id"):
             raise UserError(f"{path}: {detail}.")
-        yield LeftOut(path, "column not read", detail)
+        yield SkippedFile(path, "column not read", detail)
     if "image_id" not in columns:
         found = ", ".join(header)
         raise UserError(f"{path}: there is no image_id column (it has: {found}); name the images in one.")
     return (yield from _by_image(path, columns, lines, images))
 
 
-def _other_tables(folder: Path, names: list[str]) -> Generator[LeftOut, None, None]:
+def _other_tables(folder: Path, names: list[str]) -> Generator[SkippedFile, None, None]:
     for name in names:
         stem, mark, suffix = name.lower().rpartition(".")
         table = f".{suffix}" in TABLE_SUFFIXES
@@ -105,7 +105,7 @@ def _other_tables(folder: Path, names: list[str]) -> Generator[LeftOut, None, No
                 f"{folder / name}: is not read; save it as metadata.csv, so that its patients count."
             )
         detail = "it is not read; save it as metadata.csv if it tells the patients"
-        yield LeftOut(folder / name, "table not read", detail)
+        yield SkippedFile(folder / name, "table not read", detail)
 
 
 def _lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -181,7 +181,7 @@ def _nearly(columns: list[str]) -> dict[str, str]:
 
 def _by_image(
     path: Path, columns: list[str], lines: list[tuple[int, list[str]]], images: ImageIndex
-) -> Generator[LeftOut, None, Table]:
+) -> Generator[SkippedFile, None, Table]:
     """Rows by image_id. Lines that say different things of one image tell nothing of it."""
     rows = {number: dict(zip(columns, line, strict=True)) for number, line in lines}
     found = images.match({number: [row["image_id"]] for number, row in rows.items() if row["image_id"]})
@@ -196,22 +196,22 @@ def _by_image(
             if image
             else f"line {number} names no image"
         )
-        yield LeftOut(path, "missing image", what)
+        yield SkippedFile(path, "missing image", what)
     told, refused = {}, set()
     for image, numbers in of_image.items():
         known = [{key: value for key, value in rows[number].items() if value} for number in numbers]
         said = [{key: row.get(key) for key in GIVEN if key != "image_id"} for row in known]
         if any(one != said[0] for one in said):
             detail = f"lines {', '.join(map(str, numbers))} of metadata.csv say different things of it"
-            yield LeftOut(image, "image_id twice", detail)
+            yield SkippedFile(image, "image_id twice", detail)
             refused.add(images.key(image))
             continue
         if (sex := known[0].get("sex", "")) and sex.lower() not in SEXES.keys() | NO_SEX:
             detail = f"its sex is {sex!r} in line {numbers[0]}, which counts as unknown: write M or F"
-            yield LeftOut(path, "sex not read", detail)
+            yield SkippedFile(path, "sex not read", detail)
         for number in numbers[1:]:
             detail = f"line {number} has image_id {rows[number]['image_id']} again"
-            yield LeftOut(path, "image_id twice", detail)
+            yield SkippedFile(path, "image_id twice", detail)
         told[images.key(image)] = known[0]
     return Table(told, refused, "patient_id" in columns)
 
@@ -247,10 +247,10 @@ def row(image: Path, image_id: str, values: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def age_not_valid(image: Path, text: str) -> LeftOut:
+def age_not_valid(image: Path, text: str) -> SkippedFile:
     """The reason why an image with such an age is left out."""
     detail = f"its age is {text!r}, not years in 0..{OLDEST:.0f} (empty where unknown)"
-    return LeftOut(image, "age not valid", detail)
+    return SkippedFile(image, "age not valid", detail)
 
 
 def patient(image: Path, text: str) -> str:
@@ -266,7 +266,7 @@ def patient(image: Path, text: str) -> str:
     elif re.fullmatch(r"\d([.,]\d+)?e\+\d+", text.lower()):
         detail = f"its patient_id is {text!r}, a number that a spreadsheet has rounded: give all its digits"
     if detail:
-        raise LeftOut(image, "patient_id not valid", detail)
+        raise SkippedFile(image, "patient_id not valid", detail)
     return text[:-2] if re.fullmatch(r"\d+\.0", text) else text
 
 

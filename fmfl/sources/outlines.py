@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fmfl.sources.files import LeftOut
+from fmfl.sources.files import SkippedFile
 
 Shape = Callable[[int, int], np.ndarray]  # (height, width) of the image -> (height, width) bool
 
@@ -118,20 +118,20 @@ def unite(
     """
     if any(given and given != own for given, own in zip(declared, (width, height), strict=True)):
         detail = f"annotated at {declared[0]} x {declared[1]} pixels, but its image has {width} x {height}"
-        raise LeftOut(annotation, "mask of another size", detail)
+        raise SkippedFile(annotation, "mask of another size", detail)
     if 0 in declared and not all(shape.func is _from_coco_runs for shape in shapes):
         detail = "its outlines come without the width and height of the image that they were drawn on"
-        raise LeftOut(annotation, "mask of unknown size", detail)
+        raise SkippedFile(annotation, "mask of unknown size", detail)
     mask = np.zeros((height, width), bool)
     for shape in shapes:
         try:
             mask |= shape(height, width)
         except ValueError as error:
-            raise LeftOut(annotation, "mask of another size", str(error)) from None
+            raise SkippedFile(annotation, "mask of another size", str(error)) from None
     outlines = [outline for shape in shapes if shape.func is fill_even_odd for outline in shape.args[0]]
     if outlines and not mask.any():
         detail = "its outlines enclose no pixel of its image: give them in pixels, not in fractions"
-        raise LeftOut(annotation, "annotation unclear", detail)
+        raise SkippedFile(annotation, "annotation unclear", detail)
     beyond = any(_beyond(outline, height, width) for outline in outlines)
     return mask, "outlines that reach far beyond their picture, cut at its border" if beyond else ""
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from fmfl.sources.files import DICOM_SUFFIXES, LeftOut, first_line, has_image_suffix
+from fmfl.sources.files import DICOM_SUFFIXES, SkippedFile, first_line, has_image_suffix
 from fmfl.sources.metadata import OLDEST, UNKNOWN_AGE
 
 PHOTOMETRIC_TAG = 262  # PhotometricInterpretation of TIFF 6.0
@@ -37,18 +37,18 @@ def read_image(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
         if is_deep(image):
             return _stretch(np.asarray(image)), {}
         return np.asarray(image.convert("L")), {}
-    except (LeftOut, MemoryError):
+    except (SkippedFile, MemoryError):
         raise
     except Exception as error:
         raise unreadable(path, "image", error) from None
 
 
-def unreadable(path: Path, what: str, error: Exception) -> LeftOut:
+def unreadable(path: Path, what: str, error: Exception) -> SkippedFile:
     """The reason why an image or a mask is left out that its decoder cannot read."""
     if path.is_symlink() and not path.exists():
         detail = f"it is a link to {os.readlink(path)}, which is not there"
-        return LeftOut(path, "broken link", detail)
-    return LeftOut(path, f"unreadable {what}", f"not readable as an image ({first_line(error)})")
+        return SkippedFile(path, "broken link", detail)
+    return SkippedFile(path, f"unreadable {what}", f"not readable as an image ({first_line(error)})")
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -114,7 +114,7 @@ def _read_dicom(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
         from pydicom import pixels
     except ImportError:
         detail = "reading DICOM needs the package pydicom: pip install pydicom"
-        raise LeftOut(path, "pydicom not installed", detail) from None
+        raise SkippedFile(path, "pydicom not installed", detail) from None
     dataset = pydicom.dcmread(path)
     values = dataset.pixel_array
     if values.ndim != 2:

@@ -17,7 +17,7 @@ import numpy as np
 
 from fmfl.errors import UserError
 from fmfl.sources import metadata
-from fmfl.sources.files import ImageIndex, LeftOut, annotation_files, image_root, is_folder, read_json
+from fmfl.sources.files import ImageIndex, SkippedFile, annotation_files, image_root, is_folder, read_json
 from fmfl.sources.mask_files import read_mask
 from fmfl.sources.metadata import Table, whole
 from fmfl.sources.outlines import Shape, coco_shapes, fill_even_odd, from_runs, points, unite
@@ -51,7 +51,7 @@ class Record:
     without_mask: str  # the reason to give if there is no mask, or an empty one
 
 
-Reader = Callable[[Path, str], Iterator[Record | LeftOut]]
+Reader = Callable[[Path, str], Iterator[Record | SkippedFile]]
 
 
 def reader(folder: Path) -> Reader:
@@ -62,7 +62,7 @@ def reader(folder: Path) -> Reader:
     for path in annotation_files(folder):
         try:
             content = read_json(path)
-        except LeftOut as reason:
+        except SkippedFile as reason:
             broken = broken or reason
             continue
         if isinstance(content, dict) and "annotations" in content:
@@ -78,7 +78,7 @@ def reader(folder: Path) -> Reader:
     )
 
 
-def read_folder(folder: Path, mask_class: str) -> Iterator[Record | LeftOut]:
+def read_folder(folder: Path, mask_class: str) -> Iterator[Record | SkippedFile]:
     """images/, masks/ and an optional metadata.csv.
 
     With a metadata.csv, an image that it does not list is left out: without its patient_id it might land on
@@ -98,22 +98,22 @@ def read_folder(folder: Path, mask_class: str) -> Iterator[Record | LeftOut]:
     for key, paths in of_key.items():
         if key not in named:
             for path in paths:
-                yield LeftOut(path, "mask without an image", f"there is no image file images/{key}.*")
+                yield SkippedFile(path, "mask without an image", f"there is no image file images/{key}.*")
     for image in images.files:
         image_id = images.key(image)
         try:
             values = _listed(image, image_id, table, required=True)
             row = metadata.row(image, image_id, values)
-        except LeftOut as reason:
+        except SkippedFile as reason:
             yield reason
             continue
         without_mask = _why_no_mask(row["view"], mask_class)
         found = of_key.get(image_id, [])
         if len(found) > 1:
             names = " and ".join(path.name for path in found)
-            yield LeftOut(image, "several masks", f"it is not told which is its mask: {names}")
+            yield SkippedFile(image, "several masks", f"it is not told which is its mask: {names}")
         elif not found and without_mask == _why_no_mask("", mask_class):
-            yield LeftOut(image, "missing mask", f"there is no mask file masks/{image_id}.*")
+            yield SkippedFile(image, "missing mask", f"there is no mask file masks/{image_id}.*")
         else:
             rule = partial(read_mask, found[0]) if found else None
             yield Record(image, rule, row, without_mask)
@@ -124,13 +124,13 @@ def _listed(image: Path, image_id: str, table: Table | None, required: bool) -> 
     if table is None:
         return {}
     if image_id in table.refused:
-        raise LeftOut(image, "image_id twice", "lines of metadata.csv say different things of it")
+        raise SkippedFile(image, "image_id twice", "lines of metadata.csv say different things of it")
     if image_id not in table.rows and required:
-        raise LeftOut(image, "not in metadata.csv", f"metadata.csv has no row with image_id {image_id}")
+        raise SkippedFile(image, "not in metadata.csv", f"metadata.csv has no row with image_id {image_id}")
     return table.rows.get(image_id, {})
 
 
-def read_darwin(folder: Path, mask_class: str) -> Iterator[Record | LeftOut]:
+def read_darwin(folder: Path, mask_class: str) -> Iterator[Record | SkippedFile]:
     """V7's export, Darwin JSON 1.0 or 2.0, one file an image.
 
     Tags carry the table: `Age:`, `Sex/`, `PatientID:`, `View/` and the findings; 2.0 may hold the same as
@@ -144,13 +144,13 @@ def read_darwin(folder: Path, mask_class: str) -> Iterator[Record | LeftOut]:
     table = yield from metadata.read(folder, images)
     contents: dict[Path, dict[str, Any]] = {}
     names: dict[Path, list[str]] = {}
-    broken: dict[Path, LeftOut] = {}
+    broken: dict[Path, SkippedFile] = {}
     for path in annotation_files(folder):
         names[path] = [path.stem]  # a broken file is at least that image's
         try:
             contents[path] = read_json(path)
             names[path] = _darwin_names(contents[path])
-        except LeftOut as reason:
+        except SkippedFile as reason:
             broken[path] = reason
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             broken[path] = _not_darwin(path, error)
@@ -161,21 +161,23 @@ def read_darwin(folder: Path, mask_class: str) -> Iterator[Record | LeftOut]:
             if path in broken:
                 raise broken[path]
             if not isinstance(image, Path):
-                raise LeftOut(path, "missing image", f"its image {names[path][0]} {image}")
+                raise SkippedFile(path, "missing image", f"its image {names[path][0]} {image}")
             if used[image] > 1:
-                raise LeftOut(path, "image_id twice", f"{used[image]} annotation files are of {image.name}")
+                raise SkippedFile(
+                    path, "image_id twice", f"{used[image]} annotation files are of {image.name}"
+                )
             yield _darwin_record(path, contents[path], image, images.key(image), table, mask_class)
-        except LeftOut as reason:
+        except SkippedFile as reason:
             yield reason
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             yield _not_darwin(path, error)
     for image in images.files:
         if image not in used:
-            yield LeftOut(image, "not annotated", "there is no annotation file for it", defect=False)
+            yield SkippedFile(image, "not annotated", "there is no annotation file for it", defect=False)
 
 
-def _not_darwin(path: Path, error: Exception) -> LeftOut:
-    return LeftOut(path, "broken JSON", f"not Darwin JSON as V7 writes it: {error!r}")
+def _not_darwin(path: Path, error: Exception) -> SkippedFile:
+    return SkippedFile(path, "broken JSON", f"not Darwin JSON as V7 writes it: {error!r}")
 
 
 def _darwin_record(
@@ -196,7 +198,7 @@ def _needs_row(table: Table | None, values: Mapping[str, Any]) -> bool:
     return table is not None and table.has_patients and not values.get("patient_id")
 
 
-def read_coco(folder: Path, mask_class: str) -> Iterator[Record | LeftOut]:
+def read_coco(folder: Path, mask_class: str) -> Iterator[Record | SkippedFile]:
     """COCO instances files: an image's annotations of the mask class are united, over all files.
 
     COCO knows no patients: a metadata.csv, or columns of the same names among an image's own entries, say
@@ -222,15 +224,15 @@ def read_coco(folder: Path, mask_class: str) -> Iterator[Record | LeftOut]:
         if isinstance(image, Path):
             of_image[image].append(entry)
         else:
-            yield LeftOut(entry.path, "missing image", f"its image {entry.name} {image}")
+            yield SkippedFile(entry.path, "missing image", f"its image {entry.name} {image}")
     for image, several in of_image.items():
         try:
             yield _coco_record(image, images.key(image), several, table, mask_class)
-        except LeftOut as reason:
+        except SkippedFile as reason:
             yield reason
     for image in images.files:
         if image not in of_image:
-            yield LeftOut(image, "not annotated", "no instances file lists it", defect=False)
+            yield SkippedFile(image, "not annotated", "no instances file lists it", defect=False)
 
 
 @dataclass
@@ -246,7 +248,7 @@ class _Entry:
 
 def _coco_entries(
     path: Path, content: Mapping[str, Any], mask_class: str
-) -> Generator[LeftOut, None, list[_Entry]]:
+) -> Generator[SkippedFile, None, list[_Entry]]:
     """Yield what of an instances file points nowhere, and return its images."""
     licences = {_id(one["id"]): one["name"] for one in content.get("licenses") or []}
     classes = {_id(one["id"]): one["name"] for one in content.get("categories") or []}
@@ -269,10 +271,10 @@ def _coco_entries(
         if number not in entries:
             astray += 1
             detail = f"annotation {one.get('id')} is of image {number or 'nothing'}, which it does not list"
-            yield LeftOut(path, "annotation without an image", detail)
+            yield SkippedFile(path, "annotation without an image", detail)
         elif known is None:
             detail = f"annotation {one.get('id')} is of category {group or 'nothing'}, which it does not list"
-            yield LeftOut(path, "annotation without a category", detail)
+            yield SkippedFile(path, "annotation without a category", detail)
             entries[number].doubt = detail
         else:
             entries[number].annotations.append(one)
@@ -289,9 +291,9 @@ def _coco_record(
 ) -> Record:
     doubt = next((one.doubt for one in entries if one.doubt), "")
     if doubt:
-        raise LeftOut(image, "annotation unclear", doubt)
+        raise SkippedFile(image, "annotation unclear", doubt)
     if len({one.path for one in entries}) < len(entries):
-        raise LeftOut(image, "image_id twice", f"{len(entries)} images of one file have its file_name")
+        raise SkippedFile(image, "image_id twice", f"{len(entries)} images of one file have its file_name")
     rules, known = [], {}
     for entry in entries:
         known |= {key: value for key, value in entry.values.items() if value not in (None, "")}
@@ -301,7 +303,7 @@ def _coco_record(
                 shapes += coco_shapes(one["segmentation"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             detail = f"its segmentation in {entry.path.name} is broken: {error!r}"
-            raise LeftOut(image, "broken JSON", detail) from None
+            raise SkippedFile(image, "broken JSON", detail) from None
         size = whole(entry.values.get("width")), whole(entry.values.get("height"))
         if shapes:
             rules.append(partial(unite, entry.path, shapes, size))
@@ -383,7 +385,7 @@ def _darwin_shapes(path: Path, content: Mapping[str, Any], mask_class: str, slot
     shapes: list[Shape] = []
     for one in ours:
         if not slots & set(one.get("slot_names") or [slot]):
-            raise LeftOut(
+            raise SkippedFile(
                 path, "annotation unclear", f"its {one['name']} lies on a slot that it does not have"
             )
         if slot not in (one.get("slot_names") or [slot]):
@@ -394,7 +396,7 @@ def _darwin_shapes(path: Path, content: Mapping[str, Any], mask_class: str, slot
         elif "mask" not in one or one.get("id") not in labelled:
             form = next((key for key in one if key in OTHER_FORMS), "an outline without points")
             detail = f"its {one['name']} is given as {form}, which encloses no area; export polygons or masks"
-            raise LeftOut(path, "annotation unclear", detail)
+            raise SkippedFile(path, "annotation unclear", detail)
     for layer in layers:
         labels = layer["mask_annotation_ids_mapping"]
         wanted = [labels[mask["id"]] for mask in ours if mask.get("id") in labels]

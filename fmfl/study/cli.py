@@ -34,7 +34,7 @@ OPTIONS = {
 
 
 def _list(text: str, what: str) -> list[str]:
-    found = config.several(text)
+    found = config.split_list(text)
     if not found:
         raise UserError(f"{what} is empty: name at least one, with commas between them")
     return found
@@ -325,7 +325,7 @@ def flower_server(
     deploy = _deploy()
     own = {"run_name": "--out", "start": "--start", "test_data": "--test-data"}
     given: dict[str, object] = {name: config.parse(name, text) for name, text in _pairs("-p", p, own)}
-    folders = [part if part == "held_out" else _absolute(part) for part in config.several(test_data)]
+    folders = [part if part == "held_out" else _absolute(part) for part in config.split_list(test_data)]
     given |= {"start": start and _absolute(start), "test_data": ",".join(folders)}
     deploy.serve(keys, Path(_absolute(out)), given, host=host, port=port)
     typer.echo(f"results: {out / 'results.csv'}")

@@ -36,7 +36,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from fmfl import config, errors, federate, models, paths, split, states, syntax, train
-from fmfl.config import Settings, several
+from fmfl.config import Settings, split_list
 from fmfl.errors import UserError
 from fmfl.split import AGE_SCHEMES, Holdout
 from fmfl.study import interrupt, stages
@@ -132,12 +132,12 @@ def plan(
         distill = Cell("03_distill", seeded)
         cells.append(distill)
         for name in splits:
-            arms = several(cfg.federate.arms)
+            arms = split_list(cfg.federate.arms)
             arms = arms if name == reference else [arm for arm in arms if arm == "federated"]
             if not arms:
                 continue
             federated = replace(seeded.federate, split=name, arms=",".join(arms))
-            runs = len(several(federated.inits)) * ("federated" in arms) + len(set(arms) - {"federated"})
+            runs = len(split_list(federated.inits)) * ("federated" in arms) + len(set(arms) - {"federated"})
             cells.append(
                 Cell(
                     "04_federate",
@@ -159,7 +159,7 @@ def _variant(cfg: Settings, seeds: list[int], split: str, name: str, value: Any)
     """The cells of a study with one setting changed."""
     stage = config.stage_of()[name]
     variant = f"{name}={stages.as_text(value)}"
-    inits = several(cfg.federate.inits)
+    inits = split_list(cfg.federate.inits)
     if stage == "teacher" or name in NOT_RANDOMS:
         inits = [init for init in inits if init != "random"]
     folder = stages.variant_dir(cfg, variant)
@@ -204,7 +204,7 @@ def estimate(cells: list[Cell], *, steps: int = 4, replace_other: bool = False) 
         how = (cfg.data.size, cfg.distill.student, cfg.federate.batch_size, cfg.federate.augmentation)
         if how not in rates:
             rates[how] = stages.images_a_second(cfg, cohort, steps)
-        images = _images(cell, stages.hold_out(cfg, cohort))
+        images = _images(cell, stages.holdout(cfg, cohort))
         found[cell.key] = Cost(images, images / rates[how] / 3600)
     return found
 
@@ -212,7 +212,7 @@ def estimate(cells: list[Cell], *, steps: int = 4, replace_other: bool = False) 
 def _images(cell: Cell, parts: Holdout) -> int:
     """Images that a cell's trainings see."""
     cfg, proxy, clients = cell.cfg, len(parts.proxy), len(parts.federated)
-    starts = {*several(cfg.federate.inits)} - {"random"}
+    starts = {*split_list(cfg.federate.inits)} - {"random"}
     if cell.notebook == "02_teacher":  # of predicted boxes: two students, each from half of the proxy set
         return cfg.distill.proxy_epochs * proxy
     if cell.notebook == "03_distill":
@@ -241,15 +241,15 @@ def check(cells: list[Cell]) -> dict[str, str]:
     if cfg.run.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch finds no GPU here: choose auto or cpu")
     model = models.build(cfg.distill.student)
-    for init in {*several(cfg.federate.inits)} & {*train.GIVEN}:
+    for init in {*split_list(cfg.federate.inits)} & {*train.GIVEN}:
         file = train.weights_of(init, cfg.distill)
         models.load_weights(model, file, encoder_only=init == "imagenet")
     here = replace(cfg, run=replace(cfg.run, device="cpu"))  # the GPU's memory is the notebooks'
     who = stages.load_teacher(here)
     cohort = stages.load_cohort(here)
-    parts = stages.hold_out(here, cohort)
+    parts = stages.holdout(here, cohort)
     for cell in cells:
-        if cell.notebook == "03_distill" and {"pretraining", "fm"} & {*several(cell.cfg.federate.inits)}:
+        if cell.notebook == "03_distill" and {"pretraining", "fm"} & {*split_list(cell.cfg.federate.inits)}:
             known = int(stages.labelled(cell.cfg, parts.proxy).sum())
             _check_batches(cell.cfg, {"the proxy set": len(parts.proxy), "its labelled part": known})
         if cell.notebook == "04_federate":
@@ -334,7 +334,7 @@ def _move_away(root: Path) -> Path:
     Raises:
         UserError: another process is at work in it, or it cannot be moved.
     """
-    if any(Claims(root).held()):
+    if any(CellLocks(root).held()):
         raise UserError(
             f"--out {root} holds another study that is being run: stop it, or name another folder"
         )
@@ -406,11 +406,11 @@ def run(
             say(f"{root} held another study: it is now {_move_away(root)}")
             check_folder(root)
         keys = _fingerprints(cells, inputs)
-        Claims(root).sweep()
+        CellLocks(root).sweep()
         with _bar(cells, sum(cell.rounds for cell in cells), progress) as tick:
             work = _Work(cells, keys, plain, jobs, lambda line: (tick(), say(line)))
             ran = work.by_several() if jobs > 1 else work.alone()
-        Claims(root).forget()
+        CellLocks(root).forget()
     return ran, len(cells) - ran
 
 
@@ -435,7 +435,7 @@ def _sentences() -> Iterator[None]:
 class _Work:
     """The cells that are to be run, by one worker or by several side by side.
 
-    A worker takes a cell that nobody holds, as a process of its own would: see `Claims`.
+    A worker takes a cell that nobody holds, as a process of its own would: see `CellLocks`.
     """
 
     def __init__(
@@ -452,7 +452,7 @@ class _Work:
 
     def alone(self) -> int:
         """Run cells until all are done or one fails; returns how many were run."""
-        held, ran = Claims(self.cells[0].cfg.run_dir), 0
+        held, ran = CellLocks(self.cells[0].cfg.run_dir), 0
         done: set[str] = set()
 
         def is_done(cell: Cell) -> bool:
@@ -540,7 +540,7 @@ def _run_cell(cell: Cell, fingerprint: str, plain: bool, share: int = 1) -> floa
     return seconds
 
 
-class Claims:
+class CellLocks:
     """Which cells this process has taken of a study that others may work on too.
 
     One lock, the gate, is held for a moment by whoever takes or gives back a cell; each cell taken has a lock
@@ -644,7 +644,7 @@ def _missing(cell: Cell) -> list[str]:
         f"figures/{name}" for name in _read_marker(cell.cfg.run_dir / own / "cell.json").get("figures", [])
     ]
     if cell.notebook == "03_distill":
-        wanted += [f"weights/init-{init}-seed{cfg.seed}.safetensors" for init in several(cfg.inits)]
+        wanted += [f"weights/init-{init}-seed{cfg.seed}.safetensors" for init in split_list(cfg.inits)]
     if cell.notebook == "04_federate":
         wanted += [f"{own}/results.csv", f"{own}/per_image.csv"]
         wanted += [f"weights/{name}.safetensors" for name in _runs(cell.cfg)]
@@ -704,14 +704,14 @@ def _runs(cfg: Settings) -> dict[str, float]:
     """
     cfg, seed = cfg.federate, f"seed{cfg.federate.seed}"
     runs = {
-        "federated": {f"federated-{cfg.split}-{init}-{seed}": 1.0 for init in several(cfg.inits)},
+        "federated": {f"federated-{cfg.split}-{init}-{seed}": 1.0 for init in split_list(cfg.inits)},
         "centralised": {f"centralised-pooled-random-{seed}": 1.0},
         "standalone": {
             f"standalone-{cfg.split}-random-{seed}-client{k}": 1 / cfg.num_clients
             for k in range(cfg.num_clients)
         },
     }
-    return {name: share for arm in several(cfg.arms) for name, share in runs[arm].items()}
+    return {name: share for arm in split_list(cfg.arms) for name, share in runs[arm].items()}
 
 
 def _rounds_done(cells: list[Cell]) -> int:

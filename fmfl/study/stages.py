@@ -28,7 +28,7 @@ from torch import Tensor
 import fmfl
 from fmfl import config, data, federate, models, paths, split, states, teacher, train
 from fmfl.analysis import tables
-from fmfl.config import VARIANTS, DistillConfig, FederateConfig, Settings, numbers, several
+from fmfl.config import VARIANTS, DistillConfig, FederateConfig, Settings, float_list, split_list
 from fmfl.data import Cohort
 from fmfl.errors import UserError, first_few
 from fmfl.federate import Server
@@ -77,7 +77,7 @@ def _fits(cohort: Cohort, device: torch.device) -> bool:
     return cohort.images.nbytes + cohort.masks.nbytes <= torch.cuda.mem_get_info(device)[0] / 2
 
 
-def hold_out(cfg: Settings, cohort: Cohort) -> Holdout:
+def holdout(cfg: Settings, cohort: Cohort) -> Holdout:
     """Proxy, test and federated images; the same for every seed of a study."""
     return split.holdout(
         cohort.table,
@@ -114,7 +114,7 @@ def load_teacher(cfg: Settings, **other: Any) -> Teacher:
     options: dict[str, Any] = dict(
         adapter=wanted.adapter,
         size=wanted.teacher_size or None,
-        allow=several(wanted.passed_over),
+        allow=split_list(wanted.passed_over),
         precision=train.precision_of(cfg.run),
         noise=wanted.teacher_noise,
     )
@@ -283,7 +283,7 @@ def initial_states(
 
 def _begin(cfg: Settings, init: str, lesson: Taught, num_proxy: int, kept_as: str) -> InitialState:
     """See `train.initial_state`; fewer images than the proxy set has are shown more often."""
-    epochs = train.passes(cfg.distill.proxy_epochs, num_proxy, len(lesson.examples))
+    epochs = train.epochs_for_equal_steps(cfg.distill.proxy_epochs, num_proxy, len(lesson.examples))
     return train.initial_state(
         init,
         lesson.examples,
@@ -308,10 +308,10 @@ def variants(cfg: Settings) -> list[DistillConfig]:
     own, sweep = cfg.distill, cfg.sweep
     found = [own]
     if sweep.alpha_sweep or sweep.temperature_sweep:
-        for temperature in numbers(sweep.temperature_sweep) or [own.temperature]:
-            for alpha in numbers(sweep.alpha_sweep) or [own.alpha]:
+        for temperature in float_list(sweep.temperature_sweep) or [own.temperature]:
+            for alpha in float_list(sweep.alpha_sweep) or [own.alpha]:
                 found.append(replace(own, alpha=alpha, temperature=temperature))
-    found += [replace(own, **VARIANTS[name]) for name in several(sweep.variants)]
+    found += [replace(own, **VARIANTS[name]) for name in split_list(sweep.variants)]
     return list(dict.fromkeys(one if one.alpha else replace(own, alpha=0.0) for one in found))
 
 
@@ -382,10 +382,10 @@ def servers(
         engine=engine_key(cfg),
     )
     holders = federate.clients_of(cohort, clients)
-    arms = several(cfg.federate.arms)
+    arms = split_list(cfg.federate.arms)
     found = []
     if "federated" in arms:
-        for init in several(cfg.federate.inits):
+        for init in split_list(cfg.federate.inits):
             found.append(Server.start_or_resume(cfg.run_dir, initial[init], holders, **common))
     # As in the paper's Table 1, these two are trained from random weights only.
     if "centralised" in arms:
@@ -712,14 +712,14 @@ def as_text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def mixtures(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> pd.DataFrame:
-    """What the clients held: `split.mixture` of each split and seed that was run."""
-    federated = hold_out(cfg, cohort).federated
+def compositions(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> pd.DataFrame:
+    """What the clients held: `split.composition` of each split and seed that was run."""
+    federated = holdout(cfg, cohort).federated
     runs = results.loc[results.split != "pooled", ["split", "seed"]].drop_duplicates()
     tables = []
     for scheme, seed in runs.itertuples(index=False):
         held = partition(cohort, federated, replace(cfg.federate, seed=int(seed)), scheme)
-        tables.append(split.mixture(cohort.table, held).assign(split=scheme, seed=seed))
+        tables.append(split.composition(cohort.table, held).assign(split=scheme, seed=seed))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -737,7 +737,7 @@ def first_servers(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> tuple
     runs = runs[(runs.split == shown) & (runs.seed == runs[runs.split == shown].seed.min())]
     seed, weights = int(runs.seed.iloc[0]), cfg.run_dir / "weights"
     cfg = replace(cfg, federate=replace(cfg.federate, split=shown, seed=seed))
-    holders = federate.clients_of(cohort, partition(cohort, hold_out(cfg, cohort).federated, cfg.federate))
+    holders = federate.clients_of(cohort, partition(cohort, holdout(cfg, cohort).federated, cfg.federate))
     servers = []
     for init in tables.ordered_inits(runs):
         start, end = f"init-{init}-seed{seed}.safetensors", f"federated-{shown}-{init}-seed{seed}.safetensors"
@@ -908,7 +908,7 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
         del settings[name]
     # Results are passed on; where they lay on this machine is nobody's business.
     for name in PLACES:
-        settings[name] = ",".join(Path(part).name for part in several(settings[name]))
+        settings[name] = ",".join(Path(part).name for part in split_list(settings[name]))
     runs = {f"{row.arm}-{row.split}-{row.init}-seed{row.seed}" for row in results.itertuples()}
     runs |= {f"init-{row.init}-seed{row.seed}" for row in results.itertuples()}
     weights = {
