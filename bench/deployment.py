@@ -15,10 +15,11 @@ import torch
 
 from bench import measure
 from fmfl import config, federate, models
+from fmfl.distill import InitialState
 from fmfl.flower import deploy
 from fmfl.states import read_record
 from fmfl.study import stages
-from fmfl.train import FitResult, InitialState
+from fmfl.train import FitResult
 
 FMFL = [sys.executable, "-c", "import sys; from fmfl.cli import main; sys.argv[0] = 'fmfl'; main()"]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import measure
-from fmfl import augment, data, losses, models, split, teacher
+from fmfl import augment, data, losses, models, prompts, split, teacher
 from fmfl.data import Cohort
 from fmfl.split import Holdout
 
@@ -53,7 +53,7 @@ def load(
     parts = split.holdout(cohort.table, 0, federated=federated)
     clients = split.partition(cohort.table, parts.federated, scheme, 3, seed)
     masks = cohort.masks[parts.proxy]
-    boxes = teacher.prompt(masks, "ground_truth", per_image="per_lung")
+    boxes = prompts.prompt(masks, "ground_truth", per_image="per_lung")
     asked = teacher.cached_logits(teacher.load("builtin"), cohort.images[parts.proxy], boxes, progress=False)
     return Setting(cohort, parts, clients, asked.logits)
 

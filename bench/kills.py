@@ -19,7 +19,7 @@ import psutil
 from bench import measure
 from fmfl import paths, states
 from fmfl.errors import UserError
-from fmfl.study import cli, grid, stages
+from fmfl.study import cli, grid, outputs
 
 SMALL = (
     *("-p", "size=32", "-p", "num_phantoms=24", "-p", "proxy=6", "-p", "test=4", "-p", "batch_size=4"),
@@ -109,7 +109,7 @@ class Study:
         """Each notebook's seconds, those of several splits together."""
         found: Counter[str] = Counter()
         for marker in sorted((self.folder / "cells").glob("*/done.json")):
-            found[marker.parent.name.split("-")[0]] += stages.read_json(marker)["seconds"]
+            found[marker.parent.name.split("-")[0]] += outputs.read_json(marker)["seconds"]
         return dict(found)
 
     def killed_in(self, part: str, after: float, whom: str) -> str | None:
@@ -132,7 +132,7 @@ class Study:
     def outcome(self) -> dict[str, Any]:
         """All that must not depend on a kill: every file's name, weights' hashes, scores but the seconds."""
         scores = pd.read_csv(self.folder / "results.csv").drop(columns="seconds")
-        manifest = stages.read_json(self.folder / "manifest.json")
+        manifest = outputs.read_json(self.folder / "manifest.json")
         weights = {
             file.name: states.state_digest(states.read_state(file)[0])
             for file in sorted((self.folder / "weights").glob("*.safetensors"))

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from fmfl import models, paths
 from fmfl.data import Cohort
+from fmfl.distill import InitialState
 from fmfl.federate import Server, clients_of
-from fmfl.study import stages
-from fmfl.train import FitResult, InitialState
+from fmfl.study import outputs, provenance
+from fmfl.train import FitResult
 
 MIB = 2**20
 
@@ -176,7 +177,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model,
         "cores": os.cpu_count(),
-        "memory_gib": stages.memory_gib(),
+        "memory_gib": provenance.memory_gib(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.system(),
     }
@@ -217,11 +218,11 @@ def report(
         **found,
         "machine": machine(),
         "versions": versions(*packages),
-        "commit": stages.commit(),
+        "commit": provenance.commit(),
     }
     print(json.dumps(whole))
     if out is not None:
-        stages.write_text(out, json.dumps(whole, indent=1) + "\n")
+        outputs.write_text(out, json.dumps(whole, indent=1) + "\n")
 
 
 def _readable(value: object) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import measure
-from fmfl import augment, federate, losses, models, train
+from fmfl import augment, devices, federate, losses, models, seeds, train
 from fmfl.config import FederateConfig
 from fmfl.federate import Server
 from fmfl.states import State
@@ -44,7 +44,7 @@ def plain_round(
         model.train()
         optimizer = torch.optim.Adam(model.parameters(), lr=cfg.learning_rate, fused=True)
         for epoch in range(cfg.local_epochs):
-            rng = train.generator(cfg.seed, k, round_number, epoch)
+            rng = seeds.generator(cfg.seed, k, round_number, epoch)
             order = torch.randperm(len(part), generator=rng).to(images.device)
             draws = augment.draw(len(part), rng).to(images.device)
             steps = -(-len(part) // cfg.batch_size)
@@ -64,7 +64,7 @@ def bare_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, precision: str
 ) -> None:
     """Forward, backward, step."""
-    with train.autocast(x.device, precision):
+    with devices.autocast(x.device, precision):
         logits = model(x)
     loss = losses.dice_loss(logits.float(), y)
     optimizer.zero_grad()
@@ -93,7 +93,7 @@ class Sides:
         self.start = self.server.state
         self.model = models.build(student, device=self.device)
         self.optimizer = train.adam(self.model, self.cfg.learning_rate)
-        drawn = augment.draw(batch_size, train.generator(0)).to(self.device)
+        drawn = augment.draw(batch_size, seeds.generator(0)).to(self.device)
         x, y, _ = augment.apply(self.cohort.images[:batch_size], self.cohort.masks[:batch_size], drawn)
         self.batch = x.contiguous(memory_format=torch.channels_last), y
         self.steps = CLIENTS * EPOCHS * -(-images // batch_size)

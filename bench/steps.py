@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench import measure
-from fmfl import augment, models, train
+from fmfl import augment, devices, models, parallel, train
 from fmfl.config import FederateConfig
 
 
@@ -45,7 +45,7 @@ def a_step(
     loss = train.LOSSES[cfg.loss]
 
     def step() -> None:
-        with train.autocast(device, precision):
+        with devices.autocast(device, precision):
             logits = run(images)
         value = loss(logits.float(), masks, None)
         optimizer.zero_grad(set_to_none=True)
@@ -85,7 +85,7 @@ def run(
     cohort = measure.a_cohort(batch_size, size, where)
     batch = augment.to_float(cohort.images), cohort.masks.float()
     rows, found = [], {}
-    with no_compiler_cache(), train.one_thread(where):  # one thread, as a study trains on a CPU
+    with no_compiler_cache(), parallel.one_thread(where):  # one thread, as a study trains on a CPU
         for student in students.split(","):
             sides: dict[str, Callable[[], object]] = {}
             first: dict[str, float] = {}

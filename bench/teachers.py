@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from bench import measure
-from fmfl import teacher
+from fmfl import prompts, teacher
 from fmfl.teacher import Teacher
 from fmfl.teachers import sam
 
@@ -29,7 +29,7 @@ def one(name: str, size: int, images: int, repeats: int, device: str) -> dict[st
     who = made(name, where)
     batch = min(who.batch_size, images)
     cohort = measure.a_cohort(images, size, where)
-    boxes = teacher.prompt(cohort.masks, "ground_truth", per_image="one")
+    boxes = prompts.prompt(cohort.masks, "ground_truth", per_image="one")
 
     def ask() -> None:
         who.logits(cohort.images, boxes, batch_size=batch)

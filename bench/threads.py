@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from bench import measure
-from fmfl import models, train
+from fmfl import models, parallel, train
 from fmfl.config import FederateConfig
 from fmfl.train import Examples
 
@@ -39,7 +39,7 @@ def run(
 
     taken = measure.interleaved(
         {
-            "side by side": lambda: train.side_by_side(one_training, (0, 1), device),
+            "side by side": lambda: parallel.side_by_side(one_training, (0, 1), device),
             "one by one": lambda: (one_training(0), one_training(1)),
         },
         repeats,

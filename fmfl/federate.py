@@ -21,10 +21,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fmfl import metrics, models, train
+from fmfl import metrics, models, parallel, seeds, train
 from fmfl.config import FederateConfig
 from fmfl.data import Cohort
+from fmfl.distill import InitialState
 from fmfl.errors import UserError, first_few
+from fmfl.seeds import POOLED, SAMPLING
 from fmfl.states import (
     TRAINING_CODE,
     State,
@@ -36,13 +38,7 @@ from fmfl.states import (
     state_digest,
     write_state,
 )
-from fmfl.train import Examples, FitResult, InitialState
-
-POOLED = 2**32 - 2
-"""The centralised arm's one client in a random key; no real client has that number."""
-
-SAMPLING = 2**32 - 3
-"""Stands for the choice of a round's clients where a client's number stands in a random key."""
+from fmfl.train import Examples, FitResult
 
 KEPT = "kept/"
 """Begins the names of the tensors in a checkpoint that are not the model's: see `Server.kept`."""
@@ -382,7 +378,7 @@ class Server:
 
     def remaining_rounds(self) -> Iterator[int]:
         """The numbers of the rounds still to do, each begun when the one before it is finished."""
-        while self.round_number < self.cfg.num_rounds and not train.interrupted.is_set():
+        while self.round_number < self.cfg.num_rounds and not parallel.interrupted.is_set():
             yield self.round_number + 1
 
     def participants(self) -> list[int]:
@@ -393,7 +389,7 @@ class Server:
         number = max(1, round(self.cfg.participation * len(self.clients)))
         if number == len(self.clients):
             return list(self.clients)
-        rng = train.generator(self.cfg.seed, SAMPLING, self.round_number + 1)
+        rng = seeds.generator(self.cfg.seed, SAMPLING, self.round_number + 1)
         chosen = torch.randperm(len(self.clients), generator=rng)[:number].sort().values
         return [list(self.clients)[place] for place in chosen.tolist()]
 
@@ -665,9 +661,9 @@ def train_clients(
     """
     numbers = list(numbers)
     home = next(server.model.parameters()).device
-    places = list(devices or train.places(home))[: len(numbers)]
+    places = list(devices or parallel.places(home))[: len(numbers)]
     if len(places) < 2:
-        with train.one_thread(home):  # as side by side, so that the bytes do not depend on the cores
+        with parallel.one_thread(home):  # as side by side, so that the bytes do not depend on the cores
             for number in numbers:
                 yield train_client(server, number)
         return
@@ -682,7 +678,7 @@ def train_clients(
 
     # Where images are moved, a client stays where its own are; the cores of one memory take turns.
     moved = len(set(places)) > 1
-    with train.one_thread(home), contextlib.ExitStack() as stack:
+    with parallel.one_thread(home), contextlib.ExitStack() as stack:
         pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in places]
         waiting: deque[tuple[int, Future]] = deque()
         try:

@@ -106,7 +106,7 @@ def test_loss_from_iid_to_skew_is_paired_by_seed():
 def test_effect_is_the_mean_over_the_deviation_of_patients():
     cells = {("federated", "random", "age"): 80.0, ("federated", "fm", "age"): 82.0}
     per_image = scores(cells, taste=2.0)
-    found = tables.contrast(per_image, dict(zip(cells, [-1, 1], strict=True)))
+    found = statistics.contrast(per_image, dict(zip(cells, [-1, 1], strict=True)))
     by_cell = 100 * per_image.groupby(["init", "patient_id"]).dice.mean().unstack("init")
     difference = by_cell.fm - by_cell.random
     assert found["effect"] == pytest.approx(difference.mean() / difference.std())
@@ -116,8 +116,8 @@ def test_contrast_finds_the_known_difference_whatever_the_images_hardness():
     cells = {("federated", "random", "age"): 80.0, ("federated", "fm", "age"): 82.0}
     per_image = scores(cells)
 
-    mean = tables.contrast(per_image, {("federated", "fm", "age"): 1})
-    difference = tables.contrast(per_image, dict(zip(cells, [-1, 1], strict=True)))
+    mean = statistics.contrast(per_image, {("federated", "fm", "age"): 1})
+    difference = statistics.contrast(per_image, dict(zip(cells, [-1, 1], strict=True)))
 
     assert mean["value"] == pytest.approx(82, abs=0.1)
     assert difference["low"] < 2 < difference["high"]
@@ -136,18 +136,18 @@ def test_contrast_uses_only_what_the_cells_share():
         ~((per_image.init == "random") & ((per_image.seed == 2) | (per_image.image_id == "image0")))
     ]
 
-    shared = tables.contrast(per_image, dict(zip(cells, [-1, 1], strict=True)))
+    shared = statistics.contrast(per_image, dict(zip(cells, [-1, 1], strict=True)))
 
     assert (shared["images"], shared["seeds"]) == (179, 2)
     assert shared["value"] == pytest.approx(2, abs=0.1)
     apart = per_image[(per_image.init == "fm") == (per_image.seed == 1)]
-    assert "share no seed" in tables.contrast(apart, dict(zip(cells, [-1, 1], strict=True)))["missing"]
+    assert "share no seed" in statistics.contrast(apart, dict(zip(cells, [-1, 1], strict=True)))["missing"]
 
 
 def test_standalone_score_is_the_mean_over_clients():
     cell = ("standalone", "random", "age")
     clients = [scores({cell: mean}).assign(client=k) for k, mean in enumerate((60, 63, 72))]
-    result = tables.contrast(pd.concat(clients), {cell: 1})
+    result = statistics.contrast(pd.concat(clients), {cell: 1})
     assert result["value"] == pytest.approx(65, abs=0.1)
     assert result["images"] == 180
 
@@ -193,8 +193,8 @@ def test_one_small_p_among_several_comparisons_is_inside_the_noise():
     real = {"fm": {cells["fm"]: 1, cells["random"]: -1}}
     nothing = {init: {cells[init]: 1, cells["random"]: -1} for init in "abcd"}
 
-    alone = tables.compare(per_image, real)
-    together = tables.compare(per_image, real | nothing)
+    alone = statistics.compare(per_image, real)
+    together = statistics.compare(per_image, real | nothing)
 
     assert alone.p["fm"] == pytest.approx(stats.wilcoxon(ranks).pvalue) == pytest.approx(0.024, abs=1e-3)
     assert alone.reading["fm"] == "higher, one seed"
@@ -289,7 +289,7 @@ def test_verdict_on_a_difference():
     )
     assert difference(-2, -3, -1)[0] == "not reproduced"
     assert difference(2, 1, 3, seeds=1) == ("not testable here", tables.ONE_SEED)
-    assert difference(60, 50, 70, patients=7) == ("not testable here", tables.TOO_FEW)
+    assert difference(60, 50, 70, patients=7) == ("not testable here", statistics.TOO_FEW)
     nan = float("nan")
     assert difference(nan, nan, nan, missing="fm was not run") == ("not testable here", "fm was not run")
 
@@ -425,7 +425,7 @@ def test_no_interval_of_rounds_leaves_the_run():
     results = curves({("federated", "fm", "age"): 90}, start={"fm": 85})
     results.loc[(results.seed == 2) & (results["round"] < 8), "dice"] = 0.4
     (row,) = tables.speed(results, [0.85]).itertuples()
-    low, high = tables.seed_interval([0, 0, 8])
+    low, high = statistics.seed_interval([0, 0, 8])
     assert low < 0 and high > 8
     assert (row.rounds_low, row.rounds_high) == (0, 8)
     assert 0 <= row.curve_low <= row.curve_high <= 100

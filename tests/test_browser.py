@@ -20,7 +20,7 @@ from playwright.sync_api import sync_playwright
 from fmfl import paths
 from fmfl.analysis import plots
 from fmfl.study import report
-from fmfl.study.stages import save_figure
+from fmfl.study.outputs import save_figure
 
 pytestmark = pytest.mark.slow
 

@@ -23,12 +23,13 @@ import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from fmfl import config, data, federate, models, states, train
+from fmfl import config, data, federate, models, parallel, states
+from fmfl.distill import InitialState
 from fmfl.errors import UserError
 from fmfl.flower import deploy
 from fmfl.sources import phantom
 from fmfl.study.cli import main
-from fmfl.train import Examples, FitResult, InitialState
+from fmfl.train import Examples, FitResult
 
 SIZE, IMAGES, CLIENTS, ROUNDS = 64, 6, 3, 3
 
@@ -383,7 +384,7 @@ def test_the_rounds_end_in_the_local_engines_bytes(deployment, tmp_path):
     server = federate.Server.start_or_resume(
         tmp_path, start, clients, cfg.federate, student="tiny_unet", cohort=held[0], test=test
     )
-    with train.one_thread(torch.device("cpu")):
+    with parallel.one_thread(torch.device("cpu")):
         for number in server.remaining_rounds():
             updates = [federate.train_client(server, k) for k in record["rounds"][number]["clients"]]
             server.finish_round(federate.aggregate(updates), held[0], test)

@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from fmfl import federate, metrics, models, states, train
+from fmfl import federate, metrics, models, seeds, states, train
 from fmfl.config import FederateConfig
 from fmfl.data import Cohort
+from fmfl.distill import InitialState
 from fmfl.errors import UserError
-from fmfl.federate import POOLED, Server, aggregate
-from fmfl.train import FitResult, InitialState
+from fmfl.federate import Server, aggregate
+from fmfl.seeds import POOLED
+from fmfl.train import FitResult
 
 SIZE = 32
 TEST = torch.tensor([10, 11])
@@ -249,7 +251,7 @@ def test_one_client_is_plain_training(tmp_path, student, optimizer_state):
             optimizer = torch.optim.Adam(model.parameters(), lr=cfg.learning_rate, fused=True)
         for epoch in range(epochs):
             model.train()
-            rng = train.generator(5, 0, number, epoch)
+            rng = seeds.generator(5, 0, number, epoch)
             for images, masks, _ in train.batches(
                 train.Examples(cohort.images, cohort.masks, everything), cfg.batch_size, rng
             ):

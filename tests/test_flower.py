@@ -14,11 +14,12 @@ from torch import nn
 
 from fmfl import config, federate, models, states
 from fmfl.data import Cohort
+from fmfl.distill import InitialState
 from fmfl.errors import UserError
 from fmfl.federate import Server
 from fmfl.flower import deploy, engine, privacy
 from fmfl.study import grid, stages
-from fmfl.train import FitResult, InitialState
+from fmfl.train import FitResult
 
 SIZE = 32
 TEST = torch.tensor([12, 13])

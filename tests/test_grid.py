@@ -20,7 +20,7 @@ from matplotlib import pyplot
 
 from fmfl import config, data, paths, states, teacher
 from fmfl.errors import UserError
-from fmfl.study import grid, stages
+from fmfl.study import grid, outputs, provenance, stages
 
 ORDER = ["01_data", "02_teacher", "03_distill", "04_federate", "05_analysis"]
 SPLITS = ["iid", "age", "quantity"]
@@ -102,7 +102,7 @@ def test_a_cell_gets_the_settings_it_depends_on_and_no_others(tmp_path):
 def test_what_a_federation_does_not_know_of_its_analysis_may_differ(tmp_path):
     """05 takes a federation's results where all settings agree that the federation was given."""
     (cell,) = [c for c in grid.plan(settings(tmp_path), [0], ["iid"]) if c.notebook == "04_federate"]
-    assert set(config.defaults()) - set(cell.parameters) <= set(stages.FREE)
+    assert set(config.defaults()) - set(cell.parameters) <= set(outputs.FREE)
 
 
 def test_every_injected_value_is_accepted(tmp_path):
@@ -205,7 +205,7 @@ def notebooks(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr(paths, "NOTEBOOKS", folder)
     monkeypatch.setattr(grid, "check", lambda cells: {"data": "these images", "teacher": "these weights"})
-    monkeypatch.setattr(stages, "commit", lambda: "")  # git takes longer than all the rest
+    monkeypatch.setattr(provenance, "commit", lambda: "")  # git takes longer than all the rest
     return Notebooks(folder)
 
 
@@ -380,8 +380,8 @@ def test_results_that_were_passed_on_without_their_cells_are_not_written_over(tm
 
 def test_a_variant_of_other_settings_than_the_studys_is_another_study(tmp_path, notebooks):
     cfg = settings(tmp_path / "run")
-    own = settings(stages.variant_dir(cfg, "labelled=10"), labelled=10.0, learning_rate=0.5)
-    stages.save(own, "04_federate", {"images": "these images"})
+    own = settings(outputs.variant_dir(cfg, "labelled=10"), labelled=10.0, learning_rate=0.5)
+    outputs.save(own, "04_federate", {"images": "these images"})
     with pytest.raises(UserError, match=r"\(learning_rate is 0\.5 there"):
         run(cfg)
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from bench import collapse, independent, measure
-from fmfl import federate, models, paths, train
+from fmfl import distill, federate, models, parallel, paths, train
 from fmfl.config import DistillConfig, FederateConfig
+from fmfl.distill import InitialState
 from fmfl.split import Holdout
-from fmfl.train import FitResult, InitialState
+from fmfl.train import FitResult
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def setting() -> independent.Setting:
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    with train.one_thread(torch.device("cpu")):
+    with parallel.one_thread(torch.device("cpu")):
         yield
 
 
@@ -34,7 +35,7 @@ def one_thread():
 def test_a_plain_loop_makes_the_same_start_to_the_bit(setting, init):
     proxy = train.Examples(setting.cohort.images, setting.cohort.masks, setting.parts.proxy, setting.logits)
     cfg = DistillConfig(student="tiny_unet", proxy_epochs=2, alpha=0.6)
-    theirs = train.initial_state(init, proxy, cfg, batch_size=independent.BATCH_SIZE, seed=3).state
+    theirs = distill.initial_state(init, proxy, cfg, batch_size=independent.BATCH_SIZE, seed=3).state
     ours = independent.initial_state(init, setting, seed=3, epochs=2)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 

@@ -16,7 +16,8 @@ from scipy import ndimage
 
 from fmfl import teacher
 from fmfl.errors import UserError
-from fmfl.teacher import Teacher, boxes_from_masks
+from fmfl.prompts import boxes_from_masks
+from fmfl.teacher import Teacher
 from fmfl.teachers import known_answer, sam
 from fmfl.teachers.known_answer import UNKNOWN, by_the_package, checks, drawn_chest
 

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
-from fmfl.analysis import plots, tables
+from fmfl.analysis import plots, statistics, tables
 
 SPREAD = 0.01 * np.linspace(-3, 3, 12)  # of Dice over images
 
@@ -109,7 +109,7 @@ def test_fig2_places_means_seeds_and_intervals():
 
 def test_fig2_without_scores_by_image_takes_the_seeds():
     axis = plots.fig2(results(inits=("fm",), splits=("age",))).axes[0]
-    assert drawn(axis, "fm", "-") == [pytest.approx(tables.seed_interval([80, 81]))]
+    assert drawn(axis, "fm", "-") == [pytest.approx(statistics.seed_interval([80, 81]))]
 
 
 def test_fig3_draws_the_mean_of_seeds_their_range_and_the_centralised_level():

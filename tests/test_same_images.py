@@ -10,7 +10,7 @@ import torch
 
 from fmfl import config, federate, split
 from fmfl.errors import UserError
-from fmfl.study import grid, stages
+from fmfl.study import grid, outputs, stages
 
 
 @pytest.fixture
@@ -82,12 +82,12 @@ def test_a_notebook_finds_the_cells_of_a_study_whatever_that_has_decided(tmp_pat
         {"arm": ["federated"], "init": "fm", "split": "age", "seed": 0, "round": 1, "dice": 0.5}
     )
     scores = table.assign(client=-1, image_id="a", patient_id="a")
-    stages.save(made, "04_federate", {"images": "x", "code": "y"}, results=table, per_image=scores)
-    found, _, others = stages.collect(cfg)
+    outputs.save(made, "04_federate", {"images": "x", "code": "y"}, results=table, per_image=scores)
+    found, _, others = outputs.collect(cfg)
     assert len(found) == 1 and others == []
     other = config.settings({"run_name": str(tmp_path), "images_without_age": "keep"})
     with pytest.raises(UserError, match="other settings"):
-        stages.collect(other)
+        outputs.collect(other)
 
 
 def test_a_study_may_add_a_split_by_age_and_trains_nothing_again_where_all_images_have_one(tmp_path):
@@ -97,7 +97,7 @@ def test_a_study_may_add_a_split_by_age_and_trains_nothing_again_where_all_image
     was, now = (cells[0].cfg.federate for cells in (before, after))
     assert (was.images_without_age, now.images_without_age) == ("keep", "leave_out")
     assert federate.run_settings(was, "federated") == federate.run_settings(now, "federated")
-    stages.save(before[0].cfg, "01_data", {"fingerprint": "x"})
+    outputs.save(before[0].cfg, "01_data", {"fingerprint": "x"})
     inputs = {"data": "x", "teacher": "y"}
     assert grid.other_study(after, inputs) == {}
     assert "data (by its bytes)" in grid.other_study(after, inputs | {"data": "z"})
@@ -108,10 +108,10 @@ def test_a_split_by_age_that_a_study_adds_is_not_refused_by_its_notebooks(tmp_pa
     cfg = config.settings({"run_name": str(tmp_path)})
     before, after = (grid.plan(cfg, [0], splits) for splits in (["iid"], ["iid", "age"]))
     for cell in before:
-        stages.save(cell.cfg, cell.notebook, {})
+        outputs.save(cell.cfg, cell.notebook, {})
     for cell in after:
         if cell.notebook in ("03_distill", "04_federate"):
-            stages.check_run(cell.cfg, cell.notebook)
+            outputs.check_run(cell.cfg, cell.notebook)
 
 
 def test_a_notebook_never_mixes_cells_with_and_without_images_of_unknown_age(tmp_path):
@@ -123,14 +123,14 @@ def test_a_notebook_never_mixes_cells_with_and_without_images_of_unknown_age(tmp
         made = {"run_name": str(tmp_path), "split": scheme, "seed": seed, "images_without_age": whose}
         cell = {"split": scheme, "seed": seed}
         tables = {"results": table.assign(**cell), "per_image": scores.assign(**cell)}
-        stages.save(config.settings(made), "04_federate", {"images": "x", "code": "y"}, **tables)
-    found, _, others = stages.collect(cfg)
+        outputs.save(config.settings(made), "04_federate", {"images": "x", "code": "y"}, **tables)
+    found, _, others = outputs.collect(cfg)
     assert sorted(found.split) == ["age", "iid"] and set(found.seed) == {0}
     assert others == ["04_federate-iid-seed1"]
 
 
 def test_an_analysis_with_other_settings_is_told_which(tmp_path):
     """As after the exercise of 04_federate, whose run 05_analysis is asked for with its own three clients."""
-    stages.save(config.settings({"run_name": str(tmp_path), "num_clients": 1}), "04_federate", {})
+    outputs.save(config.settings({"run_name": str(tmp_path), "num_clients": 1}), "04_federate", {})
     with pytest.raises(UserError, match=r"num_clients is 1 there and 3 here.*same values in the parameters"):
-        stages.collect(config.settings({"run_name": str(tmp_path)}))
+        outputs.collect(config.settings({"run_name": str(tmp_path)}))

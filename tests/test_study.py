@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 import fmfl
 from fmfl import config, data, models, paths, split, states, teacher, train
 from fmfl.errors import UserError
-from fmfl.study import grid, stages
+from fmfl.study import grid, manifest, outputs, provenance, stages
 
 TINY = {
     "size": 32,
@@ -189,7 +189,7 @@ def test_table_1_is_of_the_reference_split(done):
 def test_the_manifest_is_true(done):
     manifest = json.loads((done / "manifest.json").read_text())
     assert manifest["fmfl"] == fmfl.__version__
-    assert manifest["commit"] == stages.commit()
+    assert manifest["commit"] == provenance.commit()
     for package, version in manifest["versions"].items():
         wanted = sys.version.split()[0] if package == "python" else importlib.metadata.version(package)
         assert version == wanted
@@ -399,21 +399,21 @@ def cell(
         rows += [about | {"round": k, "dice": k * dice, "iou": 0.1, "hd95": 1.0} | spent for k in (0, 1)]
         images.append(about | {"client": -1, "image_id": "a", "patient_id": "p", "dice": dice})
     record = {"images": pixels, "code": code}
-    stages.save(cfg, "04_federate", record, results=pd.DataFrame(rows), per_image=pd.DataFrame(images))
+    outputs.save(cfg, "04_federate", record, results=pd.DataFrame(rows), per_image=pd.DataFrame(images))
     return cfg
 
 
 def test_a_cell_is_named_by_what_it_depends_on():
     cfg = config.settings({"split": "iid", "seed": 3})
-    names = [stages.cell_name(cfg, name) for name in grid.DEPENDS]
+    names = [outputs.cell_name(cfg, name) for name in grid.DEPENDS]
     assert names == ["01_data", "02_teacher", "03_distill-seed3", "04_federate-iid-seed3", "05_analysis"]
 
 
 def test_a_cells_record_says_what_made_it(tmp_path):
     cfg = config.settings({"run_name": tmp_path, "seed": 3})
-    folder = stages.save(cfg, "03_distill", {"weighs": 1}, losses=pd.DataFrame({"loss": [0.25]}))
+    folder = outputs.save(cfg, "03_distill", {"weighs": 1}, losses=pd.DataFrame({"loss": [0.25]}))
     assert folder == tmp_path / "cells" / "03_distill-seed3"
-    about = stages.read_json(folder / "cell.json")
+    about = outputs.read_json(folder / "cell.json")
     assert about["settings"] == cfg.flat() and about["record"] == {"weighs": 1}
     assert about["run"]["versions"]["torch"] == importlib.metadata.version("torch")
     assert (folder / "losses.csv").read_text() == "loss\n0.25\n"
@@ -424,7 +424,7 @@ def test_cells_come_together_whatever_seed_split_and_arms_they_have(tmp_path):
     cell(tmp_path, split="iid")
     cell(tmp_path, split="age", seed=1)
     cfg = cell(tmp_path, split="age", arms=("federated", "centralised"))
-    results, images, others = stages.collect(cfg)
+    results, images, others = outputs.collect(cfg)
     assert others == []
     assert set(zip(results.arm, results.split, results.seed, strict=True)) == {
         ("federated", "iid", 0),
@@ -438,42 +438,42 @@ def test_cells_come_together_whatever_seed_split_and_arms_they_have(tmp_path):
 def test_names_of_images_stay_as_they_are(tmp_path):
     """Read as numbers, 01 and 1 would be one image, and NA none."""
     cfg = cell(tmp_path)
-    file = tmp_path / "cells" / stages.cell_name(cfg, "04_federate") / "per_image.csv"
+    file = tmp_path / "cells" / outputs.cell_name(cfg, "04_federate") / "per_image.csv"
     row = pd.read_csv(file).iloc[0].to_dict()
     names = ["01", "1", "1.0", "NA"]
     pd.DataFrame([row | {"image_id": name, "patient_id": name} for name in names]).to_csv(file, index=False)
-    _, images, _ = stages.collect(cfg)
+    _, images, _ = outputs.collect(cfg)
     assert images.image_id.tolist() == names == images.patient_id.tolist()
 
 
 def test_a_run_that_two_cells_hold_counts_once(tmp_path):
     """As the centralised one does that was trained under two splits."""
     cell(tmp_path, split="iid", arms=("federated", "centralised"))
-    results, images, _ = stages.collect(cell(tmp_path, arms=("federated", "centralised")))
+    results, images, _ = outputs.collect(cell(tmp_path, arms=("federated", "centralised")))
     assert (results.arm == "centralised").sum() == 2 and (images.arm == "centralised").sum() == 1
 
 
 def test_two_results_for_one_run_are_refused(tmp_path):
     cell(tmp_path, split="iid", arms=("centralised",), dice=0.25)
     with pytest.raises(UserError, match="two different results for one run"):
-        stages.collect(cell(tmp_path, arms=("centralised",)))
+        outputs.collect(cell(tmp_path, arms=("centralised",)))
 
 
 @pytest.mark.parametrize("other", [{"pixels": "c"}, {"code": "c"}])
 def test_cells_of_other_images_or_other_code_are_not_mixed(tmp_path, other):
     cell(tmp_path, split="iid", **other)
     with pytest.raises(UserError, match="made from different images or by different code"):
-        stages.collect(cell(tmp_path))
+        outputs.collect(cell(tmp_path))
 
 
 def test_cells_of_other_settings_are_left_out_and_named(tmp_path):
     cell(tmp_path, split="iid", learning_rate=0.5)
     cfg = cell(tmp_path)
-    results, _, others = stages.collect(cfg)
+    results, _, others = outputs.collect(cfg)
     assert set(results.split) == {"age"} and others == ["04_federate-iid-seed0"]
     (tmp_path / "cells" / "04_federate-age-seed0" / "cell.json").unlink()
     with pytest.raises(UserError, match=r"cell\.json is missing"):
-        stages.collect(cfg)
+        outputs.collect(cfg)
 
 
 @pytest.mark.parametrize(
@@ -487,24 +487,24 @@ def test_cells_of_other_settings_are_left_out_and_named(tmp_path):
 def test_cells_of_other_notebooks_with_other_settings_are_left_out_and_named(tmp_path, notebook, given):
     """As an exercise leaves them: neither their records nor their figures are the study's."""
     other = config.settings({"run_name": tmp_path, "num_rounds": 1} | given)
-    stages.save_figure(other, "theirs", pyplot.figure())
-    stages.save(other, notebook, {"theirs": True})
+    outputs.save_figure(other, "theirs", pyplot.figure())
+    outputs.save(other, notebook, {"theirs": True})
     cfg = cell(tmp_path)
-    results, _, others = stages.collect(cfg)
-    assert others == [stages.cell_name(other, notebook)]
-    manifest = stages.manifest(cfg, results, others)
-    assert "theirs" not in json.dumps(manifest)
+    results, _, others = outputs.collect(cfg)
+    assert others == [outputs.cell_name(other, notebook)]
+    written = manifest.manifest(cfg, results, others)
+    assert "theirs" not in json.dumps(written)
     # What it does not depend on does not matter, nor do seed and sweep.
     same = config.settings({"run_name": tmp_path, "num_rounds": 9, "seed": 7, "alpha_sweep": ""})
-    stages.save(same, "02_teacher", {})
-    assert stages.cell_name(same, "02_teacher") not in stages.collect(cfg)[2]
+    outputs.save(same, "02_teacher", {})
+    assert outputs.cell_name(same, "02_teacher") not in outputs.collect(cfg)[2]
 
 
 def test_the_manifest_names_the_figures_of_the_studys_cells_in_the_order_of_the_story(tmp_path):
     def draw(cfg, notebook, *names):
         for name in names:
-            stages.save_figure(cfg, name, pyplot.figure())
-        return stages.save(cfg, notebook, {}) if notebook else None
+            outputs.save_figure(cfg, name, pyplot.figure())
+        return outputs.save(cfg, notebook, {}) if notebook else None
 
     cfg = config.settings({"run_name": tmp_path, "num_rounds": 1})
     draw(config.settings({"run_name": tmp_path / "another"}), None, "of another folder")
@@ -512,11 +512,11 @@ def test_the_manifest_names_the_figures_of_the_studys_cells_in_the_order_of_the_
     draw(config.settings({"run_name": tmp_path, "seed": 9}), "03_distill", "loss_seed9")
     draw(cfg, "01_data", "images", "ages", "images")
     draw(cfg, "05_analysis", "of an earlier analysis")
-    stages.save_figure(cfg, "dice_by_round", pyplot.figure())
-    results, *_ = stages.collect(cell(tmp_path))
+    outputs.save_figure(cfg, "dice_by_round", pyplot.figure())
+    results, *_ = outputs.collect(cell(tmp_path))
     draw(cfg, None, "fig2", "fig3")
     names = ["images", "ages", "loss_seed9", "loss_seed10", "dice_by_round", "fig2", "fig3"]
-    assert stages.manifest(cfg, results)["figures"] == [f"{name}.png" for name in names]
+    assert manifest.manifest(cfg, results)["figures"] == [f"{name}.png" for name in names]
     pyplot.close("all")
 
 
@@ -529,31 +529,31 @@ def test_the_manifest_names_the_figures_of_the_studys_cells_in_the_order_of_the_
 )
 def test_a_notebook_does_not_write_over_results_of_other_settings(tmp_path, made, begun):
     """Its sentence says which, and holds the line that helps."""
-    stages.save(config.settings({"run_name": tmp_path / "quick"}), made, {})
+    outputs.save(config.settings({"run_name": tmp_path / "quick"}), made, {})
     other = config.settings({"run_name": tmp_path / "quick", "temperature": 2.0})
     with pytest.raises(UserError) as caught:
-        stages.check_run(other, begun)
+        outputs.check_run(other, begun)
     assert str(caught.value) == (
         f"run '{tmp_path}/quick' holds results of other settings (temperature is 1.0 there and 2.0 here), "
         "and would lose them: name a run of its own in the parameters cell, such as "
         "run_name = 'quick-temperature=2'"
     )
-    stages.check_run(
+    outputs.check_run(
         config.settings({"run_name": tmp_path / "quick-temperature=2", "temperature": 2.0}), begun
     )
 
 
 def test_a_notebook_goes_on_where_only_seed_split_starts_and_what_it_does_not_know_differ(tmp_path):
-    stages.save(config.settings({"run_name": tmp_path, "num_clients": 5}), "04_federate", {})
-    stages.save(config.settings({"run_name": tmp_path, "age_strength": 0.5}), "01_data", {})
-    stages.save(config.settings({"run_name": tmp_path, "jitter_pixels": 20.0}), "02_teacher", {})
+    outputs.save(config.settings({"run_name": tmp_path, "num_clients": 5}), "04_federate", {})
+    outputs.save(config.settings({"run_name": tmp_path, "age_strength": 0.5}), "01_data", {})
+    outputs.save(config.settings({"run_name": tmp_path, "jitter_pixels": 20.0}), "02_teacher", {})
     free = {"seed": 3, "split": "iid", "inits": "random", "arms": "federated", "device": "cpu"}
-    stages.check_run(config.settings({"run_name": tmp_path, "num_clients": 5} | free), "04_federate")
-    stages.check_run(config.settings({"run_name": tmp_path}), "03_distill")  # knows of no clients
+    outputs.check_run(config.settings({"run_name": tmp_path, "num_clients": 5} | free), "04_federate")
+    outputs.check_run(config.settings({"run_name": tmp_path}), "03_distill")  # knows of no clients
     with pytest.raises(UserError, match="num_clients is 5 there and 3 here"):
-        stages.check_run(config.settings({"run_name": tmp_path}), "04_federate")
+        outputs.check_run(config.settings({"run_name": tmp_path}), "04_federate")
     (tmp_path / "cells" / "04_federate-age-seed0" / "cell.json").write_text("{")
-    stages.check_run(config.settings({"run_name": tmp_path}), "04_federate")
+    outputs.check_run(config.settings({"run_name": tmp_path}), "04_federate")
 
 
 def test_variants_come_together_with_their_axis_and_the_studys_own_value(tmp_path):
@@ -565,11 +565,11 @@ def test_variants_come_together_with_their_axis_and_the_studys_own_value(tmp_pat
         ("server=adam", {"server": "adam"}),
         ("num_clients=4", {"num_clients": 4, "server": "adam"}),
     ):
-        cell(stages.variant_dir(cfg, variant), **given)
-    found = stages.collect_variants(cfg)
+        cell(outputs.variant_dir(cfg, variant), **given)
+    found = outputs.collect_variants(cfg)
     rows = set(found[["axis", "value", "own"]].itertuples(index=False, name=None))
     assert rows == {("labelled", "10", "all"), ("labelled", "30", "all"), ("server", "adam", "average")}
-    assert stages.collect_variants(cell(tmp_path / "alone")).empty
+    assert outputs.collect_variants(cell(tmp_path / "alone")).empty
 
 
 def test_a_cell_made_before_a_parameter_came_had_it_at_its_default(tmp_path):
@@ -578,17 +578,17 @@ def test_a_cell_made_before_a_parameter_came_had_it_at_its_default(tmp_path):
     about = json.loads(file.read_text())
     del about["settings"]["labelled"]
     file.write_text(json.dumps(about))
-    assert len(stages.collect(cfg)[0]) == 2
+    assert len(outputs.collect(cfg)[0]) == 2
     with pytest.raises(UserError, match=r"labelled is 1\.0 there and 5\.0 here"):
-        stages.collect(config.settings({"run_name": tmp_path, "num_rounds": 1, "labelled": 5.0}))
+        outputs.collect(config.settings({"run_name": tmp_path, "num_rounds": 1, "labelled": 5.0}))
 
 
 def test_no_results_of_these_settings_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"holds no results of these settings: run 04_federate first"):
-        stages.collect(config.settings({"run_name": tmp_path}))
+        outputs.collect(config.settings({"run_name": tmp_path}))
     cell(tmp_path)
     with pytest.raises(UserError, match="holds results of other settings alone"):
-        stages.collect(config.settings({"run_name": tmp_path}))
+        outputs.collect(config.settings({"run_name": tmp_path}))
 
 
 @pytest.mark.parametrize(("content", "what"), [(None, "is missing"), ("{", "is damaged")])
@@ -596,28 +596,28 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path, content, what):
     if content:
         (tmp_path / "cell.json").write_text(content)
     with pytest.raises(UserError, match=rf"cell\.json {what}"):
-        stages.read_json(tmp_path / "cell.json")
+        outputs.read_json(tmp_path / "cell.json")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    stages.write_text(tmp_path / "new" / "file", "before")
+    outputs.write_text(tmp_path / "new" / "file", "before")
 
     def broken(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(OSError, match="no space left"):
-        stages.write_text(tmp_path / "new" / "file", "after")
+        outputs.write_text(tmp_path / "new" / "file", "after")
     assert (tmp_path / "new" / "file").read_text() == "before"
 
 
 def test_a_figure_half_written_is_no_figure(tmp_path, monkeypatch):
     """A report takes every *.png of the folder, hidden ones too."""
     cfg, figure = config.settings({"run_name": tmp_path}), pyplot.figure()
-    assert stages.save_figure(cfg, "fig9", figure) is figure
+    assert outputs.save_figure(cfg, "fig9", figure) is figure
     assert [file.name for file in (tmp_path / "figures").glob("*.png")] == ["fig9.png"]
     monkeypatch.setattr(os, "replace", lambda *_: None)  # killed just before
-    stages.save_figure(cfg, "fig8", figure)
+    outputs.save_figure(cfg, "fig8", figure)
     assert [file.name for file in (tmp_path / "figures").glob("*.png")] == ["fig9.png"]
     pyplot.close(figure)
 
@@ -625,8 +625,8 @@ def test_a_figure_half_written_is_no_figure(tmp_path, monkeypatch):
 def test_the_manifest_shows_names_and_no_paths(tmp_path):
     given = {"data": "phantom,/home/somebody/rays", "checkpoint": "/home/somebody/weights.safetensors"}
     cfg = cell(tmp_path / "run", **given)
-    results, *_ = stages.collect(cfg)
-    settings = stages.manifest(cfg, results)["settings"]
+    results, *_ = outputs.collect(cfg)
+    settings = manifest.manifest(cfg, results)["settings"]
     assert (settings["data"], settings["checkpoint"]) == ("phantom,rays", "weights.safetensors")
     assert settings["run_name"] == "run"
 
@@ -635,9 +635,9 @@ def test_the_commit_is_that_of_the_checkout(monkeypatch, tmp_path):
     git = shutil.which("git")
     if git and (paths.ROOT / ".git").exists():
         head = subprocess.run([git, "rev-parse", "HEAD"], cwd=paths.ROOT, capture_output=True, text=True)
-        assert stages.commit().removesuffix("+changes") == head.stdout.strip()
+        assert provenance.commit().removesuffix("+changes") == head.stdout.strip()
     monkeypatch.setattr(paths, "ROOT", tmp_path)
-    assert stages.commit() == "", "outside git"
+    assert provenance.commit() == "", "outside git"
 
 
 # ------------------------------------------------------------------------------------------ distillations
@@ -782,6 +782,6 @@ def test_memory_that_is_not_told_is_none(monkeypatch):
 
 
 def test_the_machines_memory_is_told_where_the_system_tells_it(monkeypatch):
-    assert stages.memory_gib() is None or 0.1 < stages.memory_gib() < 100_000
+    assert provenance.memory_gib() is None or 0.1 < provenance.memory_gib() < 100_000
     monkeypatch.delattr(os, "sysconf", raising=False)
-    assert stages.memory_gib() is None
+    assert provenance.memory_gib() is None

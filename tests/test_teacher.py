@@ -18,10 +18,11 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmfl import metrics, paths, teacher
+from fmfl import metrics, paths, prompts, teacher
 from fmfl.errors import UserError
+from fmfl.prompts import boxes_from_masks, jitter, prompt
 from fmfl.sources import phantom
-from fmfl.teacher import Teacher, boxes_from_masks, cached_logits, decode, jitter, prompt
+from fmfl.teacher import Teacher, cached_logits, decode
 from fmfl.teachers import sam
 
 SIZE = 64
@@ -437,12 +438,12 @@ def test_a_click_is_the_pixel_that_lies_deepest():
     masks[0, 0, 2:9, 1:8] = 1
     masks[0, 0, 8:19, 15:26] = 1
     masks[1, 0, 0:5, 0:5] = 1
-    clicks = teacher.points_from_masks(masks)
+    clicks = prompts.points_from_masks(masks)
     assert clicks[0].tolist() == [[4, 5], [20, 13]]
     assert clicks[1, 0].tolist() == [2, 2]
     assert clicks[1, 1].isnan().all()
     assert torch.equal(prompt(masks, "point").nan_to_num(), clicks.nan_to_num())
-    assert teacher.points_from_masks(masks[1:], per_image="one").tolist() == [[[2, 2]]]
+    assert prompts.points_from_masks(masks[1:], per_image="one").tolist() == [[[2, 2]]]
 
 
 def test_where_nothing_was_predicted_the_whole_image_is_asked_about():

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from fmfl import data, teacher
-from fmfl.teacher import boxes_from_masks
+from fmfl import data, prompts, teacher
+from fmfl.prompts import boxes_from_masks
 from tools import train_builtin_teacher as teacher_training
 
 SIZE = 64
@@ -42,7 +42,7 @@ def lungs(num: int = 40) -> torch.Tensor:
 def test_each_prompt_asks_for_the_lung_in_its_box():
     masks = lungs()
     both = ~boxes_from_masks(masks).isnan().any(-1).any(-1)
-    image, boxes, targets = teacher_training.prompts(masks, SIZE, torch.Generator().manual_seed(0))
+    image, boxes, targets = teacher_training.drawn_prompts(masks, SIZE, torch.Generator().manual_seed(0))
     assert len(image) == len(boxes) == len(targets)
     assert targets.shape[1:] == (1, SIZE, SIZE)
     assert set(image.tolist()) == set(range(len(masks)))
@@ -68,7 +68,7 @@ def test_each_prompt_asks_for_the_lung_in_its_box():
 
 def test_a_third_of_the_prompts_is_exact_and_some_are_the_whole_image():
     masks = lungs(200)
-    image, boxes, targets = teacher_training.prompts(masks, SIZE, torch.Generator().manual_seed(0))
+    image, boxes, targets = teacher_training.drawn_prompts(masks, SIZE, torch.Generator().manual_seed(0))
     whole = (boxes == torch.tensor([0.0, 0.0, SIZE - 1, SIZE - 1])).all(1)
     assert 0.01 < whole.float().mean() < 0.2
     together = boxes_from_masks(masks, per_image="one")[image, 0]
@@ -79,7 +79,8 @@ def test_a_third_of_the_prompts_is_exact_and_some_are_the_whole_image():
 
 def test_prompts_are_reproducible_by_seed():
     first, again, other = (
-        teacher_training.prompts(lungs(), SIZE, torch.Generator().manual_seed(seed))[1] for seed in (0, 0, 1)
+        teacher_training.drawn_prompts(lungs(), SIZE, torch.Generator().manual_seed(seed))[1]
+        for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert first.shape != other.shape or not torch.equal(first, other)
@@ -195,7 +196,7 @@ def test_a_short_training_leaves_a_teacher_with_its_record(tmp_path):
     who = teacher.load("builtin", out)
     assert who.size == SIZE
     cohort = data.load(corpus, size=SIZE, progress=False)
-    logits = who.logits(cohort.images[:2], teacher.prompt(cohort.masks[:2]))
+    logits = who.logits(cohort.images[:2], prompts.prompt(cohort.masks[:2]))
     assert logits.isfinite().all()
     with safe_open(out, "pt") as opened:
         metadata = opened.metadata()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fmfl import augment, losses, models, states, train
+from fmfl import augment, devices, distill, losses, models, parallel, seeds, states, train
 from fmfl.config import DistillConfig, RunConfig
 from fmfl.errors import UserError
 from fmfl.train import Examples
@@ -50,7 +50,7 @@ def examples(indices=range(10), logits: bool = False, num: int = NUM) -> Example
 
 
 def epoch(of: Examples, *key: int, batch_size: int = 4, augmentation: str = "none") -> list:
-    return list(train.batches(of, batch_size, train.generator(*key), augmentation=augmentation))
+    return list(train.batches(of, batch_size, seeds.generator(*key), augmentation=augmentation))
 
 
 def order(of: Examples, *key: int) -> list[int]:
@@ -123,12 +123,12 @@ def test_predicting_from_the_host_is_predicting(device):
 
 @needs_gpu
 def test_a_gpu_gives_the_same_bytes_twice_where_that_is_asked_for():
-    train.set_determinism(RunConfig(deterministic=True))
+    devices.set_determinism(RunConfig(deterministic=True))
     try:
         there = resident(examples(range(6), logits=True), torch.device("cuda", 0))
         assert equal(*(begin("fm", of=there).state for _ in range(2)))
     finally:
-        train.set_determinism(RunConfig())
+        devices.set_determinism(RunConfig())
 
 
 def test_determinism_is_set_on_a_gpu_and_only_there(monkeypatch):
@@ -136,10 +136,10 @@ def test_determinism_is_set_on_a_gpu_and_only_there(monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    train.set_determinism(RunConfig(device="cpu", deterministic=True))
+    devices.set_determinism(RunConfig(device="cpu", deterministic=True))
     assert asked == [] and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     for wanted in (True, False):
-        train.set_determinism(RunConfig(device="cuda", deterministic=wanted))
+        devices.set_determinism(RunConfig(device="cuda", deterministic=wanted))
     assert asked == [True, False]
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
@@ -159,7 +159,7 @@ def test_seed_client_round_and_epoch_each_change_the_order_and_the_augmentation(
     keys = [(0, 0, 1, 0), (1, 0, 1, 0), (0, 1, 1, 0), (0, 0, 2, 0), (0, 0, 1, 1)]
     of = examples()
     assert len({tuple(order(of, *key)) for key in keys}) == len(keys)
-    draws = {states.tensor_digest(augment.draw(5, train.generator(*key))) for key in keys}
+    draws = {states.tensor_digest(augment.draw(5, seeds.generator(*key))) for key in keys}
     assert len(draws) == len(keys)
 
 
@@ -203,7 +203,7 @@ def plain_training(
     model.train()
     means = []
     for number in range(epochs):
-        rng = train.generator(*key, number)
+        rng = seeds.generator(*key, number)
         shuffled, draws = torch.randperm(len(of), generator=rng), augment.draw(len(of), rng)
         total, steps = 0.0, -(-len(of) // batch_size)
         for rows, drawn in zip(shuffled.chunk(steps), draws.chunk(steps), strict=True):
@@ -310,8 +310,8 @@ def test_bfloat16_is_used_where_it_is_asked_for():
 
 
 def test_the_device_is_as_named():
-    assert train.device_of(RunConfig(device="cpu")) == torch.device("cpu")
-    assert (train.device_of(RunConfig()).type == "cuda") == torch.cuda.is_available()
+    assert devices.device_of(RunConfig(device="cpu")) == torch.device("cpu")
+    assert (devices.device_of(RunConfig()).type == "cuda") == torch.cuda.is_available()
 
 
 # ------------------------------------------------------------------------------------------ initial states
@@ -320,7 +320,7 @@ CFG = DistillConfig(student="micro", proxy_epochs=2)
 
 
 def begin(name: str, cfg: DistillConfig = CFG, of: Examples | None = None, seed: int = 0, **more):
-    return train.initial_state(
+    return distill.initial_state(
         name, of or examples(range(6), logits=True), cfg, batch_size=3, seed=seed, **more
     )
 
@@ -346,7 +346,7 @@ def test_pretraining_is_eq_5_without_the_teacher():
         epochs=2,
         batch_size=3,
         optimizer=train.adam(model, CFG.proxy_learning_rate),
-        key=(0, train.PROXY_KEY),
+        key=(0, seeds.PROXY),
     )
     assert equal(model.state_dict(), pretrained.state)
     assert pretrained.fitted.images_seen == 12
@@ -440,7 +440,7 @@ def test_pretraining_does_not_depend_on_the_teacher(tmp_path, trained):
 
 def test_no_real_client_shares_the_proxy_sets_random_numbers():
     of = examples()
-    assert order(of, 0, train.PROXY_KEY, 1) != order(of, 0, 0, 1)
+    assert order(of, 0, seeds.PROXY, 1) != order(of, 0, 0, 1)
 
 
 def test_training_makes_the_student_better():
@@ -473,7 +473,7 @@ def test_fresh_views_ask_the_teacher_about_what_the_student_sees():
 
     plain = examples()
     fresh = Examples(plain.images, plain.masks, plain.indices, ask=ask)
-    for images, _, logits in train.batches(fresh, 4, train.generator(0)):
+    for images, _, logits in train.batches(fresh, 4, seeds.generator(0)):
         torch.testing.assert_close(logits / 255, images, atol=0.51 / 255, rtol=0)
     assert sum(seen) == len(plain)
 
@@ -487,7 +487,7 @@ def test_hard_labels_look_at_the_teachers_mask_alone():
         cfg = DistillConfig(student="micro", alpha=1.0, proxy_epochs=1, teacher_labels=labels)
         made[labels] = [
             states.state_digest(
-                train.initial_state("fm", given, cfg, batch_size=4, seed=0, augmentation="none").state
+                distill.initial_state("fm", given, cfg, batch_size=4, seed=0, augmentation="none").state
             )
             for given in (soft, larger)
         ]
@@ -512,7 +512,7 @@ def test_predicted_masks_come_from_a_student_that_has_not_seen_the_patient(monke
     monkeypatch.setattr(train, "fit", watched_fit)
     monkeypatch.setattr(train, "predict", watched_predict)
     cfg = DistillConfig(student="micro", proxy_epochs=1)
-    masks, seconds = train.predicted_masks(plain, patients, cfg, batch_size=4, seed=0)
+    masks, seconds = distill.predicted_masks(plain, patients, cfg, batch_size=4, seed=0)
     assert masks.shape == (len(plain), 1, *plain.images.shape[2:]) and masks.dtype == torch.uint8
     assert seconds > 0
     for model, taught in learned:
@@ -520,7 +520,7 @@ def test_predicted_masks_come_from_a_student_that_has_not_seen_the_patient(monke
         assert not {patients[i] for i in taught} & {patients[i] for i in asked}
     assert sorted(i for _, indices in answered for i in indices) == plain.indices.tolist()
     with pytest.raises(UserError, match="two patients"):
-        train.predicted_masks(plain, ["one"] * len(plain), cfg, batch_size=4, seed=0)
+        distill.predicted_masks(plain, ["one"] * len(plain), cfg, batch_size=4, seed=0)
 
 
 def test_the_last_run_has_the_cores_of_those_that_have_ended(monkeypatch):
@@ -530,20 +530,20 @@ def test_the_last_run_has_the_cores_of_those_that_have_ended(monkeypatch):
 
     def beside_another(number: int) -> None:
         together.wait(10)
-        seen[number] = len(train.places(cpu))
+        seen[number] = len(parallel.places(cpu))
         together.wait(10)
 
-    train.side_by_side(beside_another, [0, 1], cpu)
+    parallel.side_by_side(beside_another, [0, 1], cpu)
     assert seen == {0: 1, 1: 1}
 
     def last(number: int) -> None:
         if number:
             time.sleep(0.3)
-            seen["last"] = len(train.places(cpu))
+            seen["last"] = len(parallel.places(cpu))
 
-    train.side_by_side(last, [0, 1], cpu)
+    parallel.side_by_side(last, [0, 1], cpu)
     assert seen["last"] == 2
-    assert len(train.places(cpu)) == 2, "outside, a run has all cores"
+    assert len(parallel.places(cpu)) == 2, "outside, a run has all cores"
 
 
 def test_predictions_are_the_same_whatever_the_number_of_cores():
@@ -563,8 +563,8 @@ def test_predictions_are_the_same_whatever_the_number_of_cores():
 
 
 def test_passes_show_as_many_images_however_few_there_are():
-    assert [train.epochs_for_equal_steps(15, 40, number) for number in (40, 20, 10, 7)] == [15, 30, 60, 86]
-    assert abs(train.epochs_for_equal_steps(15, 40, 7) * 7 - 15 * 40) < 7
+    assert [distill.epochs_for_equal_steps(15, 40, number) for number in (40, 20, 10, 7)] == [15, 30, 60, 86]
+    assert abs(distill.epochs_for_equal_steps(15, 40, 7) * 7 - 15 * 40) < 7
 
 
 def test_predicted_masks_from_some_masks_look_at_no_others(monkeypatch):
@@ -573,22 +573,22 @@ def test_predicted_masks_from_some_masks_look_at_no_others(monkeypatch):
     patients = [f"p{k}" for k in range(len(plain))]
     known = torch.arange(len(plain)) < 4
     given = dict(batch_size=4, seed=0, known=known)
-    masks, seconds = train.predicted_masks(plain, patients, cfg, **given)
+    masks, seconds = distill.predicted_masks(plain, patients, cfg, **given)
     spoiled = dataclasses.replace(plain, masks=plain.masks.clone())
     spoiled.masks[spoiled.indices[~known]] = 7
-    again, _ = train.predicted_masks(spoiled, patients, cfg, **given)
+    again, _ = distill.predicted_masks(spoiled, patients, cfg, **given)
     assert torch.equal(masks, again) and seconds > 0
     assert torch.equal(masks[known], plain.masks[plain.indices[known]])
     with pytest.raises(UserError, match="needs proxy images with masks"):
-        train.predicted_masks(plain, patients, cfg, **given | {"known": torch.zeros_like(known)})
+        distill.predicted_masks(plain, patients, cfg, **given | {"known": torch.zeros_like(known)})
 
 
 def test_starts_from_files_are_the_files_and_made_anew_when_these_change(tmp_path):
     file, kept = tmp_path / "given.safetensors", tmp_path / "init.safetensors"
     cfg = DistillConfig(student="micro", init_file=str(file))
 
-    def begin() -> train.InitialState:
-        return train.initial_state("file", examples(), cfg, batch_size=4, seed=0, file=kept)
+    def begin() -> distill.InitialState:
+        return distill.initial_state("file", examples(), cfg, batch_size=4, seed=0, file=kept)
 
     for seed in (1, 2):
         given = models.build("micro", seed=seed).state_dict()
@@ -597,7 +597,7 @@ def test_starts_from_files_are_the_files_and_made_anew_when_these_change(tmp_pat
         assert equal(found.state, given) and not found.reused
         assert found.fitted.images_seen == 0 and begin().reused
     with pytest.raises(UserError, match="start 'imagenet' needs a file of weights, but none is named"):
-        train.initial_state("imagenet", examples(), cfg, batch_size=4, seed=0)
+        distill.initial_state("imagenet", examples(), cfg, batch_size=4, seed=0)
     file.unlink()
     with pytest.raises(
         UserError, match=r"start 'file' .*given\.safetensors is not there: set init_file to one"

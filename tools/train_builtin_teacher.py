@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from fmfl import data, metrics, teacher
+from fmfl import data, metrics, prompts, teacher
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
@@ -70,14 +70,14 @@ def between_the_lungs(mask: np.ndarray) -> np.ndarray:
     )
 
 
-def prompts(masks: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def drawn_prompts(masks: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """A mix of what users draw: a box a lung or one for both, exact, sloppy, or the whole image.
 
     Returns:
         (P,) image numbers, (P, 4) boxes and (P, 1, H, W) float targets, one a prompt.
     """
-    per_lung = teacher.boxes_from_masks(masks, per_image="per_lung")
-    together = teacher.boxes_from_masks(masks, per_image="one")[:, 0]
+    per_lung = prompts.boxes_from_masks(masks, per_image="per_lung")
+    together = prompts.boxes_from_masks(masks, per_image="one")[:, 0]
     columns = torch.arange(size).view(1, 1, size)
     image, boxes, targets = [], [], []
     for i in range(len(masks)):
@@ -98,7 +98,7 @@ def prompts(masks: Tensor, size: int, generator: torch.Generator) -> tuple[Tenso
         for box, target in rows:
             pixels = 8.0 if sloppy < 0.2 else 3.0 if sloppy < 0.6 else 0.0
             image.append(i)
-            boxes.append(teacher.jitter(box, size, generator, pixels=pixels))
+            boxes.append(prompts.jitter(box, size, generator, pixels=pixels))
             targets.append(target)
     return torch.tensor(image), torch.stack(boxes), torch.stack(targets)
 
@@ -117,10 +117,10 @@ def loss_of(logits: Tensor, iou: Tensor, targets: Tensor, scored: Tensor) -> Ten
 
 def scores(frozen: teacher.Teacher, images: Tensor, masks: Tensor) -> dict[str, float]:
     """Mean Dice by number of boxes and box rule."""
-    asked = {"whole_image": teacher.prompt(masks, "whole_image")}
+    asked = {"whole_image": prompts.prompt(masks, "whole_image")}
     for rule in ("ground_truth", "ground_truth_jitter"):
-        for per_image in teacher.BOXES_PER_IMAGE:
-            asked[f"{rule}, {per_image}"] = teacher.prompt(masks, rule, per_image=per_image)
+        for per_image in prompts.BOXES_PER_IMAGE:
+            asked[f"{rule}, {per_image}"] = prompts.prompt(masks, rule, per_image=per_image)
     answers = frozen.answers(images, list(asked.values()))
     return {
         rule: round(metrics.dice(logits > 0, masks).mean().item(), 4)
@@ -214,7 +214,7 @@ def train(
             np.stack(part) for part in zip(*(next_image() for _ in range(batch_size)), strict=True)
         )
         masks = torch.from_numpy(masks)[:, None]
-        image, boxes, targets = prompts(masks, size, generator)
+        image, boxes, targets = drawn_prompts(masks, size, generator)
         x = torch.from_numpy(images)[:, None].float().to(device)
         embeddings = sam.image_encoder(teacher.standardise(x))
         low, iou = teacher.decode(sam, embeddings[image.to(device)], boxes.to(device))

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fmfl import augment, federate, train
+from fmfl import augment, federate, parallel, train
 from fmfl.data import Cohort
 from fmfl.federate import Server
 from fmfl.states import State
@@ -161,4 +161,4 @@ def of_starts(
         }
 
     zipped = zip(runs, trained, strict=True)
-    return pd.DataFrame(train.side_by_side(look, zipped, cohort.device))
+    return pd.DataFrame(parallel.side_by_side(look, zipped, cohort.device))

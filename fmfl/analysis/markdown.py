@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from fmfl import states
-from fmfl.analysis import tables
+from fmfl.analysis import statistics, tables
 from fmfl.analysis.plots import NAMES, SPLITS
 from fmfl.errors import UserError
 
@@ -88,7 +88,7 @@ def _difference(row) -> list[str]:
     other = against.get(row.lower, row.lower)
     digits = decimals(row.value, row.low, row.high)
     size = f"{number(row.value, digits, sign=True)} points"
-    if row.reading == tables.TOO_FEW:
+    if row.reading == statistics.TOO_FEW:
         return [f"Its difference from {other} is {size}, on {row.patients} test patients: {tables.TOO_FEW}."]
     over = "patients" if row.seeds == 1 else "seeds and patients"
     size += f" (95 % interval over {over} {interval(row.low, row.high, digits)})"
@@ -186,7 +186,7 @@ def _counted(per_image: pd.DataFrame) -> str:
     people, seeds = per_image.patient_id.nunique(), per_image.seed.nunique()
     images = per_image.image_id.nunique()
     text = f"{images} test images of {people} patients, {seeds} seed{'s' * (seeds != 1)}."
-    if people < tables.MIN_PATIENTS:
+    if people < statistics.MIN_PATIENTS:
         return f"{text} Fewer than {tables.MIN_PATIENTS} patients: no intervals, no tests."
     return f"{text} Intervals are 95 % over {'seeds and patients together' if seeds > 1 else 'patients'}."
 

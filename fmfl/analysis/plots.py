@@ -20,7 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fmfl.analysis.tables import FAILURE, contrast, final, ordered_inits, reference_split, seed_interval
+from fmfl.analysis.statistics import contrast, seed_interval
+from fmfl.analysis.tables import FAILURE, final, ordered_inits, reference_split
 
 PALETTE = {
     "random": "#E69F00",

@@ -28,17 +28,15 @@ import numpy as np
 import pandas as pd
 import scipy
 
-from fmfl.analysis.statistics import (  # noqa: F401  what 03_distill and plots take from here
+from fmfl.analysis.statistics import (
     ALPHA,
     EQUIVALENCE,
     MIN_PATIENTS,
     TOO_FEW,
     Cell,
     TwoWay,
-    bootstrap_mean,
     compare,
     contrast,
-    corrected,
     paired_scores,
     seed_interval,
     two_way,

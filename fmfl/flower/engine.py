@@ -42,15 +42,16 @@ from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM, add_gaussian_
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from fmfl import config, data, federate, models, states, train
+from fmfl import config, data, devices, federate, models, parallel, states
 from fmfl.config import FlowerConfig, Settings
 from fmfl.data import Cohort
+from fmfl.distill import InitialState
 from fmfl.errors import UserError
 from fmfl.federate import Server, Traffic
 from fmfl.flower import privacy
 from fmfl.states import State
-from fmfl.study import stages
-from fmfl.train import Examples, FitResult, InitialState
+from fmfl.study import outputs, stages
+from fmfl.train import Examples, FitResult
 
 log = logging.getLogger("fmfl.flower")
 
@@ -189,7 +190,7 @@ def make_client_app(holds: Callable[[Context, Settings], ClientData]) -> ClientA
             client=-1,
             clients={held.number: held.examples},
             cfg=cfg.federate,
-            precision=train.precision_of(cfg.run),
+            precision=devices.precision_of(cfg.run),
             model=model,
             state=models.copy_state(model) | unpack(message.content["weights"], given),
             file=Path(),
@@ -197,7 +198,7 @@ def make_client_app(holds: Callable[[Context, Settings], ClientData]) -> ClientA
             round_number=int(asked["round"]) - 1,
             kept=_kept(context) if held.kept is None else held.kept,
         )
-        with train.one_thread(device):
+        with parallel.one_thread(device):
             state, weight = federate.train_client(own, held.number)
         if held.kept is None:
             _keep(context, own.kept)
@@ -275,7 +276,7 @@ def _load(sources: str, cfg: Settings) -> Cohort:
     cohort = data.load(
         sources, size=wanted.size, mask_class=wanted.mask_class, strict=wanted.strict, progress=False
     )
-    return cohort.to(train.device_of(cfg.run))
+    return cohort.to(devices.device_of(cfg.run))
 
 
 # ------------------------------------------------------------------------------------------ the server
@@ -416,7 +417,7 @@ class Nodes:
                 k = pending.pop(reply.metadata.reply_to_message_id, None)
                 if k is not None:
                     replies[k] = reply
-            if time.monotonic() > until or train.interrupted.is_set():
+            if time.monotonic() > until or parallel.interrupted.is_set():
                 break
             if pending:
                 time.sleep(self.poll)
@@ -585,7 +586,7 @@ def serve(grid: Grid, cfg: Settings) -> Server:
         student=cfg.distill.student,
         cohort=cohort,
         test=test,
-        precision=train.precision_of(cfg.run),
+        precision=devices.precision_of(cfg.run),
         engine=stages.engine_key(cfg),
         move_aside=False,
     )
@@ -598,12 +599,12 @@ def serve(grid: Grid, cfg: Settings) -> Server:
         except UserError:
             _write(cfg, server, stopped=number)
             raise
-        with train.one_thread(cohort.device):
+        with parallel.one_thread(cohort.device):
             server.finish_round(federate.aggregate(updates), cohort, test)
         _write(cfg, server)
         log.info("round %d: %s", number, _said(server))
     if len(test):
-        stages.write_text(cfg.run_dir / "per_image.csv", server.per_image(cohort, test).to_csv(index=False))
+        outputs.write_text(cfg.run_dir / "per_image.csv", server.per_image(cohort, test).to_csv(index=False))
     if spent := _write_privacy(cfg, server):
         log.info("privacy: %s", spent)
     return server
@@ -623,7 +624,7 @@ def _write_privacy(cfg: Settings, server: Server) -> dict[str, Any]:
     """What the rounds so far have spent, beside their weights; no file where nothing is noised."""
     file = cfg.run_dir / "privacy.json"
     if spent := privacy.spent(cfg.flower, server.round_number):
-        stages.write_text(file, json.dumps(spent, indent=1) + "\n")
+        outputs.write_text(file, json.dumps(spent, indent=1) + "\n")
     else:
         file.unlink(missing_ok=True)
     return spent
@@ -639,13 +640,13 @@ def _said(server: Server) -> str:
 def _write(cfg: Settings, server: Server, stopped: int = 0) -> None:
     """The rounds so far, and what was wrong in them; `stopped` is a round that could not be finished."""
     _write_privacy(cfg, server)
-    stages.write_text(cfg.run_dir / "results.csv", pd.DataFrame(server.history).to_csv(index=False))
+    outputs.write_text(cfg.run_dir / "results.csv", pd.DataFrame(server.history).to_csv(index=False))
     rounds = list(enumerate(done.get("faults", {}) for done in server.rounds))
     if stopped and server.exchange:
         rounds.append((stopped, server.exchange.faults))
     rows = [(number, int(k), fault) for number, faults in rounds for k, fault in faults.items()]
     table = pd.DataFrame(rows, columns=["round", "client", "fault"])
-    stages.write_text(cfg.run_dir / "faults.csv", table.to_csv(index=False))
+    outputs.write_text(cfg.run_dir / "faults.csv", table.to_csv(index=False))
 
 
 def _test_images(cfg: Settings) -> tuple[Cohort, Tensor]:
@@ -656,7 +657,7 @@ def _test_images(cfg: Settings) -> tuple[Cohort, Tensor]:
     if cfg.flower.test_data:
         cohort = _load(cfg.flower.test_data, cfg)
         return cohort, torch.arange(len(cohort), device=cohort.images.device)
-    device, size = train.device_of(cfg.run), cfg.data.size
+    device, size = devices.device_of(cfg.run), cfg.data.size
     nothing = torch.empty((0, 1, size, size), dtype=torch.uint8, device=device)
     table = pd.DataFrame(columns=list(data.COLUMNS))
     cohort = Cohort(nothing, nothing, table, pd.DataFrame(), "no test images")

@@ -35,12 +35,12 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from fmfl import config, errors, federate, models, paths, split, states, syntax, train
+from fmfl import config, distill, errors, federate, models, paths, split, states, syntax
 from fmfl.config import Settings, split_list
 from fmfl.errors import UserError
 from fmfl.split import AGE_SCHEMES, Holdout
-from fmfl.study import interrupt, stages
-from fmfl.study.stages import DEPENDS
+from fmfl.study import interrupt, outputs, stages
+from fmfl.study.outputs import DEPENDS
 
 #: What every notebook is given and no number depends on.
 WHERE = ("run_name", "device", "cohort_device")
@@ -85,7 +85,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Its name in the run's folder."""
-        return stages.cell_name(self.cfg, self.notebook)
+        return outputs.cell_name(self.cfg, self.notebook)
 
     @property
     def key(self) -> str:
@@ -96,7 +96,7 @@ class Cell:
     def parameters(self) -> dict[str, Any]:
         """What is injected: every setting that the notebook depends on, and where it runs."""
         flat = self.cfg.flat()
-        names = stages.depends_on(self.notebook)
+        names = outputs.depends_on(self.notebook)
         return {name: flat[name] for name in flat if name in names or name in WHERE}
 
 
@@ -162,7 +162,7 @@ def _variant(cfg: Settings, seeds: list[int], split: str, name: str, value: Any)
     inits = split_list(cfg.federate.inits)
     if stage == "teacher" or name in NOT_RANDOMS:
         inits = [init for init in inits if init != "random"]
-    folder = stages.variant_dir(cfg, variant)
+    folder = outputs.variant_dir(cfg, variant)
     changed = cfg.flat() | {name: value, "run_name": str(folder), "split": split, "arms": "federated"}
     changed["inits"] = ",".join(inits)
     cells = []
@@ -224,7 +224,7 @@ def _images(cell: Cell, parts: Holdout) -> int:
 
 def notebook_code(notebook: str) -> list[str]:
     """A notebook's code cells; outputs and text left out."""
-    content = stages.read_json(paths.NOTEBOOKS / f"{notebook}.ipynb")
+    content = outputs.read_json(paths.NOTEBOOKS / f"{notebook}.ipynb")
     return ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]
 
 
@@ -241,8 +241,8 @@ def check(cells: list[Cell]) -> dict[str, str]:
     if cfg.run.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch finds no GPU here: choose auto or cpu")
     model = models.build(cfg.distill.student)
-    for init in {*split_list(cfg.federate.inits)} & {*train.GIVEN}:
-        file = train.weights_of(init, cfg.distill)
+    for init in {*split_list(cfg.federate.inits)} & {*distill.GIVEN}:
+        file = distill.weights_of(init, cfg.distill)
         models.load_weights(model, file, encoder_only=init == "imagenet")
     here = replace(cfg, run=replace(cfg.run, device="cpu"))  # the GPU's memory is the notebooks'
     who = stages.load_teacher(here)
@@ -276,26 +276,26 @@ def other_study(cells: list[Cell], inputs: dict[str, str]) -> dict[str, tuple[An
     cfg = cells[0].cfg
     found: dict[str, tuple[Any, Any]] = {}
     images, weights = set(), set()
-    for _, about in stages.cell_records(cfg.run_dir):
-        found |= stages.changed(about, cfg)
+    for _, about in outputs.cell_records(cfg.run_dir):
+        found |= outputs.changed(about, cfg)
         record = about.get("record") or {}
         images |= {record.get({"01_data": "fingerprint", "04_federate": "images"}.get(about["notebook"]))}
         weights |= {record.get("sha256")} if about["notebook"] == "02_teacher" else set()
-    for folder in (cfg.run_dir / stages.VARY).glob("*=*"):
-        for _, about in stages.cell_records(folder):
-            other = stages.changed(about, cfg)
+    for folder in (cfg.run_dir / outputs.VARY).glob("*=*"):
+        for _, about in outputs.cell_records(folder):
+            other = outputs.changed(about, cfg)
             found |= {name: values for name, values in other.items() if name != folder.name.split("=")[0]}
     for file in sorted((cfg.run_dir / "weights").glob("*.safetensors")):
         if isinstance(made_of := states.read_record(file).get("made_of"), dict):
             there = made_of["settings"]
             here = federate.run_settings(cfg.federate, there["arm"]) | {"student": cfg.distill.student}
-            names = [name for name in here if name in there and name not in stages.FREE]
+            names = [name for name in here if name in there and name not in outputs.FREE]
             found |= {name: (there[name], here[name]) for name in names if there[name] != here[name]}
             images.add(made_of["data"])
     held = _read_marker(cfg.run_dir / "manifest.json")
     if isinstance(settings := held.get("settings"), dict):
-        settings = {name: value for name, value in settings.items() if name not in stages.PLACES}
-        found |= stages.changed({"notebook": "05_analysis", "settings": cfg.flat() | settings}, cfg)
+        settings = {name: value for name, value in settings.items() if name not in outputs.PLACES}
+        found |= outputs.changed({"notebook": "05_analysis", "settings": cfg.flat() | settings}, cfg)
         images.add((held.get("data") or {}).get("fingerprint"))
     elif (cfg.run_dir / "results.csv").exists() and not any((cfg.run_dir / "cells").glob("*/cell.json")):
         found["results.csv"] = ("of another origin", "to be written")
@@ -536,7 +536,7 @@ def _run_cell(cell: Cell, fingerprint: str, plain: bool, share: int = 1) -> floa
     if missing := _missing(cell):
         raise UserError(f"{executed} ran but left no {', '.join(missing)} in {folder}: look into it")
     seconds = round(time.perf_counter() - started, 1)
-    stages.write_text(marker, json.dumps({"fingerprint": fingerprint, "seconds": seconds}))
+    outputs.write_text(marker, json.dumps({"fingerprint": fingerprint, "seconds": seconds}))
     return seconds
 
 
@@ -661,7 +661,7 @@ _UNFINISHED = re.compile(r"\..+\.(csv|json|html|ipynb|png|safetensors)\.\d+")
 def _unfinished(folder: Path) -> Iterator[Path]:
     """What a process is writing, or was when it died: hidden files that end in its number."""
     places = [folder.glob(".*")]
-    for place in (folder, *(folder / stages.VARY).glob("*")):
+    for place in (folder, *(folder / outputs.VARY).glob("*")):
         places += [(place / part).rglob(".*") for part in OWN_FOLDERS]
     for file in itertools.chain(*places):
         if _UNFINISHED.fullmatch(file.name) and file.is_file():
@@ -838,7 +838,7 @@ def execute_plain(cell: Cell, output: Path) -> None:
     from matplotlib import pyplot
 
     pyplot.switch_backend("Agg")
-    content = stages.read_json(paths.NOTEBOOKS / f"{cell.notebook}.ipynb")
+    content = outputs.read_json(paths.NOTEBOOKS / f"{cell.notebook}.ipynb")
     injected = "\n".join(
         ["# Parameters", *(f"{name} = {value!r}" for name, value in cell.parameters.items())]
     )
@@ -857,7 +857,7 @@ def execute_plain(cell: Cell, output: Path) -> None:
         failure = executed[-1].pop("error", None)
         if failure:
             break
-    stages.write_text(output, json.dumps(content | {"cells": executed}, indent=1))
+    outputs.write_text(output, json.dumps(content | {"cells": executed}, indent=1))
     if failure:
         raise _failure(output, type(failure).__name__, str(failure)) from failure
 

@@ -21,7 +21,7 @@ import pandas as pd
 from PIL import Image
 
 from fmfl import states
-from fmfl.analysis import tables
+from fmfl.analysis import statistics, tables
 from fmfl.analysis.markdown import decimals, estimate, headline, largest_p, number, reading
 from fmfl.analysis.plots import NAMES, SPLITS
 from fmfl.errors import UserError
@@ -333,11 +333,11 @@ def _counted(per_image: pd.DataFrame) -> str:
     people, seeds, images = (per_image[name].nunique() for name in ("patient_id", "seed", "image_id"))
     few = f" Fewer than {tables.MIN_PATIENTS} patients: no intervals and no tests."
     counts = f"{_many(images, 'test image')} of {_many(people, 'patient')}, {_many(seeds, 'seed')}."
-    return counts + few * (people < tables.MIN_PATIENTS)
+    return counts + few * (people < statistics.MIN_PATIENTS)
 
 
 def _with_interval(per_image: pd.DataFrame) -> str:
-    few = per_image.patient_id.nunique() < tables.MIN_PATIENTS
+    few = per_image.patient_id.nunique() < statistics.MIN_PATIENTS
     return "" if few else ", with 95 % interval"
 
 

@@ -6,18 +6,11 @@ A run's folder holds `weights/` (initial and final states), `cells/` (what each 
 """
 
 import ctypes
-import importlib.metadata
-import io
-import json
 import os
-import platform
-import re
-import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,20 +18,33 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-import fmfl
-from fmfl import config, data, federate, models, paths, split, states, teacher, train
+from fmfl import (
+    data,
+    devices,
+    distill,
+    federate,
+    models,
+    parallel,
+    paths,
+    prompts,
+    seeds,
+    split,
+    states,
+    teacher,
+    train,
+)
 from fmfl.analysis import tables
 from fmfl.config import VARIANTS, DistillConfig, FederateConfig, Settings, float_list, split_list
 from fmfl.data import Cohort
-from fmfl.errors import UserError, first_few
+from fmfl.distill import InitialState
+from fmfl.errors import UserError
 from fmfl.federate import Server
-from fmfl.flower import privacy
 from fmfl.split import Holdout
 from fmfl.teacher import CachedLogits, Teacher
-from fmfl.train import Examples, InitialState
+from fmfl.train import Examples
 
 if TYPE_CHECKING:  # a client of Flower imports this module for each message, and draws nothing
-    from matplotlib.figure import Figure
+    pass
 
 # ---------------------------------------------------------------------------------------------------
 # The stages' inputs, as the settings name them
@@ -55,8 +61,8 @@ def show_bars() -> bool:
 
 def load_cohort(cfg: Settings) -> Cohort:
     """The images of `cfg.data` on the run's device, or beside it where it has no room for them."""
-    train.set_determinism(cfg.run)
-    wanted, device = cfg.data, train.device_of(cfg.run)
+    devices.set_determinism(cfg.run)
+    wanted, device = cfg.data, devices.device_of(cfg.run)
     cohort = data.load(
         wanted.data,
         size=wanted.size,
@@ -115,11 +121,11 @@ def load_teacher(cfg: Settings, **other: Any) -> Teacher:
         adapter=wanted.adapter,
         size=wanted.teacher_size or None,
         allow=split_list(wanted.passed_over),
-        precision=train.precision_of(cfg.run),
+        precision=devices.precision_of(cfg.run),
         noise=wanted.teacher_noise,
     )
     return teacher.load(
-        wanted.teacher, wanted.checkpoint or None, train.device_of(cfg.run), **options | other
+        wanted.teacher, wanted.checkpoint or None, devices.device_of(cfg.run), **options | other
     )
 
 
@@ -142,11 +148,11 @@ def labelled(cfg: Settings, proxy: Tensor) -> Tensor:
     number = round(wanted * n) if wanted <= 1 else int(wanted)
     if number > n:
         raise UserError(f"labelled is {number}, but the proxy set has {n} images: name at most as many")
-    order = torch.randperm(n, generator=train.generator(cfg.federate.seed, train.LABELS))
+    order = torch.randperm(n, generator=seeds.generator(cfg.federate.seed, seeds.LABELS))
     return (order.argsort() < number).to(proxy.device)
 
 
-def prompts(
+def teacher_prompts(
     cfg: Settings,
     cohort: Cohort,
     indices: Tensor,
@@ -164,7 +170,7 @@ def prompts(
     masks, seconds = cohort.masks[indices], 0.0
     if rule == "predicted":
         masks, seconds = _predicted_masks(cfg, cohort, indices, known)
-    boxes = teacher.prompt(
+    boxes = prompts.prompt(
         masks,
         rule,
         per_image=per_image or wanted.boxes_per_image,
@@ -177,13 +183,13 @@ def prompts(
 def _predicted_masks(
     cfg: Settings, cohort: Cohort, indices: Tensor, known: Tensor | None = None
 ) -> tuple[Tensor, float]:
-    """See `train.predicted_masks`; made once for the same images and settings."""
+    """See `distill.predicted_masks`; made once for the same images and settings."""
     examples = Examples(cohort.images, cohort.masks, indices, device=cohort.device)
     patients = cohort.table.patient_id.iloc[indices.tolist()].tolist()
     how: dict[str, Any] = dict(
         batch_size=cfg.federate.batch_size,
         seed=cfg.data.holdout_seed,
-        precision=train.precision_of(cfg.run),
+        precision=devices.precision_of(cfg.run),
         augmentation=cfg.federate.augmentation,
     )
     learning = (cfg.distill.student, cfg.distill.proxy_epochs, cfg.distill.proxy_learning_rate)
@@ -195,7 +201,7 @@ def _predicted_masks(
     file = paths.CACHE / f"predicted-{key}.safetensors"
     if (stored := states.read_state(file, device=cohort.images.device)) is not None:
         return stored[0]["masks"], stored[1]["seconds"]
-    masks, seconds = train.predicted_masks(examples, patients, cfg.distill, known=known, **how)
+    masks, seconds = distill.predicted_masks(examples, patients, cfg.distill, known=known, **how)
     try:
         states.write_state(file, {"masks": masks}, seconds=seconds)
     except OSError as error:
@@ -207,7 +213,7 @@ def teacher_logits(
     cfg: Settings, who: Teacher, cohort: Cohort, indices: Tensor, known: Tensor | None = None
 ) -> CachedLogits:
     """The teacher's [n, 1, H, W] logits of chosen images under the run's box rule, cached."""
-    boxes, seconds = prompts(cfg, cohort, indices, known=known)
+    boxes, seconds = teacher_prompts(cfg, cohort, indices, known=known)
     found = teacher.cached_logits(who, cohort.images[indices], boxes, progress=show_bars())
     return CachedLogits(found.logits, found.seconds + seconds)
 
@@ -241,7 +247,7 @@ def taught(cfg: Settings, cohort: Cohort, proxy: Tensor) -> Taught:
     def ask(images: Tensor, masks: Tensor) -> Tensor:
         # A turn may carry a lung out of the picture: then the whole image is asked about.
         masks = masks.masked_fill(~masks.flatten(1).any(1)[:, None, None, None], 1)
-        boxes = teacher.prompt(
+        boxes = prompts.prompt(
             masks,
             rule.box_rule,
             per_image=rule.boxes_per_image,
@@ -278,19 +284,19 @@ def initial_states(
     def make(init: str) -> InitialState:
         return _begin(cfg, init, lesson if init == "fm" else alone, len(proxy), f"init-{init}")
 
-    return dict(zip(inits, train.side_by_side(make, inits, cohort.device), strict=True))
+    return dict(zip(inits, parallel.side_by_side(make, inits, cohort.device), strict=True))
 
 
 def _begin(cfg: Settings, init: str, lesson: Taught, num_proxy: int, kept_as: str) -> InitialState:
-    """See `train.initial_state`; fewer images than the proxy set has are shown more often."""
-    epochs = train.epochs_for_equal_steps(cfg.distill.proxy_epochs, num_proxy, len(lesson.examples))
-    return train.initial_state(
+    """See `distill.initial_state`; fewer images than the proxy set has are shown more often."""
+    epochs = distill.epochs_for_equal_steps(cfg.distill.proxy_epochs, num_proxy, len(lesson.examples))
+    return distill.initial_state(
         init,
         lesson.examples,
         replace(cfg.distill, proxy_epochs=epochs),
         batch_size=cfg.federate.batch_size,
         seed=cfg.federate.seed,
-        precision=train.precision_of(cfg.run),
+        precision=devices.precision_of(cfg.run),
         augmentation=cfg.federate.augmentation,
         batch_norm=cfg.federate.batch_norm,
         file=cfg.run_dir / "weights" / f"{kept_as}-seed{cfg.federate.seed}.safetensors",
@@ -337,7 +343,7 @@ def distilled(cfg: Settings, cohort: Cohort, proxy: Tensor) -> list[tuple[Distil
         kept_as = "init-fm" if how == cfg.distill else f"variant-{name}"
         return _begin(one, "fm", lessons[how.teacher_views], len(proxy), kept_as)
 
-    made = train.side_by_side(make, wanted, cohort.device)
+    made = parallel.side_by_side(make, wanted, cohort.device)
     return [(one.distill, start) for one, start in zip(wanted, made, strict=True)]
 
 
@@ -378,7 +384,7 @@ def servers(
         student=cfg.distill.student,
         cohort=cohort,
         test=parts.test,
-        precision=train.precision_of(cfg.run),
+        precision=devices.precision_of(cfg.run),
         engine=engine_key(cfg),
     )
     holders = federate.clients_of(cohort, clients)
@@ -423,13 +429,13 @@ def images_a_second(cfg: Settings, cohort: Cohort, steps: int = 4) -> float:
             optimizer=train.adam(model, cfg.federate.learning_rate),
             key=(number,),
             augmentation=cfg.federate.augmentation,
-            precision=train.precision_of(cfg.run),
+            precision=devices.precision_of(cfg.run),
         )
 
     trainings = range(torch.get_num_threads() if cohort.device.type == "cpu" else 1)
-    train.side_by_side(lambda number: some(number, 1), trainings, cohort.device)
+    parallel.side_by_side(lambda number: some(number, 1), trainings, cohort.device)
     started = time.perf_counter()
-    train.side_by_side(lambda number: some(number, steps), trainings, cohort.device)
+    parallel.side_by_side(lambda number: some(number, steps), trainings, cohort.device)
     return len(trainings) * steps * batch / (time.perf_counter() - started)
 
 
@@ -438,289 +444,20 @@ def images_a_second(cfg: Settings, cohort: Cohort, steps: int = 4) -> float:
 # ---------------------------------------------------------------------------------------------------
 
 
-#: Which stages' settings a notebook depends on, and single ones besides.
-DEPENDS: dict[str, tuple[str, ...]] = {
-    "01_data": ("data", "federate.num_clients", "federate.age_strength", "federate.quantity_ratio",
-                "federate.images_without_age", "federate.seed"),
-    "02_teacher": ("data", "teacher", "distill.student"),
-    "03_distill": ("data", "teacher", "distill", "sweep", "federate.batch_size", "federate.augmentation",
-                   "federate.batch_norm", "federate.seed", "federate.inits", "run.precision",
-                   "run.deterministic"),
-    "04_federate": ("data", "teacher", "distill", "federate", "flower", "run.precision", "run.deterministic",
-                    "run.engine"),
-    "05_analysis": ("data", "teacher", "distill", "sweep", "federate", "flower", "analysis", "run.precision",
-                    "run.deterministic", "run.engine"),
-}  # fmt: skip
-
-
-PLACES = ("data", "checkpoint", "encoder_file", "init_file", "run_name")
-"""Settings that name files and folders of this machine."""
-
-
-def depends_on(notebook: str) -> set[str]:
-    """Name the settings that a notebook depends on, see `DEPENDS`."""
-    wanted = DEPENDS[notebook]
-    return {
-        name for name, stage in config.stage_of().items() if stage in wanted or f"{stage}.{name}" in wanted
-    }
-
-
-def changed(about: dict[str, Any], cfg: Settings, by: str = "05_analysis") -> dict[str, tuple[Any, Any]]:
-    """Compare the settings that made a cell with others.
-
-    Args:
-        about: the cell's record, see `save`; a parameter that came later was at its default then.
-        cfg: the other settings.
-        by: the notebook that has them; what it does not depend on is not compared.
-
-    Returns:
-        Of each setting that differs its value there and in `cfg`, without those in `FREE`.
-    """
-    used, here = config.defaults() | about["settings"], cfg.flat()
-    if here["images_without_age"] == "auto":  # whatever the study has decided
-        here["images_without_age"] = used["images_without_age"]
-    names = (depends_on(about["notebook"]) & depends_on(by)).difference(FREE)
-    return {name: (used[name], here[name]) for name in here if name in names and used[name] != here[name]}
-
-
-def in_words(differences: dict[str, tuple[Any, Any]]) -> str:
-    """Name the first three differences, as `num_rounds is 5 there and 3 here`."""
-    return first_few(
-        f"{name} is {there!r} there and {here!r} here" for name, (there, here) in differences.items()
-    )
-
-
-def cell_records(run_dir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and record of each cell in a run's folder, in the order of the story; damaged ones passed over."""
-    for file in sorted((run_dir / "cells").glob("*/cell.json"), key=lambda file: _in_story(file.parent.name)):
-        try:
-            about = read_json(file)
-        except UserError:
-            continue
-        if about.get("notebook") in DEPENDS and isinstance(about.get("settings"), dict):
-            yield file.parent.name, about
-
-
-def _in_story(cell: str) -> list[int | str]:
-    """Sorts names of cells by notebook, split and seed: seed 10 after seed 9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", cell)]
-
-
-def check_run(cfg: Settings, notebook: str) -> None:
-    """Stop a notebook that trains before it writes over a run that other settings made.
-
-    A run's folder holds the weights and results of one set of settings. Cells of 01_data and 02_teacher do
-    not count: they are made again in a moment, and 05_analysis leaves out those that do not belong. Nor does
-    `images_without_age`, which a study changes when it adds a split by age: rounds of other images move
-    aside and come back, and 05_analysis does not mix them.
-
-    Raises:
-        UserError: the folder holds starts or results of other settings.
-    """
-    other: dict[str, tuple[Any, Any]] = {}
-    for _, about in cell_records(cfg.run_dir):
-        if about["notebook"] in ("03_distill", "04_federate"):
-            other |= changed(about, cfg, notebook)
-    other.pop("images_without_age", None)
-    if other:
-        name, (_, here) = next(iter(other.items()))
-        own = re.sub(r"[^\w.=-]+", "_", f"{cfg.run_dir.name}-{name}={Path(as_text(here)).name}")
-        raise UserError(
-            f"run {cfg.run.run_name!r} holds results of other settings ({in_words(other)}), and would lose "
-            f"them: name a run of its own in the parameters cell, such as run_name = {own!r}"
-        )
-
-
-VARY = "vary"
-"""The folder of a study's variants."""
-
-
-def variant_dir(cfg: Settings, variant: str) -> Path:
-    """Where the study with one setting changed, "name=value", has its own cells and weights."""
-    return cfg.run_dir / VARY / variant.replace("/", "_")
-
-
-def cell_name(cfg: Settings, notebook: str) -> str:
-    """The name under which a notebook's results are kept: one per split and seed where it depends on them."""
-    seed = f"-seed{cfg.federate.seed}"
-    return notebook + {"03_distill": seed, "04_federate": f"-{cfg.federate.split}{seed}"}.get(notebook, "")
-
-
-def save(cfg: Settings, notebook: str, record: dict[str, Any], **tables: pd.DataFrame) -> Path:
-    """Write a cell's tables and a record of its settings, each file whole or not at all.
-
-    Args:
-        cfg: the run's settings.
-        notebook: the notebook's name without suffix.
-        record: JSON values that the manifest shall show for this cell.
-        **tables: written as `{name}.csv`.
-
-    Returns:
-        The cell's folder.
-    """
-    folder = cfg.run_dir / "cells" / cell_name(cfg, notebook)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, table in tables.items():
-        write_text(folder / f"{name}.csv", table.to_csv(index=False))
-    about = {"notebook": notebook, "settings": cfg.flat(), "run": where(cfg), "record": record}
-    about["figures"] = list(_drawn.pop(cfg.run_dir, {}))
-    write_text(folder / "cell.json", json.dumps(about, indent=1, default=str))
-    return folder
-
-
-_drawn: dict[Path, dict[str, None]] = {}
-"""Of each run's folder, the figures drawn since the last cell was saved, in their order: the cell's own."""
-
-
-def save_figure(cfg: Settings, name: str, figure: "Figure") -> "Figure":
-    """Keep a figure under `figures/{name}.png` and give it back to be shown."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=200, bbox_inches="tight")
-    states.write_bytes(cfg.run_dir / "figures" / f"{name}.png", drawn.getvalue())
-    _drawn.setdefault(cfg.run_dir, {})[f"{name}.png"] = None
-    return figure
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file whole or not at all; see `states.write_bytes`."""
-    states.write_bytes(file, text.encode("utf-8"))
-
-
 # ---------------------------------------------------------------------------------------------------
 # Bringing the cells together
 # ---------------------------------------------------------------------------------------------------
-
-#: Settings in which the cells of one study may differ.
-FREE = (
-    *("run_name", "device", "cohort_device"),
-    *("split", "seed", "arms", "inits", "target_dice", "reference_split", "diagnostics"),
-    *("alpha_sweep", "temperature_sweep", "variants"),
-)
-
-
-def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """All cells' results that were made with this run's settings.
-
-    Returns:
-        The rows of results.csv and of per_image.csv, and the names of cells, of all notebooks, that are left
-        out because other settings made them.
-
-    Raises:
-        UserError: no cell has results with these settings, or two cells were made from different images or
-            by different code.
-    """
-    results, per_image, others = [], [], []
-    inputs: dict[tuple[str, str], str] = {}
-    apart: dict[str, tuple[Any, Any]] = {}
-    for folder, about, other in _federations(cfg.run_dir, cfg):
-        if other:
-            others.append(folder.name)
-            apart |= {name: (there, cfg.flat()[name]) for name, there in other.items()}
-            continue
-        inputs.setdefault((about["record"].get("images"), about["record"].get("code")), folder.name)
-        results.append(tables.read_table(folder / "results.csv"))
-        per_image.append(tables.read_table(folder / "per_image.csv"))
-    if not results:
-        if others:
-            raise UserError(
-                f"{cfg.run_dir} holds results of other settings alone ({in_words(apart)}): give the same "
-                "values in the parameters cell, or run 04_federate with these first"
-            )
-        raise UserError(f"{cfg.run_dir} holds no results of these settings: run 04_federate first")
-    if len(inputs) > 1:
-        raise UserError(
-            f"{' and '.join(inputs.values())} in {cfg.run_dir} were made from different images or by "
-            "different code: run 04_federate for all of them again"
-        )
-    for name, about in cell_records(cfg.run_dir):
-        if about["notebook"] not in ("04_federate", "05_analysis") and changed(about, cfg):
-            others.append(name)
-    key = ["arm", "init", "split", "seed", "round"]
-    table = pd.concat(results, ignore_index=True)
-    repeated = table[table.duplicated(key, keep=False)]
-    if len(repeated) and (repeated.groupby(key).dice.nunique() > 1).any():
-        raise UserError(
-            f"{cfg.run_dir / 'cells'} holds two different results for one run: delete it and run again"
-        )
-    images = pd.concat(per_image, ignore_index=True)
-    return (
-        table.drop_duplicates(key, ignore_index=True),
-        images.drop_duplicates(["arm", "init", "split", "seed", "client", "image_id"], ignore_index=True),
-        others,
-    )
-
-
-def _federations(run_dir: Path, cfg: Settings) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
-    """Each 04_federate cell in a folder: where it is, its record, and its values of settings that differ."""
-    cfg = _decided(cfg)
-    for folder in sorted((run_dir / "cells").glob("04_federate-*")):
-        about = read_json(folder / "cell.json")
-        yield folder, about, {name: there for name, (there, _) in changed(about, cfg).items()}
-
-
-def _decided(cfg: Settings) -> Settings:
-    """At auto, `images_without_age` as leave_out where a cell of the run has it: no table has both."""
-    records = [
-        about["settings"] for _, about in cell_records(cfg.run_dir) if about["notebook"] == "04_federate"
-    ]
-    if cfg.federate.images_without_age == "auto" and any(
-        settings.get("images_without_age") == "leave_out" for settings in records
-    ):
-        return replace(cfg, federate=replace(cfg.federate, images_without_age="leave_out"))
-    return cfg
-
-
-def collect_drift(cfg: Settings) -> pd.DataFrame:
-    """How the clients' updates went in all cells of these settings: see `federate.drift`."""
-    tables = [
-        pd.read_csv(folder / "drift.csv")
-        for folder, _, other in _federations(cfg.run_dir, cfg)
-        if not other and (folder / "drift.csv").exists()
-    ]
-    empty = pd.DataFrame(columns=["init", "split", "seed", "round", *federate.DRIFT])
-    return pd.concat(tables, ignore_index=True) if tables else empty
-
-
-def collect_variants(cfg: Settings) -> pd.DataFrame:
-    """Scores by image of the study's variants: those that differ from these settings in one alone.
-
-    Returns:
-        The columns of per_image.csv, and axis (the setting's name), value (its value there) and own (here),
-        both as text.
-    """
-    tables = []
-    for variant in sorted((cfg.run_dir / VARY).glob("*=*")):
-        for folder, _, other in _federations(variant, cfg):
-            if len(other) == 1:
-                ((axis, value),) = other.items()
-                about = {
-                    "axis": axis,
-                    "value": _on_axis(axis, value),
-                    "own": _on_axis(axis, cfg.flat()[axis]),
-                }
-                tables.append(tables.read_table(folder / "per_image.csv").assign(**about))
-    empty = pd.DataFrame(columns=["arm", "init", "split", "seed", "axis", "value", "own"])
-    return pd.concat(tables, ignore_index=True) if tables else empty
-
-
-def _on_axis(axis: str, value: object) -> str:
-    return "all" if (axis, value) in {("labelled", 1.0), ("federated", 0.0)} else as_text(value)
-
-
-def as_text(value: object) -> str:
-    """A setting's value as it stands in the name of a variant."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def compositions(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> pd.DataFrame:
     """What the clients held: `split.composition` of each split and seed that was run."""
     federated = holdout(cfg, cohort).federated
     runs = results.loc[results.split != "pooled", ["split", "seed"]].drop_duplicates()
-    tables = []
+    held_by = []
     for scheme, seed in runs.itertuples(index=False):
         held = partition(cohort, federated, replace(cfg.federate, seed=int(seed)), scheme)
-        tables.append(split.composition(cohort.table, held).assign(split=scheme, seed=seed))
-    return pd.concat(tables, ignore_index=True)
+        held_by.append(split.composition(cohort.table, held).assign(split=scheme, seed=seed))
+    return pd.concat(held_by, ignore_index=True)
 
 
 def first_servers(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> tuple[list[Server], str]:
@@ -755,7 +492,7 @@ def first_servers(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> tuple
                 client=-1,
                 clients=holders,
                 cfg=cfg.federate,
-                precision=train.precision_of(cfg.run),
+                precision=devices.precision_of(cfg.run),
                 model=models.build(
                     cfg.distill.student, device=cohort.device, batch_norm=cfg.federate.batch_norm
                 ),
@@ -778,61 +515,6 @@ def _start_of(start: Path, end: Path, rows: pd.DataFrame, device: torch.device) 
     began = states.state_digest(found[0]) == rounds[0]["sha256"]
     dice = rows.sort_values("round").dice.iloc[-1]
     return found[0] if began and abs(history[-1]["dice"] - dice) < 1e-9 else None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file's content.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing: run the notebook that writes it again") from None
-    except ValueError:
-        raise UserError(f"{file} is damaged: delete it and run the notebook that writes it again") from None
-
-
-def where(cfg: Settings) -> dict[str, Any]:
-    """What a result was computed with: code, versions, device."""
-    device = train.device_of(cfg.run)
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    packages = (
-        "torch",
-        "torchvision",
-        "numpy",
-        "pandas",
-        "scipy",
-        "segmentation-models-pytorch",
-        "segment-anything",
-    )
-    return {
-        "fmfl": fmfl.__version__,
-        "commit": commit(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "versions": {package: importlib.metadata.version(package) for package in packages},
-        "device": {
-            "kind": device.type,
-            "name": name,
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "memory_gib": memory_gib(),
-            "system": platform.system(),
-        },
-    }
-
-
-def memory_gib() -> float | None:
-    """The machine's memory; None where the system does not tell (Windows)."""
-    if not hasattr(os, "sysconf"):
-        return None
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
 def working_memory(task: Callable[[], object], device: torch.device) -> int | None:
@@ -860,104 +542,3 @@ def _of_this_process(what: str) -> int:
     """Bytes by their name in Linux' account of this process."""
     text = Path("/proc/self/status").read_text()
     return 1024 * int(text.split(f"{what}:")[1].split()[0])
-
-
-def commit() -> str:
-    """The checkout's commit, with `+changes` where the package's files differ; empty outside git."""
-
-    def git(*arguments: str) -> str:
-        found = subprocess.run(
-            ["git", *arguments], cwd=paths.ROOT, capture_output=True, text=True, check=True
-        )
-        return found.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "fmfl", "notebooks", "data")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-STAND_IN = (
-    "The built-in teacher stands in for SAM-Med2D and is no foundation model: it was trained on lungs alone, "
-    "among them images of the Guangzhou source and synthetic ones of the built-in generator, so its student "
-    "also carries labels that pre-training has not seen."
-)
-
-
-def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -> dict[str, Any]:
-    """Everything that the run's numbers depend on, from the records that its cells left.
-
-    Args:
-        cfg: the run's settings.
-        results: the rows of results.csv.
-        others: cells that are not part of them, from `collect`.
-    """
-    left_out = {*others, "05_analysis"}
-    cells = {name: about for name, about in cell_records(cfg.run_dir) if name not in left_out}
-    figures = [name for about in cells.values() for name in about.get("figures", [])]
-    figures += _drawn.get(cfg.run_dir, {})  # by the analysis that asks
-    here = where(cfg)
-    settings = cfg.flat() | {
-        "seeds": sorted(int(seed) for seed in results.seed.unique()),
-        "splits": [name for name in split.OPTIONS if name in set(results.split)],
-        "inits": tables.ordered_inits(results),
-        "arms": sorted(results.arm.unique()),
-    }
-    for name in ("split", "seed"):
-        del settings[name]
-    # Results are passed on; where they lay on this machine is nobody's business.
-    for name in PLACES:
-        settings[name] = ",".join(Path(part).name for part in split_list(settings[name]))
-    runs = {f"{row.arm}-{row.split}-{row.init}-seed{row.seed}" for row in results.itertuples()}
-    runs |= {f"init-{row.init}-seed{row.seed}" for row in results.itertuples()}
-    weights = {
-        file.name: read_record_digest(file)
-        for file in sorted((cfg.run_dir / "weights").glob("*.safetensors"))
-        if file.stem.split("-client")[0] in runs
-    }
-    records = {Path(name).stem: states.read_record(cfg.run_dir / "weights" / name) for name in weights}
-    rounds = {
-        name: [done["sha256"] for done in record["rounds"]]
-        for name, record in records.items()
-        if "rounds" in record
-    }
-    federated = results[results.arm == "federated"]
-    noised = len(federated[["init", "split", "seed"]].drop_duplicates())
-    who = cells.get("02_teacher", {}).get("record", {})
-    if who.get("name") == "builtin":
-        who = who | {"note": STAND_IN}
-    return {
-        "fmfl": here["fmfl"],
-        "commit": here["commit"],
-        "created": here["finished"],
-        "versions": {"python": here["python"]} | here["versions"],
-        "device": here["device"],
-        "settings": settings,
-        "privacy": privacy.spent(cfg.flower, cfg.federate.num_rounds, noised),
-        "data": cells.get("01_data", {}).get("record", {}),
-        "teacher": who,
-        "student": next((c["record"] for n, c in cells.items() if n.startswith("03_distill")), {}),
-        "figures": list(dict.fromkeys(figures)),
-        "weights": weights,
-        "rounds": rounds,
-        "cells": {name: cell["run"] | {"record": cell["record"]} for name, cell in cells.items()},
-    }
-
-
-def read_record_digest(file: Path) -> str:
-    """SHA-256 over the names and values of a state in a file."""
-    found = states.read_state(file)
-    return states.state_digest(found[0]) if found else "unreadable"
-
-
-def student_card(name: str, size: int, batch_norm: str = "average") -> dict[str, Any]:
-    """What a student weighs: parameters, bytes on the wire, FLOPs of one image."""
-    model = models.build(name, batch_norm=batch_norm)
-    return {
-        "student": name,
-        "norm": "group" if batch_norm == "group" else "batch",
-        "parameters": models.num_parameters(model),
-        "bytes": models.num_bytes(model.state_dict()),
-        "flops": models.flops(model, torch.zeros(1, 1, size, size)),
-    }

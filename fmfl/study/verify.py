@@ -17,7 +17,7 @@ import pandas as pd
 from fmfl import states
 from fmfl.errors import UserError
 from fmfl.states import State
-from fmfl.study import stages
+from fmfl.study import outputs
 
 #: What of a manifest can be the cause of a difference.
 CAUSES = ("fmfl", "commit", "versions", "device", "settings", "data", "teacher", "student")
@@ -62,7 +62,7 @@ def compare(one: Path, other: Path, tolerance: float = 0.0) -> tuple[list[str], 
 def _manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; name a study's folder")
-    found = stages.read_json(folder / "manifest.json")
+    found = outputs.read_json(folder / "manifest.json")
     if not isinstance(found, dict) or not isinstance(found.get("weights"), dict):
         raise UserError(f"{folder / 'manifest.json'} is no study's manifest: run 05_analysis again")
     return found

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fmfl import metrics, paths, teacher
 from fmfl.errors import UserError
-from fmfl.teacher import Teacher, boxes_from_masks
+from fmfl.prompts import boxes_from_masks
+from fmfl.teacher import Teacher
 from fmfl.teachers import checkpoints
 
 RECORD = paths.DATA / "known_answer.json"

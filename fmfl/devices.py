@@ -1,0 +1,42 @@
+"""Devices: where a run computes, how precisely, and with the same bytes twice."""
+
+import contextlib
+import os
+
+import torch
+
+from fmfl.config import RunConfig
+
+
+def device_of(cfg: RunConfig) -> torch.device:
+    """The device that `auto` means here."""
+    if cfg.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(cfg.device)
+
+
+def set_determinism(cfg: RunConfig) -> None:
+    """Make a GPU give the same bytes twice, or let it be fast; to be called before it multiplies anything.
+
+    An operation that has no deterministic form then raises PyTorch's error, which names it. Training on a CPU
+    is deterministic as it is (`side_by_side`).
+    """
+    if device_of(cfg).type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(cfg.deterministic)
+        torch.backends.cudnn.benchmark = False  # it would choose kernels by their speed of the day
+
+
+def precision_of(cfg: RunConfig) -> str:
+    """What `auto` means here: bfloat16 on a GPU that has it, float32 elsewhere.
+
+    Many CPUs emulate bfloat16 at a hundredth of the speed, so `auto` never picks it there.
+    """
+    if cfg.precision != "auto":
+        return cfg.precision
+    return "bfloat16" if device_of(cfg).type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def autocast(device: torch.device, precision: str = "float32") -> contextlib.AbstractContextManager:
+    """Mixed precision by name, float32 or bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

@@ -1,0 +1,302 @@
+"""Outputs of a study's cells: the settings that each notebook depends on, and the files that it leaves."""
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+if TYPE_CHECKING:  # a client of Flower draws nothing
+    from matplotlib.figure import Figure
+from fmfl import config, federate, states
+from fmfl.analysis import tables
+from fmfl.config import Settings
+from fmfl.errors import UserError, first_few
+from fmfl.study.provenance import where
+
+#: Which stages' settings a notebook depends on, and single ones besides.
+DEPENDS: dict[str, tuple[str, ...]] = {
+    "01_data": ("data", "federate.num_clients", "federate.age_strength", "federate.quantity_ratio",
+                "federate.images_without_age", "federate.seed"),
+    "02_teacher": ("data", "teacher", "distill.student"),
+    "03_distill": ("data", "teacher", "distill", "sweep", "federate.batch_size", "federate.augmentation",
+                   "federate.batch_norm", "federate.seed", "federate.inits", "run.precision",
+                   "run.deterministic"),
+    "04_federate": ("data", "teacher", "distill", "federate", "flower", "run.precision", "run.deterministic",
+                    "run.engine"),
+    "05_analysis": ("data", "teacher", "distill", "sweep", "federate", "flower", "analysis", "run.precision",
+                    "run.deterministic", "run.engine"),
+}  # fmt: skip
+
+
+PLACES = ("data", "checkpoint", "encoder_file", "init_file", "run_name")
+"""Settings that name files and folders of this machine."""
+
+
+def depends_on(notebook: str) -> set[str]:
+    """Name the settings that a notebook depends on, see `DEPENDS`."""
+    wanted = DEPENDS[notebook]
+    return {
+        name for name, stage in config.stage_of().items() if stage in wanted or f"{stage}.{name}" in wanted
+    }
+
+
+def changed(about: dict[str, Any], cfg: Settings, by: str = "05_analysis") -> dict[str, tuple[Any, Any]]:
+    """Compare the settings that made a cell with others.
+
+    Args:
+        about: the cell's record, see `save`; a parameter that came later was at its default then.
+        cfg: the other settings.
+        by: the notebook that has them; what it does not depend on is not compared.
+
+    Returns:
+        Of each setting that differs its value there and in `cfg`, without those in `FREE`.
+    """
+    used, here = config.defaults() | about["settings"], cfg.flat()
+    if here["images_without_age"] == "auto":  # whatever the study has decided
+        here["images_without_age"] = used["images_without_age"]
+    names = (depends_on(about["notebook"]) & depends_on(by)).difference(FREE)
+    return {name: (used[name], here[name]) for name in here if name in names and used[name] != here[name]}
+
+
+def in_words(differences: dict[str, tuple[Any, Any]]) -> str:
+    """Name the first three differences, as `num_rounds is 5 there and 3 here`."""
+    return first_few(
+        f"{name} is {there!r} there and {here!r} here" for name, (there, here) in differences.items()
+    )
+
+
+def cell_records(run_dir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and record of each cell in a run's folder, in the order of the story; damaged ones passed over."""
+    for file in sorted((run_dir / "cells").glob("*/cell.json"), key=lambda file: _in_story(file.parent.name)):
+        try:
+            about = read_json(file)
+        except UserError:
+            continue
+        if about.get("notebook") in DEPENDS and isinstance(about.get("settings"), dict):
+            yield file.parent.name, about
+
+
+def _in_story(cell: str) -> list[int | str]:
+    """Sorts names of cells by notebook, split and seed: seed 10 after seed 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", cell)]
+
+
+def check_run(cfg: Settings, notebook: str) -> None:
+    """Stop a notebook that trains before it writes over a run that other settings made.
+
+    A run's folder holds the weights and results of one set of settings. Cells of 01_data and 02_teacher do
+    not count: they are made again in a moment, and 05_analysis leaves out those that do not belong. Nor does
+    `images_without_age`, which a study changes when it adds a split by age: rounds of other images move
+    aside and come back, and 05_analysis does not mix them.
+
+    Raises:
+        UserError: the folder holds starts or results of other settings.
+    """
+    other: dict[str, tuple[Any, Any]] = {}
+    for _, about in cell_records(cfg.run_dir):
+        if about["notebook"] in ("03_distill", "04_federate"):
+            other |= changed(about, cfg, notebook)
+    other.pop("images_without_age", None)
+    if other:
+        name, (_, here) = next(iter(other.items()))
+        own = re.sub(r"[^\w.=-]+", "_", f"{cfg.run_dir.name}-{name}={Path(as_text(here)).name}")
+        raise UserError(
+            f"run {cfg.run.run_name!r} holds results of other settings ({in_words(other)}), and would lose "
+            f"them: name a run of its own in the parameters cell, such as run_name = {own!r}"
+        )
+
+
+VARY = "vary"
+"""The folder of a study's variants."""
+
+
+def variant_dir(cfg: Settings, variant: str) -> Path:
+    """Where the study with one setting changed, "name=value", has its own cells and weights."""
+    return cfg.run_dir / VARY / variant.replace("/", "_")
+
+
+def cell_name(cfg: Settings, notebook: str) -> str:
+    """The name under which a notebook's results are kept: one per split and seed where it depends on them."""
+    seed = f"-seed{cfg.federate.seed}"
+    return notebook + {"03_distill": seed, "04_federate": f"-{cfg.federate.split}{seed}"}.get(notebook, "")
+
+
+def save(cfg: Settings, notebook: str, record: dict[str, Any], **tables: pd.DataFrame) -> Path:
+    """Write a cell's tables and a record of its settings, each file whole or not at all.
+
+    Args:
+        cfg: the run's settings.
+        notebook: the notebook's name without suffix.
+        record: JSON values that the manifest shall show for this cell.
+        **tables: written as `{name}.csv`.
+
+    Returns:
+        The cell's folder.
+    """
+    folder = cfg.run_dir / "cells" / cell_name(cfg, notebook)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        write_text(folder / f"{name}.csv", table.to_csv(index=False))
+    about = {"notebook": notebook, "settings": cfg.flat(), "run": where(cfg), "record": record}
+    about["figures"] = list(_drawn.pop(cfg.run_dir, {}))
+    write_text(folder / "cell.json", json.dumps(about, indent=1, default=str))
+    return folder
+
+
+_drawn: dict[Path, dict[str, None]] = {}
+"""Of each run's folder, the figures drawn since the last cell was saved, in their order: the cell's own."""
+
+
+def save_figure(cfg: Settings, name: str, figure: "Figure") -> "Figure":
+    """Keep a figure under `figures/{name}.png` and give it back to be shown."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=200, bbox_inches="tight")
+    states.write_bytes(cfg.run_dir / "figures" / f"{name}.png", drawn.getvalue())
+    _drawn.setdefault(cfg.run_dir, {})[f"{name}.png"] = None
+    return figure
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file whole or not at all; see `states.write_bytes`."""
+    states.write_bytes(file, text.encode("utf-8"))
+
+
+#: Settings in which the cells of one study may differ.
+FREE = (
+    *("run_name", "device", "cohort_device"),
+    *("split", "seed", "arms", "inits", "target_dice", "reference_split", "diagnostics"),
+    *("alpha_sweep", "temperature_sweep", "variants"),
+)
+
+
+def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """All cells' results that were made with this run's settings.
+
+    Returns:
+        The rows of results.csv and of per_image.csv, and the names of cells, of all notebooks, that are left
+        out because other settings made them.
+
+    Raises:
+        UserError: no cell has results with these settings, or two cells were made from different images or
+            by different code.
+    """
+    results, per_image, others = [], [], []
+    inputs: dict[tuple[str, str], str] = {}
+    apart: dict[str, tuple[Any, Any]] = {}
+    for folder, about, other in _federations(cfg.run_dir, cfg):
+        if other:
+            others.append(folder.name)
+            apart |= {name: (there, cfg.flat()[name]) for name, there in other.items()}
+            continue
+        inputs.setdefault((about["record"].get("images"), about["record"].get("code")), folder.name)
+        results.append(tables.read_table(folder / "results.csv"))
+        per_image.append(tables.read_table(folder / "per_image.csv"))
+    if not results:
+        if others:
+            raise UserError(
+                f"{cfg.run_dir} holds results of other settings alone ({in_words(apart)}): give the same "
+                "values in the parameters cell, or run 04_federate with these first"
+            )
+        raise UserError(f"{cfg.run_dir} holds no results of these settings: run 04_federate first")
+    if len(inputs) > 1:
+        raise UserError(
+            f"{' and '.join(inputs.values())} in {cfg.run_dir} were made from different images or by "
+            "different code: run 04_federate for all of them again"
+        )
+    for name, about in cell_records(cfg.run_dir):
+        if about["notebook"] not in ("04_federate", "05_analysis") and changed(about, cfg):
+            others.append(name)
+    key = ["arm", "init", "split", "seed", "round"]
+    table = pd.concat(results, ignore_index=True)
+    repeated = table[table.duplicated(key, keep=False)]
+    if len(repeated) and (repeated.groupby(key).dice.nunique() > 1).any():
+        raise UserError(
+            f"{cfg.run_dir / 'cells'} holds two different results for one run: delete it and run again"
+        )
+    images = pd.concat(per_image, ignore_index=True)
+    return (
+        table.drop_duplicates(key, ignore_index=True),
+        images.drop_duplicates(["arm", "init", "split", "seed", "client", "image_id"], ignore_index=True),
+        others,
+    )
+
+
+def _federations(run_dir: Path, cfg: Settings) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
+    """Each 04_federate cell in a folder: where it is, its record, and its values of settings that differ."""
+    cfg = _decided(cfg)
+    for folder in sorted((run_dir / "cells").glob("04_federate-*")):
+        about = read_json(folder / "cell.json")
+        yield folder, about, {name: there for name, (there, _) in changed(about, cfg).items()}
+
+
+def _decided(cfg: Settings) -> Settings:
+    """At auto, `images_without_age` as leave_out where a cell of the run has it: no table has both."""
+    records = [
+        about["settings"] for _, about in cell_records(cfg.run_dir) if about["notebook"] == "04_federate"
+    ]
+    if cfg.federate.images_without_age == "auto" and any(
+        settings.get("images_without_age") == "leave_out" for settings in records
+    ):
+        return replace(cfg, federate=replace(cfg.federate, images_without_age="leave_out"))
+    return cfg
+
+
+def collect_drift(cfg: Settings) -> pd.DataFrame:
+    """How the clients' updates went in all cells of these settings: see `federate.drift`."""
+    tables = [
+        pd.read_csv(folder / "drift.csv")
+        for folder, _, other in _federations(cfg.run_dir, cfg)
+        if not other and (folder / "drift.csv").exists()
+    ]
+    empty = pd.DataFrame(columns=["init", "split", "seed", "round", *federate.DRIFT])
+    return pd.concat(tables, ignore_index=True) if tables else empty
+
+
+def collect_variants(cfg: Settings) -> pd.DataFrame:
+    """Scores by image of the study's variants: those that differ from these settings in one alone.
+
+    Returns:
+        The columns of per_image.csv, and axis (the setting's name), value (its value there) and own (here),
+        both as text.
+    """
+    scores = []
+    for variant in sorted((cfg.run_dir / VARY).glob("*=*")):
+        for folder, _, other in _federations(variant, cfg):
+            if len(other) == 1:
+                ((axis, value),) = other.items()
+                about = {
+                    "axis": axis,
+                    "value": _on_axis(axis, value),
+                    "own": _on_axis(axis, cfg.flat()[axis]),
+                }
+                scores.append(tables.read_table(folder / "per_image.csv").assign(**about))
+    empty = pd.DataFrame(columns=["arm", "init", "split", "seed", "axis", "value", "own"])
+    return pd.concat(scores, ignore_index=True) if scores else empty
+
+
+def _on_axis(axis: str, value: object) -> str:
+    return "all" if (axis, value) in {("labelled", 1.0), ("federated", 0.0)} else as_text(value)
+
+
+def as_text(value: object) -> str:
+    """A setting's value as it stands in the name of a variant."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file's content.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: run the notebook that writes it again") from None
+    except ValueError:
+        raise UserError(f"{file} is damaged: delete it and run the notebook that writes it again") from None

@@ -1,0 +1,83 @@
+"""Provenance: the code, data, devices and settings behind a study's numbers."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+import fmfl
+from fmfl import devices, models, paths
+from fmfl.config import Settings
+
+
+def where(cfg: Settings) -> dict[str, Any]:
+    """What a result was computed with: code, versions, device."""
+    device = devices.device_of(cfg.run)
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    packages = (
+        "torch",
+        "torchvision",
+        "numpy",
+        "pandas",
+        "scipy",
+        "segmentation-models-pytorch",
+        "segment-anything",
+    )
+    return {
+        "fmfl": fmfl.__version__,
+        "commit": commit(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "device": {
+            "kind": device.type,
+            "name": name,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_gib": memory_gib(),
+            "system": platform.system(),
+        },
+    }
+
+
+def memory_gib() -> float | None:
+    """The machine's memory; None where the system does not tell (Windows)."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+
+
+def commit() -> str:
+    """The checkout's commit, with `+changes` where the package's files differ; empty outside git."""
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(
+            ["git", *arguments], cwd=paths.ROOT, capture_output=True, text=True, check=True
+        )
+        return found.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "fmfl", "notebooks", "data")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def student_card(name: str, size: int, batch_norm: str = "average") -> dict[str, Any]:
+    """What a student weighs: parameters, bytes on the wire, FLOPs of one image."""
+    model = models.build(name, batch_norm=batch_norm)
+    return {
+        "student": name,
+        "norm": "group" if batch_norm == "group" else "batch",
+        "parameters": models.num_parameters(model),
+        "bytes": models.num_bytes(model.state_dict()),
+        "flops": models.flops(model, torch.zeros(1, 1, size, size)),
+    }
