@@ -157,7 +157,7 @@ def plan(
 
 def _variant(cfg: Settings, seeds: list[int], split: str, name: str, value: Any) -> list[Cell]:
     """The cells of a study with one setting changed."""
-    stage = config.stage_of()[name]
+    stage = config.PARAMETERS[name].stage
     variant = f"{name}={stages.as_text(value)}"
     inits = split_list(cfg.federate.inits)
     if stage == "teacher" or name in NOT_RANDOMS:

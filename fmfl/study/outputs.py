@@ -41,7 +41,9 @@ def depends_on(notebook: str) -> set[str]:
     """Name the settings that a notebook depends on, see `DEPENDS`."""
     wanted = DEPENDS[notebook]
     return {
-        name for name, stage in config.stage_of().items() if stage in wanted or f"{stage}.{name}" in wanted
+        name
+        for name, about in config.PARAMETERS.items()
+        if about.stage in wanted or f"{about.stage}.{name}" in wanted
     }
 
 
