@@ -55,10 +55,6 @@ from fmfl.train import Examples, FitResult
 
 log = logging.getLogger("fmfl.flower")
 
-#: The stages of settings that a run on Flower's nodes depends on, and parameters of them that it does not.
-STAGES = ("run", "data", "federate", "flower")
-ELSEWHERE = ("engine", "arms", "inits")
-
 HELD_OUT = "held_out"
 """The value of `test_data` that stands for the test images of `data`."""
 
@@ -688,12 +684,7 @@ def _start(cfg: Settings, device: torch.device) -> InitialState:
 
 def run_config() -> dict[str, Any]:
     """Every parameter that a run on Flower's nodes takes, at its default: what the app's folder lists."""
-    stages = config.stage_of()
-    return {
-        name: value
-        for name, value in config.defaults().items()
-        if (stages[name] in STAGES or name == "student") and name not in ELSEWHERE
-    }
+    return {name: value for name, value in config.defaults().items() if name in config.taken_by("F")}
 
 
 client_app = make_client_app(own_images)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pandas as pd
 
-from fmfl import split, states
+from fmfl import config, split, states
 from fmfl.analysis import tables
 from fmfl.config import Settings, split_list
 from fmfl.flower import privacy
-from fmfl.study.outputs import PLACES, _drawn, cell_records
+from fmfl.study.outputs import _drawn, cell_records
 from fmfl.study.provenance import where
 
 STAND_IN = (
@@ -42,7 +42,7 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
     for name in ("split", "seed"):
         del settings[name]
     # Results are passed on; where they lay on this machine is nobody's business.
-    for name in PLACES:
+    for name in config.tagged("place"):
         settings[name] = ",".join(Path(part).name for part in split_list(settings[name]))
     runs = {f"{row.arm}-{row.split}-{row.init}-seed{row.seed}" for row in results.itertuples()}
     runs |= {f"init-{row.init}-seed{row.seed}" for row in results.itertuples()}
