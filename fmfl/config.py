@@ -76,15 +76,10 @@ class TeacherConfig:
 
     teacher: str = "builtin"  # or sam-med2d (the paper's), sam_vit_b, sam_vit_l, sam_vit_h, medsam
     checkpoint: str = ""  # its weights' file; empty: the shipped ones of builtin
-    adapter: bool = True  # False: SAM-Med2D's weights without the adapters
     teacher_size: int = _in(0, 0, 2048)  # pixels a side of the teacher's input; 0: the family's own
-    passed_over: str = ""  # keys that may be missing, unexpected or of another shape, * for anything
-    box_rule: str = _one_of(
-        "ground_truth", "ground_truth", "ground_truth_jitter", "whole_image", "predicted", "point"
-    )
+    box_rule: str = _one_of("ground_truth", "ground_truth", "ground_truth_jitter", "whole_image", "predicted")
     boxes_per_image: str = _one_of("per_lung", "per_lung", "one")  # left open by the paper
     jitter_pixels: float = _in(5.0, 0, 100)
-    teacher_noise: float = _in(0.0, 0, 10)  # on each weight, in its tensor's deviations
 
 
 @dataclass(frozen=True, kw_only=True)
