@@ -73,18 +73,15 @@ class TeacherConfig:
         "builtin", "builtin, sam_vit_b, sam_vit_l, sam_vit_h, medsam or sam-med2d", paper="sam-med2d"
     )
     checkpoint: str = param("", "file of its weights; empty: the shipped ones of builtin", tags="place")
-    adapter: bool = param(True, "False: SAM-Med2D's weights without the adapters")
     teacher_size: int = param(0, "pixels a side of the teacher's input; 0: its family's own", 0, 2048)
-    passed_over: str = param("", "keys that may be missing, unexpected or of another shape, * for anything")
     box_rule: str = choice(
         "ground_truth",
-        "ground_truth ground_truth_jitter whole_image predicted point",
+        "ground_truth ground_truth_jitter whole_image predicted",
         "where the boxes that prompt the teacher come from",
         paper="ground_truth",
     )
     boxes_per_image: str = choice("per_lung", "per_lung one", "boxes in a prompt; the paper does not say")
-    jitter_pixels: float = param(5.0, "standard deviation of a jittered box's edges, in pixels", 0, 100)
-    teacher_noise: float = param(0.0, "on each weight, in its tensor's deviations", 0, 10)
+    jitter_pixels: float = param(5.0, "most that each side of a jittered box moves, in pixels", 0, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
