@@ -171,12 +171,6 @@ class FlowerConfig:
     min_clients: int = _in(2, 1, 100_000)  # good updates that a round needs, or all where fewer are asked
     join_timeout: float = _in(300.0, 0, 1e6)  # seconds to wait for all clients before the first round
     round_timeout: float = _in(3600.0, 1, 1e6)  # seconds to wait for a client's update
-    # Differential privacy for whole clients (McMahan et al. 2018, arXiv 1710.06963): updates are clipped by
-    # the client, and noise is added to their average.
-    privacy: str = _one_of("none", "none", "dp")
-    dp_clipping: float = _in(1.0, 1e-6, 1e6)  # C, the most that one client's update may measure (L2)
-    dp_noise: float = _in(1.0, 1e-6, 1e6)  # z: the noise on the sum of updates has deviation z C
-    dp_delta: float = _in(1e-5, 1e-12, 0.5)  # delta at which epsilon is stated
 
 
 @dataclass(frozen=True, kw_only=True)

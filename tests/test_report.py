@@ -13,10 +13,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fmfl import config, paths
+from fmfl import paths
 from fmfl.analysis import markdown, plots, tables
 from fmfl.errors import UserError
-from fmfl.flower import privacy
 from fmfl.study import report
 
 MANIFEST = {
@@ -196,22 +195,7 @@ def test_methods_say_what_the_manifest_says_and_nothing_else():
     assert "Seeds: 0, 1, 2." in text
     assert "learning rate" not in text  # not in this manifest
     assert "{" not in text
-    assert "epsilon" not in text
     assert report.methods({}) == [report.STATISTICS]
-
-
-def test_methods_state_epsilon_where_there_was_noise():
-    spent = privacy.spent(config.FlowerConfig(privacy="dp", dp_noise=4.0, dp_clipping=0.5), 5, runs=9)
-    text = " ".join(report.methods(MANIFEST | {"privacy": spent}))
-    assert "clipped to length 0.5 " in text and "deviation 4" in text and "over 5 rounds" in text
-    assert f"epsilon is {int(spent['epsilon'])}." in text
-    assert f"9 federated runs here come together to epsilon {int(spent['epsilon_of_all_runs'])}." in text
-    before = {key: value for key, value in spent.items() if not key.startswith(("runs", "epsilon_of"))}
-    older = " ".join(report.methods(MANIFEST | {"privacy": before}))
-    assert f"epsilon is {int(spent['epsilon'])}." in older, "what an older manifest states stays stated"
-    assert "epsilon" not in " ".join(
-        report.methods(MANIFEST | {"privacy": privacy.spent(config.FlowerConfig(), 5)})
-    )
 
 
 def test_words_from_files_cannot_become_markup(tmp_path):

@@ -132,13 +132,6 @@ METHODS = (
         "{settings.local_epochs|local epoch} (Eq. 2).",
         "The server averaged their weights (Eq. 3), weighted by: {settings.client_weights}.",
         "A local step of Adam: {settings.batch_size|image}, learning rate {settings.learning_rate}.",
-        "Each client's update was clipped to length {privacy.clipping} and their sum was noised with "
-        "deviation {privacy.noise} times that: epsilon is {privacy.epsilon} for a client at delta "
-        "{privacy.delta}, over {privacy.rounds|round} of one run. Centralised and standalone training and "
-        "the scores are not noised. What it cost in Dice is the difference from the same study without it "
-        "(--vary privacy=none puts both on the map).",
-        "{privacy.runs|federated run} here come together to epsilon {privacy.epsilon_of_all_runs} for a "
-        "client who took part in all of them.",
         "Partitions: {settings.splits}.",
         "Starts: {settings.inits}.",
         "Seeds: {settings.seeds}.",

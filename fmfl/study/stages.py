@@ -349,20 +349,16 @@ def distilled(cfg: Settings, cohort: Cohort, proxy: Tensor) -> list[tuple[Distil
 
 def engine_key(cfg: Settings) -> object:
     """What of the engine a federated run's numbers depend on."""
-    if cfg.run.engine == "local":
-        return "local"
-    return cfg.run.engine, {k: v for k, v in asdict(cfg.flower).items() if k.startswith(("privacy", "dp_"))}
+    return cfg.run.engine
 
 
 def nodes(cfg: Settings, server: Server) -> Any:
     """Flower's nodes between a server and its clients; None where they train in the server's own loop.
 
     Raises:
-        UserError: the engine is not installed, or the local one is asked for what it cannot do.
+        UserError: the engine is not installed.
     """
     if cfg.run.engine == "local":
-        if cfg.flower.privacy != "none":
-            raise UserError(f"privacy {cfg.flower.privacy!r} comes with the engine flower: set engine to it")
         return None
     if server.arm != "federated":  # nobody there to exchange messages with
         return None
