@@ -107,7 +107,7 @@ def distillation_loss(
     return alpha * distil + (1 - alpha) * segment
 
 
-def hard(teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def harden(teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """The teacher's mask as logits, certain of every pixel: Eq. 4 becomes cross-entropy with that mask.
 
     Args:

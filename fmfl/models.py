@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -138,8 +138,8 @@ def smallest_batch(model: nn.Module, size: int) -> int:
     return 2 if 1 in pixels else 1
 
 
+#: Base class of every kind of BatchNorm.
 NORMS = nn.modules.batchnorm._BatchNorm
-"""What every kind of BatchNorm is."""
 
 
 def _group_norms(model: nn.Module, channels_a_group: int = 8) -> None:
@@ -186,6 +186,11 @@ def load_state(model: nn.Module, state: State) -> None:
         return
     for key, value in own.items():
         value.copy_(state[key])
+
+
+def flat(state: State, names: Iterable[str]) -> Tensor:
+    """Join some tensors of a state into one float32 vector of its own."""
+    return torch.cat([state[name].flatten().float() for name in names])
 
 
 def num_parameters(model: nn.Module) -> int:
