@@ -180,10 +180,6 @@ class FlowerConfig:
     min_clients: int = param(2, "good updates that a round needs, or all where fewer are asked", 1, 100_000)
     join_timeout: float = param(300.0, "seconds to wait for all clients before the first round", 0, 1e6)
     round_timeout: float = param(3600.0, "seconds to wait for a client's update", 1, 1e6)
-    privacy: str = choice("none", "none dp", "dp: updates are clipped, and their average is noised")
-    dp_clipping: float = param(1.0, "C, largest L2 norm of a client's update", 1e-6, 1e6)
-    dp_noise: float = param(1.0, "z: noise on the sum of updates has deviation z C", 1e-6, 1e6)
-    dp_delta: float = param(1e-5, "delta at which epsilon is stated", 1e-12, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -343,13 +343,6 @@ def distilled(cfg: Settings, cohort: Cohort, proxy: Tensor) -> list[tuple[Distil
     return [(one.distill, start) for one, start in zip(wanted, made, strict=True)]
 
 
-def engine_key(cfg: Settings) -> object:
-    """What of the engine a federated run's numbers depend on."""
-    if cfg.run.engine == "local":
-        return "local"
-    return cfg.run.engine, {k: v for k, v in asdict(cfg.flower).items() if k.startswith(("privacy", "dp_"))}
-
-
 def engine(cfg: Settings) -> Callable[[Run], Iterable[ClientUpdate]]:
     """Return the function that trains a round's clients: `runs.train_clients`, or Flower's by messages.
 
@@ -379,7 +372,7 @@ def start_runs(
         cohort=cohort,
         test=parts.test,
         precision=devices.precision_of(cfg.run),
-        engine=engine_key(cfg),
+        engine=cfg.run.engine,
     )
     holders = runs.clients_of(cohort, clients)
     # As in Table 1 of the paper, both comparisons are trained from random weights only. Centralised training
