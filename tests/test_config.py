@@ -295,8 +295,9 @@ def test_a_notebooks_parameters_are_the_defaults_as_literals(notebook):
     assert source.startswith(config.PARAMETERS_COMMENT)
     found = {}
     for node in ast.parse(source).body:
-        assert isinstance(node, ast.Assign) and len(node.targets) == 1, f"line {node.lineno}"
-        found[node.targets[0].id] = ast.literal_eval(node.value)
+        assert isinstance(node, ast.AnnAssign), f"line {node.lineno}"
+        assert node.annotation.id == type(config.defaults()[node.target.id]).__name__
+        found[node.target.id] = ast.literal_eval(node.value)
     assert "run_name" in found
     assert set(found) <= set(config.defaults())
     for name, value in found.items():
