@@ -35,7 +35,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from fmfl import config, distill, errors, federate, models, paths, split, states, syntax
+from fmfl import config, distill, errors, models, paths, runs, split, states, syntax
 from fmfl.config import Settings, split_list
 from fmfl.errors import UserError
 from fmfl.split import AGE_SCHEMES, Holdout
@@ -288,7 +288,7 @@ def other_study(cells: list[Cell], inputs: dict[str, str]) -> dict[str, tuple[An
     for file in sorted((cfg.run_dir / "weights").glob("*.safetensors")):
         if isinstance(made_of := states.read_record(file).get("made_of"), dict):
             there = made_of["settings"]
-            here = federate.run_settings(cfg.federate, there["arm"]) | {"student": cfg.distill.student}
+            here = runs.run_settings(cfg.federate, there["arm"]) | {"student": cfg.distill.student}
             names = [name for name in here if name in there and name not in outputs.FREE]
             found |= {name: (there[name], here[name]) for name in names if there[name] != here[name]}
             images.add(made_of["data"])

@@ -12,8 +12,8 @@ import pandas as pd
 
 if TYPE_CHECKING:  # a client of Flower draws nothing
     from matplotlib.figure import Figure
-from fmfl import config, federate, states
-from fmfl.analysis import tables
+from fmfl import config, states
+from fmfl.analysis import landscape, tables
 from fmfl.config import Settings
 from fmfl.errors import UserError, first_few
 from fmfl.study.provenance import where
@@ -247,13 +247,13 @@ def _decided(cfg: Settings) -> Settings:
 
 
 def collect_drift(cfg: Settings) -> pd.DataFrame:
-    """How the clients' updates went in all cells of these settings: see `federate.drift`."""
+    """How the clients' updates went in all cells of these settings: see `landscape.drift_by_round`."""
     tables = [
         pd.read_csv(folder / "drift.csv")
         for folder, _, other in _federations(cfg.run_dir, cfg)
         if not other and (folder / "drift.csv").exists()
     ]
-    empty = pd.DataFrame(columns=["init", "split", "seed", "round", *federate.DRIFT])
+    empty = pd.DataFrame(columns=["init", "split", "seed", "round", *landscape.DRIFT])
     return pd.concat(tables, ignore_index=True) if tables else empty
 
 
