@@ -11,8 +11,8 @@ either skew. The rules here are ours, each with its strength as one number.
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import combinations
 from dataclasses import fields
+from itertools import combinations
 from numbers import Integral, Real
 from typing import NamedTuple
 
