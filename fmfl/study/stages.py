@@ -435,9 +435,9 @@ def images_a_second(cfg: Settings, cohort: Cohort, steps: int = 4) -> float:
 def compositions(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> pd.DataFrame:
     """What the clients held: `split.composition` of each split and seed that was run."""
     federated = holdout(cfg, cohort).federated
-    runs = results.loc[results.split != "pooled", ["split", "seed"]].drop_duplicates()
+    dealt = results.loc[results.split != "pooled", ["split", "seed"]].drop_duplicates()
     held_by = []
-    for scheme, seed in runs.itertuples(index=False):
+    for scheme, seed in dealt.itertuples(index=False):
         held = partition(cohort, federated, replace(cfg.federate, seed=int(seed)), scheme)
         held_by.append(split.composition(cohort.table, held).assign(split=scheme, seed=seed))
     return pd.concat(held_by, ignore_index=True)
