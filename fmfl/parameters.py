@@ -39,6 +39,11 @@ class Parameter:
     paper: Any = None
     tags: str = ""
 
+    def __str__(self) -> str:
+        """Return name, default, the paper's value and meaning in one line, the range in a second one."""
+        paper = "" if self.paper is None else f" (paper: {_in_text(self.paper)})"
+        return f"{self.name} = {_in_text(self.default)}{paper}: {self.meaning}\n    {self.range}"
+
     @property
     def range(self) -> str:
         """Type and range in words."""
@@ -141,3 +146,7 @@ def as_number(text: str, kind: type = float) -> Any:
     except ValueError:
         return text
     return int(number) if kind is int and number.is_integer() else number
+
+
+def _in_text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value) or "empty"
