@@ -73,18 +73,15 @@ class TeacherConfig:
         "builtin", "builtin, sam_vit_b, sam_vit_l, sam_vit_h, medsam or sam-med2d", paper="sam-med2d"
     )
     checkpoint: str = param("", "file of its weights; empty: the shipped ones of builtin", tags="place")
-    adapter: bool = param(True, "False: SAM-Med2D's weights without the adapters")
     teacher_size: int = param(0, "pixels a side of the teacher's input; 0: its family's own", 0, 2048)
-    passed_over: str = param("", "keys that may be missing, unexpected or of another shape, * for anything")
     box_rule: str = choice(
         "ground_truth",
-        "ground_truth ground_truth_jitter whole_image predicted point",
+        "ground_truth ground_truth_jitter whole_image predicted",
         "where the boxes that prompt the teacher come from",
         paper="ground_truth",
     )
     boxes_per_image: str = choice("per_lung", "per_lung one", "boxes in a prompt; the paper does not say")
-    jitter_pixels: float = param(5.0, "standard deviation of a jittered box's edges, in pixels", 0, 100)
-    teacher_noise: float = param(0.0, "on each weight, in its tensor's deviations", 0, 10)
+    jitter_pixels: float = param(5.0, "most that each side of a jittered box moves, in pixels", 0, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,10 +180,6 @@ class FlowerConfig:
     min_clients: int = param(2, "good updates that a round needs, or all where fewer are asked", 1, 100_000)
     join_timeout: float = param(300.0, "seconds to wait for all clients before the first round", 0, 1e6)
     round_timeout: float = param(3600.0, "seconds to wait for a client's update", 1, 1e6)
-    privacy: str = choice("none", "none dp", "dp: updates are clipped, and their average is noised")
-    dp_clipping: float = param(1.0, "C, largest L2 norm of a client's update", 1e-6, 1e6)
-    dp_noise: float = param(1.0, "z: noise on the sum of updates has deviation z C", 1e-6, 1e6)
-    dp_delta: float = param(1e-5, "delta at which epsilon is stated", 1e-12, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,11 +104,6 @@ class Run:
         """Short name of all that the run's bytes depend on."""
         return fingerprint(self.made_of)
 
-    @property
-    def trained_keys(self) -> list[str]:
-        """Names of the weights that clients train and share."""
-        return federate.trained_keys(self.model, self.cfg)
-
     def remaining_rounds(self) -> Iterator[int]:
         """Yield the numbers of the rounds still to do, each when the one before it is finished."""
         while self.round_number < self.cfg.num_rounds and not parallel.interrupted.is_set():
@@ -143,8 +138,9 @@ class Run:
         with it, and a client begins its first round with it. Later rounds begin with the client's own.
         """
         traffic, self.traffic = self.traffic or _estimated_traffic(self, average), None
+        names = federate.trained_keys(self.model, self.cfg)
         self.theta, self.server_moments = federate.server_step(
-            self.theta, average, self.trained_keys, self.cfg, self.server_moments
+            self.theta, average, names, self.cfg, self.server_moments
         )
         self.round_number += 1
         done = {"sha256": state_digest(self.theta), "clients": traffic.clients}
@@ -298,7 +294,7 @@ def _distance_from_start(run: Run) -> dict[str, float]:
     """Measure the L2 distance of the trained weights from the initial ones; in the federated arm only."""
     if run.arm != "federated":
         return {}
-    names = run.trained_keys
+    names = federate.trained_keys(run.model, run.cfg)
     away = models.flat(run.theta, names) - models.flat(run.initial, names)
     return {"distance_from_start": float(torch.linalg.vector_norm(away))}
 

@@ -351,13 +351,9 @@ def test_a_notebooks_parameters_are_the_defaults_as_literals(notebook):
     assert source.startswith(config.PARAMETERS_COMMENT)
     found = {}
     for node in ast.parse(source).body:
-        if isinstance(node, ast.AnnAssign):
-            target = node.target
-            assert ast.unparse(node.annotation) == config.PARAMETERS[target.id].kind.__name__
-        else:
-            assert isinstance(node, ast.Assign) and len(node.targets) == 1, f"line {node.lineno}"
-            target = node.targets[0]
-        found[target.id] = ast.literal_eval(node.value)
+        assert isinstance(node, ast.AnnAssign), f"line {node.lineno}"
+        assert ast.unparse(node.annotation) == config.PARAMETERS[node.target.id].kind.__name__
+        found[node.target.id] = ast.literal_eval(node.value)
     assert "run_name" in found
     assert set(found) <= config.taken_by(notebook.stem)
     for name, value in found.items():

@@ -9,7 +9,6 @@ import pandas as pd
 from fmfl import config, split, states
 from fmfl.analysis import tables
 from fmfl.config import Settings, split_list
-from fmfl.flower import privacy
 from fmfl.study.outputs import _drawn, cell_records
 from fmfl.study.provenance import where
 
@@ -57,8 +56,6 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
         for name, record in records.items()
         if "rounds" in record
     }
-    federated = results[results.arm == "federated"]
-    noised = len(federated[["init", "split", "seed"]].drop_duplicates())
     who = cells.get("02_teacher", {}).get("record", {})
     if who.get("name") == "builtin":
         who = who | {"note": STAND_IN}
@@ -69,7 +66,6 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
         "versions": {"python": here["python"]} | here["versions"],
         "device": here["device"],
         "settings": settings,
-        "privacy": privacy.spent(cfg.flower, cfg.federate.num_rounds, noised),
         "data": cells.get("01_data", {}).get("record", {}),
         "teacher": who,
         "student": next((c["record"] for n, c in cells.items() if n.startswith("03_distill")), {}),
