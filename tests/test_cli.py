@@ -201,7 +201,7 @@ def test_a_shell_completes_commands_options_and_parameters(fmfl):
 
 
 def listed(text: str) -> dict[str, tuple[str, str]]:
-    """Each parameter that `fmfl params` names, with its own line and its second one."""
+    """Each parameter that `fmfl params` names, with its two lines."""
     lines = text.splitlines()
     return {a.split(" = ")[0]: (a, b.strip()) for a, b in zip(lines[::2], lines[1::2], strict=True)}
 
@@ -210,9 +210,10 @@ def test_params_lists_every_parameter_once_with_all_that_is_declared(fmfl):
     code, out, err = fmfl("params")
     assert (code, err) == (0, "")
     assert list(listed(out)) == list(config.PARAMETERS)
-    size, more = listed(out)["size"]
-    assert size == "size = 96 (paper: 256): pixels a side; a U-Net halves it five times"
-    assert more.startswith("a whole number from 32 to 1024, a multiple of 32; taken by 01_data, 02_teacher,")
+    about, meaning = listed(out)["size"]
+    assert about.startswith("size = 96 (paper: 256): a whole number from 32 to 1024, a multiple of 32; ")
+    assert about.endswith("; notebooks 01 02 03 04 05")
+    assert meaning == "pixels a side; a U-Net halves it five times"
 
 
 @pytest.mark.parametrize("notebook", config.NOTEBOOKS)
@@ -222,10 +223,9 @@ def test_a_notebook_takes_the_parameters_of_its_own_cell(fmfl, notebook):
     stored = (n for n in ast.walk(ast.parse("".join(cell["source"]))) if isinstance(n, ast.Name))
     own = {node.id for node in stored if isinstance(node.ctx, ast.Store)}
     takers = {
-        name: more.split("; taken by ")[1].split(", ")
-        for name, (_, more) in listed(fmfl("params")[1]).items()
+        name: about.split("; notebooks ")[1].split() for name, (about, _) in listed(fmfl("params")[1]).items()
     }
-    assert own and all(notebook in takers[name] for name in own)
+    assert own and all(notebook[:2] in takers[name] for name in own)
 
 
 def test_params_finds_a_word_in_name_meaning_and_range(fmfl):

@@ -102,13 +102,12 @@ def study(
 
 @app.command()
 def params(word: Annotated[str, argument("WORD", "in a name, meaning or range")] = "") -> None:
-    """List the parameters: default, the paper's value, meaning, range, and the notebooks that take them."""
+    """List the parameters: default, the paper's value, range, the notebooks that take them, meaning."""
     listed = [about for about in config.PARAMETERS.values() if word.lower() in str(about).lower()]
     if not listed:
         raise UserError(f"no parameter has {word!r} in its text: `fmfl params` lists all of them")
     for about in listed:
-        takers = [name for name in config.NOTEBOOKS if about.name in config.taken_by(name)]
-        typer.echo(f"{about}; taken by {', '.join(takers)}")
+        typer.echo(about)
 
 
 @app.command("data")
