@@ -11,7 +11,6 @@ either skew. The rules here are ours, each with its strength as one number.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from itertools import combinations
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -39,26 +38,15 @@ AGE_BANDS = {
 }
 
 
-class Option(NamedTuple):
-    """One number that a partition scheme takes."""
-
-    default: float
-    lowest: float
-    highest: float
-
-
-def _options_of(scheme: str) -> dict[str, Option]:
-    return {
-        field.name.removeprefix(f"{scheme}_"): Option(
-            field.default, field.metadata["low"], field.metadata["high"]
-        )
-        for field in fields(config.FederateConfig)
-        if field.name.startswith(f"{scheme}_")
-    }
-
-
 #: The partition schemes, and the options of each: `strength` of `age` is the parameter `age_strength`.
-OPTIONS = {scheme: _options_of(scheme) for scheme in config.SPLITS}
+OPTIONS = {
+    scheme: {
+        name.removeprefix(f"{scheme}_"): about
+        for name, about in config.PARAMETERS.items()
+        if name.startswith(f"{scheme}_")
+    }
+    for scheme in config.SPLITS
+}
 
 #: Schemes that deal by age; images without one are left out of them (see `without_age`).
 AGE_SCHEMES = ("age", "dirichlet")
@@ -480,7 +468,7 @@ def _options(scheme: str, given: dict[str, float]) -> dict[str, float]:
         if name not in known:
             takes = f"takes {', '.join(known)}" if known else "takes no option"
             raise UserError(f"split {scheme!r} has no option {name!r}: it {takes}")
-        lowest, highest = known[name].lowest, known[name].highest
+        lowest, highest = known[name].low, known[name].high
         if not _is_number(value) or not lowest <= value <= highest:
             raise UserError(
                 f"{name} of split {scheme!r} is {value!r}, but has to be from {lowest:g} to {highest:g}"

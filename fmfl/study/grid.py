@@ -49,6 +49,7 @@ NO_NUMBERS = (
     "study/grid.py",
     "study/inspection.py",
     "study/interrupt.py",
+    "study/options.py",
     "study/verify.py",
     "syntax.py",
 )
