@@ -139,7 +139,7 @@ def study(
     given |= {"data": ",".join(_once(folders, "--data")), "teacher": teacher, "device": device}
     given |= {"run_name": _absolute(out), "checkpoint": checkpoint and _absolute(checkpoint)}
     seed_list = _once([config.parse("seed", text) for text in _list(seeds, "--seeds")], "--seeds")
-    split_list = _once([config.checked("split", name) for name in _list(splits, "--splits")], "--splits")
+    split_list = _once([config.validate("split", name) for name in _list(splits, "--splits")], "--splits")
     cfg = config.settings(given, profile=profile)
     variants = _variants(vary, cfg)
     for part in folders:
