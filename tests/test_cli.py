@@ -397,7 +397,7 @@ def test_teacher_check_says_what_a_file_is(fmfl):
     code, out, err = fmfl("teacher", "check", teacher.BUILTIN_WEIGHTS, "--teacher", "builtin")
     assert (code, err) == (0, "")
     assert hashlib.sha256(teacher.BUILTIN_WEIGHTS.read_bytes()).hexdigest() in out
-    assert "published as none" in out
+    assert "published as builtin" in out
     assert "all keys fit builtin, 1,764,032 parameters, input of 128 pixels" in out
 
 
