@@ -331,4 +331,4 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
     if not cells:
         plain = (str, int, float, bool, list, tuple, type(None))
         names = {name for name, value in namespace.items() if name[0].islower() and isinstance(value, plain)}
-    return settings({name: namespace[name] for name in sorted(names)})
+    return settings({name: namespace[name] for name in sorted(names & namespace.keys())})

@@ -193,6 +193,7 @@ def test_a_shell_completes_commands_options_and_parameters(fmfl):
 
     assert completed("pa") == {"params"}
     assert {"--seeds", "--splits", "--profile"} <= completed("study", "--")
+    assert completed("study", "--device", "c") == {"cpu", "cuda"}
     assert completed("study", "-p", "num_") == {"num_phantoms=", "num_clients=", "num_rounds="}
     assert "--install-completion" in fmfl("--help")[1]
 

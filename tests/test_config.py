@@ -310,6 +310,10 @@ def test_parameters_may_have_types():
     assert config.from_notebook(notebook(typed, "# Parameters\nseed = 4\n")).changed()["seed"] == 4
 
 
+def test_a_type_without_a_value_is_no_parameter():
+    assert config.from_notebook(notebook(OWN_CELL + "alpha: float\n")).changed() == {}
+
+
 def test_names_of_other_cells_are_no_parameters():
     cfg = config.from_notebook(notebook(OWN_CELL, "data = 3\nnum_rounds = 'x'\n"))
     assert cfg == config.settings()

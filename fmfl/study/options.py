@@ -14,7 +14,8 @@ from fmfl.errors import UserError
 def option(text: str, *flags: str, **more: Any) -> Any:
     """Return an option with a text, or with the meaning and the choices of the parameter of this name."""
     if about := config.PARAMETERS.get(text):
-        return typer.Option(*flags, help=about.meaning, metavar="|".join(about.choices) or None, **more)
+        text, choices = about.meaning, about.choices
+        more |= {"metavar": "|".join(choices), "autocompletion": lambda: list(choices)} if choices else {}
     return typer.Option(*flags, help=text, **more)
 
 
