@@ -144,7 +144,7 @@ def imported_names(source):
 
 def sources():
     """(path, code) of every module, test and notebook."""
-    for folder in ("fmfl", "tests", "bench"):
+    for folder in ("fmfl", "tests", "bench", "tools"):
         for path in sorted((paths.ROOT / folder).rglob("*.py")):
             yield path, path.read_text()
     for path in sorted(paths.NOTEBOOKS.rglob("*.ipynb")):
@@ -157,7 +157,7 @@ def sources():
 
 def test_every_import_is_a_declared_dependency():
     """A package that came along with another one may be gone with that one's next version."""
-    declared = {*direct_dependencies(), "fmfl", "bench"}
+    declared = {*direct_dependencies(), "fmfl", "bench", "tools"}
     distributions = packages_distributions()
     missing = set()
     for path, code in sources():
