@@ -1,7 +1,6 @@
 """Chest X-rays and their lung masks: one or several sources become one `Cohort` on a device.
 
-A source is `"phantom"` (the built-in synthetic X-rays) or a folder in one of four layouts, told apart by
-what the folder holds:
+A source is `"phantom"` (the built-in synthetic X-rays) or a folder in one of four layouts:
 
     folder      images/, masks/ (same stem, any image suffix, `_mask` may follow), metadata.csv (optional)
     Darwin 1.0  images/, annotations/*.json with "image": V7's former export format
@@ -113,8 +112,7 @@ def load(
         sources: "phantom" or folders: a list, or one text with commas between them.
         size: pixels a side, 16..2048.
         device: where the tensors go.
-        num_phantoms: number of synthetic X-rays that "phantom" holds.
-        phantom_seed: their random seed.
+        num_phantoms, phantom_seed: number and random seed of the synthetic X-rays.
         mask_class: the annotated class that is the mask; "left lung", "Lungs" and "LUNG_R" are "lung" too.
         strict: a file that is to be mended is an error; an image of another kind (lateral, CT slice) is not.
         cache: folder of decoded sources; None to decode every time.
