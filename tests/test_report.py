@@ -202,7 +202,6 @@ def test_methods_say_what_the_manifest_says_and_nothing_else():
     assert "Seeds: 0, 1, 2." in text
     assert "learning rate" not in text  # not in this manifest
     assert "{" not in text
-    assert "epsilon" not in text
     assert report.methods({}) == [report.STATISTICS]
 
 
