@@ -1,5 +1,6 @@
 """`fmfl`: the whole study, a look at a data source, the report again, two studies compared."""
 
+import importlib
 import io
 import sys
 from pathlib import Path
@@ -302,8 +303,7 @@ def flower_keys(
     clients: Annotated[int, typer.Option(min=1, help="how many")] = 3,
 ) -> None:
     """Make a folder of keys for the server and one for each client."""
-    deploy = _deploy()
-    deploy.keys(folder, _list(host, "--host"), clients)
+    _flower("keys").make(folder, _list(host, "--host"), clients)
     typer.echo(f"{folder / 'server'} stays with the server; hand client K its folder client-K alone")
 
 
@@ -322,7 +322,7 @@ def flower_server(
     ] = None,
 ) -> None:
     """Serve the rounds to the clients; run again, it goes on where it stopped."""
-    deploy = _deploy()
+    deploy = _flower("deploy")
     own = {"run_name": "--out", "start": "--start", "test_data": "--test-data"}
     given: dict[str, object] = {name: config.parse(name, text) for name, text in _pairs("-p", p, own)}
     folders = [part if part == "held_out" else _absolute(part) for part in config.split_list(test_data)]
@@ -335,9 +335,7 @@ def flower_server(
 def flower_client(
     data: Annotated[str, typer.Option(help="this hospital's folders, joined by commas")],
     keys: Annotated[Path, typer.Option(help="this hospital's folder client-K")],
-    number: Annotated[int, typer.Option(min=0, help="K, from 0")],
     server: Annotated[str, typer.Option(metavar="HOST:PORT", help="where the server is")],
-    clients: Annotated[int, typer.Option(min=1, help="how many there are")] = 3,
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="of Flower's own on this machine; 0: 9094 + K")
     ] = 0,
@@ -347,16 +345,15 @@ def flower_client(
     for folder in folders:
         if not Path(folder).is_dir():
             raise UserError(f"--data {folder}: there is no such folder")
-    _deploy().client(",".join(folders), server, keys, number, clients, port or None)
+    _flower("deploy").client(",".join(folders), server, keys, port or None)
 
 
-def _deploy() -> ModuleType:
+def _flower(module: str) -> ModuleType:
     try:
         with interrupt.while_importing():
-            from fmfl.flower import deploy
+            return importlib.import_module(f"fmfl.flower.{module}")
     except ImportError:
         raise UserError("Flower is not installed: pip install -c requirements.lock -e '.[flower]'") from None
-    return deploy
 
 
 def main() -> None:
