@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmfl import paths, syntax
+from fmfl import paths
 from fmfl.errors import UserError
 
 INITS = ("random", "pretraining", "fm", "imagenet", "file")
@@ -397,7 +397,7 @@ def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
     return {
         node.id
         for cell in latest.values()
-        for node in ast.walk(syntax.parse(cell))
+        for node in ast.walk(ast.parse(cell))
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     }
 

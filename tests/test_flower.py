@@ -18,7 +18,7 @@ from fmfl.distill import InitialState
 from fmfl.errors import UserError
 from fmfl.federate import Server
 from fmfl.flower import deploy, engine, privacy
-from fmfl.study import grid, stages
+from fmfl.study import execute, grid, stages
 from fmfl.train import FitResult
 
 SIZE = 32
@@ -163,7 +163,7 @@ def test_the_notebook_gives_the_same_results_with_either_engine(tmp_path):
         )
         (cell,) = [c for c in grid.plan(cfg, [0], ["iid"]) if c.notebook == "04_federate"]
         assert cell.parameters["engine"] == name and "min_clients" in cell.parameters
-        grid.execute_plain(cell, tmp_path / name / "out.ipynb")
+        execute.plain(cell, tmp_path / name / "out.ipynb")
         tables[name] = pd.read_csv(tmp_path / name / "cells" / cell.name / "results.csv")
     measured = ["seconds", "bytes_up", "bytes_down"]
     local, flowers = tables["local"], tables["flower"]

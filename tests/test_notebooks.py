@@ -15,7 +15,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from fmfl import config, paths
 from fmfl.errors import UserError
-from fmfl.study import grid
+from fmfl.study import grid, outputs
 
 NAMES = ["01_data", "02_teacher", "03_distill", "04_federate", "05_analysis"]
 NOTEBOOKS = {name: nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4) for name in NAMES}
@@ -30,7 +30,7 @@ def prose(name: str) -> list[str]:
 
 
 def test_these_are_all_notebooks():
-    assert sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb")) == NAMES == list(grid.DEPENDS)
+    assert sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb")) == NAMES == list(outputs.DEPENDS)
 
 
 @pytest.mark.parametrize("name", NAMES)

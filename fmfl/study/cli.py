@@ -123,7 +123,6 @@ def study(
     plain: Annotated[
         bool, typer.Option(help="run the notebooks' code in this process, without Jupyter")
     ] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="how many notebooks may run at once")] = 1,
     replace: Annotated[
         bool, typer.Option("--replace", help="move another study that is in --out to a free name first")
     ] = False,
@@ -149,14 +148,14 @@ def study(
         raise UserError(f"--checkpoint {cfg.teacher.checkpoint}: there is no such file")
 
     with interrupt.while_importing():
-        from fmfl.study import grid  # imports torch, which a typing mistake need not wait for
+        from fmfl.study import grid, preflight  # import torch, which a typing mistake need not wait for
 
     cells = grid.plan(cfg, seed_list, split_list, variants)
     if dry_run:
-        _say_cost(cells, grid.estimate(cells, replace_other=replace))
+        _say_cost(cells, preflight.estimate(cells, replace_other=replace))
         return
     shown = progress and sys.stderr.isatty()
-    ran, done = grid.run(cells, plain=plain, progress=shown, jobs=jobs, replace_other=replace)
+    ran, done = grid.run(cells, plain=plain, progress=shown, replace_other=replace)
     typer.echo(f"{ran} notebooks run, {done} were done already")
     typer.echo(f"report: {cfg.run_dir / 'report.html'}")
 
