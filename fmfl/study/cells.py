@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmfl import paths, states
+from fmfl import config, paths, states
 from fmfl.config import Settings, split_list
 from fmfl.study import outputs
-from fmfl.study.outputs import DEPENDS, read_json, read_record
-
-#: Parameters of every notebook that change no number.
-WHERE = ("run_name", "device", "cohort_device")
+from fmfl.study.outputs import read_json, read_record
 
 #: Modules whose code changes no number.
 NO_NUMBERS = (
@@ -60,7 +57,7 @@ class Cell:
     @property
     def parameters(self) -> dict[str, Any]:
         """Values that are injected: every setting that the notebook depends on, and where it runs."""
-        names = outputs.depends_on(self.notebook).union(WHERE)
+        names = config.taken_by(self.notebook)
         return {name: value for name, value in self.cfg.flat().items() if name in names}
 
     @property
@@ -130,9 +127,10 @@ def fingerprints(cells: list[Cell], inputs: dict[str, str]) -> dict[str, str]:
     code = states.code_digest(tuple(name for name in modules if name not in NO_NUMBERS))
     keys: dict[str, str] = {}
     for cell in cells:
-        settings = {name: value for name, value in cell.parameters.items() if name not in WHERE}
+        names = outputs.depends_on(cell.notebook)
+        settings = {name: value for name, value in cell.parameters.items() if name in names}
+        given = [inputs[name] for name in inputs if name in names]
         before = [keys[key] for key in cell.needs]
-        given = [inputs[stage] for stage in DEPENDS[cell.notebook] if stage in inputs]
         keys[cell.key] = states.fingerprint(
             "cell-3", code, notebook_code(cell.notebook), settings, given, before
         )

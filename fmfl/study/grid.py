@@ -23,10 +23,6 @@ from fmfl.study import execute, outputs, preflight
 from fmfl.study.cells import Cell, fingerprints, training_runs
 from fmfl.study.locks import CellLocks
 
-#: Settings that a random start under a split does not depend on, besides all of the teacher's.
-NOT_RANDOMS = ("labelled", "alpha", "temperature", "teacher_labels", "teacher_views", "proxy_epochs",
-               "proxy_learning_rate", "init_file", "encoder_file")  # fmt: skip
-
 #: Between two looks at cells that other processes hold.
 POLL_SECONDS = 1.0
 
@@ -82,7 +78,7 @@ def _variant(cfg: Settings, seeds: list[int], split: str, name: str, value: Any)
     """Return the cells of a study with one setting changed."""
     variant = f"{name}={outputs.as_text(value)}"
     inits = split_list(cfg.federate.inits)
-    if config.stage_of()[name] == "teacher" or name in NOT_RANDOMS:
+    if config.PARAMETERS[name].stage in ("teacher", "distill") and name != "student":
         inits = [init for init in inits if init != "random"]
     folder = outputs.variant_dir(cfg, variant)
     changed = cfg.flat() | {name: value, "run_name": str(folder), "split": split, "arms": "federated"}

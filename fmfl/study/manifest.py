@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from fmfl import split, states
+from fmfl import config, split, states
 from fmfl.analysis import tables
 from fmfl.config import Settings, split_list
 from fmfl.study import outputs
@@ -62,7 +62,7 @@ def _settings(cfg: Settings, results: pd.DataFrame) -> dict[str, Any]:
     }
     del settings["split"], settings["seed"]
     # Results are passed on; where they lay on this machine is not.
-    for name in outputs.PLACES:
+    for name in config.tagged("place"):
         settings[name] = ",".join(Path(part).name for part in split_list(settings[name]))
     return settings
 

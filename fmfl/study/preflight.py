@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from fmfl import devices, distill, federate, models, parallel, split, states, train
+from fmfl import config, devices, distill, models, parallel, runs, split, states, train
 from fmfl.config import Settings, split_list
 from fmfl.data import Cohort
 from fmfl.errors import UserError
@@ -163,7 +163,7 @@ def _of_checkpoints(cfg: Settings) -> Iterator[Trace]:
     for file in sorted((cfg.run_dir / "weights").glob("*.safetensors")):
         if isinstance(made_of := states.read_record(file).get("made_of"), dict):
             there = made_of["settings"]
-            here = federate.run_settings(cfg.federate, there["arm"]) | {"student": cfg.distill.student}
+            here = runs.run_settings(cfg.federate, there["arm"]) | {"student": cfg.distill.student}
             names = [name for name in here if name in there and name not in outputs.FREE]
             differences = {name: (there[name], here[name]) for name in names if there[name] != here[name]}
             yield Trace(differences, made_of["data"])
@@ -173,7 +173,7 @@ def _of_results(cfg: Settings) -> Iterator[Trace]:
     """The manifest, or results without one that were passed on without their cells."""
     manifest = outputs.read_record(cfg.run_dir / "manifest.json")
     if isinstance(settings := manifest.get("settings"), dict):
-        settings = {name: value for name, value in settings.items() if name not in outputs.PLACES}
+        settings = {name: value for name, value in settings.items() if name not in config.tagged("place")}
         about = {"notebook": "05_analysis", "settings": cfg.flat() | settings}
         yield Trace(outputs.changed(about, cfg), (manifest.get("data") or {}).get("fingerprint"))
     elif (cfg.run_dir / "results.csv").exists() and not any((cfg.run_dir / "cells").glob("*/cell.json")):
