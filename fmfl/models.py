@@ -111,8 +111,7 @@ def load_weights(model: nn.Module, file: str | Path, *, encoder_only: bool = Fal
         for key, value in given.items():
             if value.ndim == 4 and value.shape[1] == 3 and wanted[key].shape[1] == 1:
                 given[key] = value.sum(1, keepdim=True)
-    fit = checkpoints.compare(given, wanted)
-    if problems := fit.sentence():
+    if problems := checkpoints.differences(given, wanted):
         raise UserError(f"{file} does not fit the student: {problems}")
     checkpoints.usable(Path(file), given, wanted)
     model.load_state_dict(own | {key: value.to(own[key]) for key, value in given.items()})

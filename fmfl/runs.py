@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fmfl import federate, metrics, models, parallel, resume, seeds, train
+from fmfl import config, federate, metrics, models, parallel, resume, seeds, train
 from fmfl.config import FederateConfig
 from fmfl.data import Cohort
 from fmfl.distill import InitialState
@@ -313,16 +313,6 @@ def _examples(cohort: Cohort, indices: Tensor) -> Examples:
     return Examples(cohort.images, cohort.masks, indices, device=cohort.device)
 
 
-#: Settings that the centralised arm does not depend on: one run serves all splits.
-PARTITION_SETTINGS = ("split", "age_strength", "quantity_ratio", "dirichlet_concentration", "num_clients")
-
-#: Settings that the federated arm alone depends on, besides FedBN.
-FEDERATED_SETTINGS = (
-    *("proximal", "participation", "client_weights", "server"),
-    *("server_learning_rate", "server_momentum", "server_beta2", "server_epsilon"),
-)
-
-
 def own_settings(cfg: FederateConfig, arm: str) -> FederateConfig:
     """Set to their defaults the settings that an arm has no use for.
 
@@ -332,7 +322,7 @@ def own_settings(cfg: FederateConfig, arm: str) -> FederateConfig:
     if arm == "federated":
         return cfg
     plain = FederateConfig()
-    cfg = replace(cfg, optimizer_state="keep", **{k: getattr(plain, k) for k in FEDERATED_SETTINGS})
+    cfg = replace(cfg, optimizer_state="keep", **{k: getattr(plain, k) for k in config.tagged("server")})
     # With one client FedBN's own BatchNorm is the global one.
     return replace(cfg, batch_norm="average") if cfg.batch_norm == "local" else cfg
 
@@ -340,7 +330,7 @@ def own_settings(cfg: FederateConfig, arm: str) -> FederateConfig:
 def run_settings(cfg: FederateConfig, arm: str) -> dict[str, object]:
     """Return the settings of `own_settings` that an arm's run depends on, by name."""
     # The clients' images themselves tell how they were dealt.
-    left_out = ("arms", "inits", "images_without_age", *(PARTITION_SETTINGS if arm == "centralised" else ()))
+    left_out = config.tagged("plan") | (config.tagged("partition") if arm == "centralised" else set())
     return {name: value for name, value in asdict(own_settings(cfg, arm)).items() if name not in left_out}
 
 

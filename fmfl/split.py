@@ -1,8 +1,8 @@
-"""Who holds which images: proxy, test and federated parts, then a part for each client; how skewed they are.
+"""Splits of a cohort: proxy, test and federated parts, the clients' parts, and measures of their skew.
 
 Patients, never single images, are dealt, so that no patient stands on two sides of any split. A split is
 a set of sorted int64 index tensors into the rows of `Cohort.table`. Random order comes from a NumPy
-generator keyed by the seed alone: neither the device nor any global generator changes who gets what.
+generator keyed by the seed alone: neither the device nor any global generator changes it.
 
 The paper (Li & Yang 2023, arXiv 2311.15463, section 3) names its parts (1,504 proxy, 500 test and 4,500
 federated images over 3 clients) and its partitions (IID, age skew, quantity skew), but not the rule behind
@@ -11,6 +11,7 @@ either skew. The rules here are ours, each with its strength as one number.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from itertools import combinations
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -21,8 +22,10 @@ import scipy
 import torch
 from torch import Tensor
 
+from fmfl import config
 from fmfl.errors import UserError
 
+#: Age in years, lower end included, upper end not. The Guangzhou children are in one band.
 AGE_BANDS = {
     "0-5": (0, 6),
     "6-17": (6, 18),
@@ -34,28 +37,31 @@ AGE_BANDS = {
     "70-79": (70, 80),
     "80+": (80, math.inf),
 }
-"""Age in years, lower end included, upper end not. The Guangzhou children are in one band."""
 
 
 class Option(NamedTuple):
-    """One named number of a partition scheme."""
+    """One number that a partition scheme takes."""
 
     default: float
     lowest: float
     highest: float
 
 
-OPTIONS: dict[str, dict[str, Option]] = {
-    "iid": {},
-    "age": {"strength": Option(1.0, 0.0, 1.0)},  # 0: as IID; 1: sorted by age
-    "quantity": {"ratio": Option(9.0, 1.0, 1000.0)},  # largest client : smallest client, in images
-    "site": {},
-    "dirichlet": {"concentration": Option(0.5, 0.01, 1e6)},  # small: an age band sits at few clients
-}
-"""The partition schemes, and the options of each."""
+def _options_of(scheme: str) -> dict[str, Option]:
+    return {
+        field.name.removeprefix(f"{scheme}_"): Option(
+            field.default, field.metadata["low"], field.metadata["high"]
+        )
+        for field in fields(config.FederateConfig)
+        if field.name.startswith(f"{scheme}_")
+    }
 
+
+#: The partition schemes, and the options of each: `strength` of `age` is the parameter `age_strength`.
+OPTIONS = {scheme: _options_of(scheme) for scheme in config.SPLITS}
+
+#: Schemes that deal by age; images without one are left out of them (see `without_age`).
 AGE_SCHEMES = ("age", "dirichlet")
-"""Schemes that deal by age; images without one are left out of them (see `without_age`)."""
 
 _DIRICHLET_DRAWS = 1000
 _SMALL_STRATUM = 10  # patients
@@ -70,13 +76,10 @@ class Holdout(NamedTuple):
 
 
 def age_bands(ages: Sequence[float] | pd.Series) -> np.ndarray:
-    """The name of each age's band in `AGE_BANDS`, "" where the age is not known (NaN).
+    """Return each age's band in `AGE_BANDS`, [N] str; "" where the age is not known (NaN).
 
     Args:
         ages: [N] years, none negative.
-
-    Returns:
-        [N] array of str.
     """
     years = np.asarray(ages, dtype=float)
     lower_ends = [lower for lower, _ in AGE_BANDS.values()]
@@ -96,36 +99,36 @@ def holdout(
 ) -> Holdout:
     """Deal whole patients to the proxy set, the test set and the clients, stratified by site and age band.
 
-    The patients of each stratum are shuffled and spread evenly over one line; the test part is cut from the
-    line's start, the proxy part from what is left, and the clients keep the rest. So each stratum is
-    represented in a part in proportion to its images, up to about one patient; a stratum whose share of a
-    part is less than one patient may be missing there. A part is as large as asked for when every patient
-    has one image; otherwise it can fall short, by fewer images than the smallest patient left over has.
-    The test part depends on the seed and its own size only, so studies of the proxy set's size share it; and
-    clients that hold less leave the proxy and test parts as they are.
+    The patients of each stratum are shuffled and spread evenly over one line. The test part is cut from the
+    line's start, the proxy part from the rest, and the clients keep what is left. So a part holds of each
+    stratum a share in proportion to its images, up to about one patient.
+
+    A part has the requested size when every patient has one image. Otherwise it can fall short, by fewer
+    images than the smallest patient left over has. The test part depends on the seed and its own size only,
+    so studies of the proxy set's size share it. Limiting `federated` changes neither proxy nor test.
 
     Args:
         table: N rows with patient_id, site and age (years, NaN where unknown).
         seed: >= 0.
         proxy: the proxy set's size; below 1 a fraction of the images, otherwise their number.
         test: the test set's size, likewise.
-        federated: how many of the images left over the clients hold: below 1 a fraction of them, else their
-            number; 0 for all.
-        device: where the indices go.
+        federated: the clients' part of the images left over: below 1 a fraction, otherwise their number; 0:
+            all.
+        device: of the indices.
 
     Raises:
         UserError: a size is not a positive number, a part comes out empty, or the clients get nothing.
     """
-    wanted = {"test": _size("test", test, len(table)), "proxy": _size("proxy", proxy, len(table))}
-    if sum(wanted.values()) >= len(table):
+    sizes = {"test": _size("test", test, len(table)), "proxy": _size("proxy", proxy, len(table))}
+    if sum(sizes.values()) >= len(table):
         raise UserError(
-            f"the proxy ({wanted['proxy']}) and test ({wanted['test']}) parts leave none of the {len(table)} "
+            f"the proxy ({sizes['proxy']}) and test ({sizes['test']}) parts leave none of the {len(table)} "
             "images for the clients: make them smaller or add images"
         )
     rows = np.arange(len(table))
     patients = _stratified_line(_patients(table, rows), _generator(seed, "holdout"))
     part = np.full(len(patients), "federated", dtype=object)
-    for name, size in wanted.items():
+    for name, size in sizes.items():
         part[_fill(patients.images.to_numpy(), part == "federated", size)] = name
     if federated:
         rest, images = part == "federated", patients.images.to_numpy()
@@ -206,11 +209,7 @@ def partition(
 
 
 def with_age(table: pd.DataFrame, indices: Tensor) -> Tensor:
-    """Give those of these images that have an age.
-
-    Raises:
-        UserError: none has.
-    """
+    """Return the indices of images that have an age; a UserError where none has."""
     known = torch.from_numpy(table.age.notna().to_numpy()[_rows(table, indices)])
     if not known.any():
         raise UserError(
@@ -231,15 +230,12 @@ def check_ages(table: pd.DataFrame, indices: Tensor) -> None:
 
 
 def without_age(table: pd.DataFrame, indices: Tensor) -> int:
-    """How many of these images have no age, and are so left out by the schemes in `AGE_SCHEMES`."""
+    """Count the images without an age, which the schemes in `AGE_SCHEMES` leave out."""
     return int(table.age.iloc[_rows(table, indices)].isna().sum())
 
 
 def by_client(table: pd.DataFrame, clients: Sequence[Tensor]) -> pd.DataFrame:
-    """What each client holds: one row a client with images, patients, sites, without_age and mean_age.
-
-    mean_age is in years, over the images that have an age; NaN where none has.
-    """
+    """Return one row a client: images, patients, sites, without_age, mean_age (years; NaN: none known)."""
     parts = [table.iloc[_rows(table, indices)] for indices in clients]
     return pd.DataFrame(
         {
@@ -254,20 +250,18 @@ def by_client(table: pd.DataFrame, clients: Sequence[Tensor]) -> pd.DataFrame:
 
 
 def composition(table: pd.DataFrame, clients: Sequence[Tensor]) -> pd.DataFrame:
-    """What each client's images are: one row a (client, site, band) with images; band "": age not known."""
-    parts = [
-        table.iloc[_rows(table, indices)].assign(client=client) for client, indices in enumerate(clients)
-    ]
-    held = pd.concat(parts)
-    held = held.assign(band=age_bands(held.age))
-    return held.groupby(["client", "site", "band"]).size().rename("images").reset_index()
+    """Count images by client, site and age band ("": not known): columns client, site, band, images."""
+    rows = [_rows(table, indices) for indices in clients]
+    parts = table.iloc[np.concatenate(rows)].assign(client=np.repeat(range(len(rows)), [*map(len, rows)]))
+    parts = parts.assign(band=age_bands(parts.age))
+    return parts.groupby(["client", "site", "band"]).size().rename("images").reset_index()
 
 
 def skew(table: pd.DataFrame, clients: Sequence[Tensor]) -> dict[str, float]:
-    """How much the clients differ in age and in size.
+    """Measure how much the clients differ in age and in size.
 
     Ages are counted by image, as the federated average weights clients by images; images without an age do
-    not take part. A measure is NaN where fewer than two clients have ages.
+    not count. A measure is NaN where fewer than two clients have ages.
 
     Returns:
         - jensen_shannon_mean, jensen_shannon_max: over pairs of clients, the Jensen-Shannon distance (square
@@ -326,11 +320,11 @@ def _deal_by_site(patients: pd.DataFrame, num_clients: int, generator: np.random
             f"num_clients is {num_clients}, but split 'site' finds {len(sizes)} "
             f"site{'s' * (len(sizes) != 1)} among these images: ask for fewer clients or use another split"
         )
-    held = np.zeros(num_clients)
+    totals = np.zeros(num_clients)
     client_of_site = {}
     for site, images in sizes.items():
-        client_of_site[site] = int(held.argmin())
-        held[client_of_site[site]] += images
+        client_of_site[site] = int(totals.argmin())
+        totals[client_of_site[site]] += images
     return patients.site.map(client_of_site).to_numpy()
 
 
@@ -367,7 +361,7 @@ _SCHEMES: dict[str, Callable[..., np.ndarray]] = {
 
 
 def _patients(table: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
-    """One row a patient, sorted by patient_id (the index): images, age (mean, NaN), site (commonest)."""
+    """Return one row a patient, by patient_id (the index): images, age (mean, NaN), site (commonest)."""
     part = table.iloc[rows]
     if part.patient_id.isna().any():
         raise ValueError("every image needs a patient_id: without one it would be dealt to nobody")
@@ -385,7 +379,7 @@ def _patients(table: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
 
 
 def _stratified_line(patients: pd.DataFrame, generator: np.random.Generator) -> pd.DataFrame:
-    """Patients in a random order of which every stretch holds a like share of every site and age band.
+    """Put patients in a random order of which every stretch holds a like share of each site and age band.
 
     Sites with fewer than `_SMALL_STRATUM` patients in an age band share one stratum of that band: the public
     collections name dozens of sites with a patient or two, each of which would stand where chance puts it.
@@ -407,16 +401,12 @@ def _stratified_line(patients: pd.DataFrame, generator: np.random.Generator) -> 
 
 
 def _middles(images: np.ndarray) -> np.ndarray:
-    """Where, counted in images, the middle of each patient stands when patients follow one another."""
+    """Return the middle of each patient, counted in images, when patients follow one another."""
     return np.cumsum(images) - images / 2
 
 
 def _fill(images: np.ndarray, free: np.ndarray, size: int) -> np.ndarray:
-    """Take free patients in order, each that still fits, up to `size` images.
-
-    Returns:
-        (patients,) bool, True where taken.
-    """
+    """Take free patients in order, each that still fits, up to `size` images: [patients] bool."""
     taken = np.zeros(len(images), dtype=bool)
     for patient in np.flatnonzero(free):
         if images[patient] <= size:
@@ -433,12 +423,12 @@ def _cut(images: np.ndarray, shares: np.ndarray, *, everyone: bool = True) -> np
     A patient on a cut goes to the side where most of its images lie.
 
     Args:
-        images: (patients,) images of each.
+        images: [patients] images of each.
         shares: [K] of any sum.
         everyone: move cuts by as little as gives every client a patient.
 
     Returns:
-        (patients,) client number, ascending.
+        [patients] client number, ascending.
     """
     edges = np.cumsum(shares)[:-1] / np.sum(shares) * images.sum()
     cuts = np.searchsorted(_middles(images), edges, side="left")  # cut k: the first patient of client k + 1
@@ -455,24 +445,24 @@ def _age_histogram(ages: np.ndarray) -> np.ndarray:
 
 
 def _generator(seed: int, purpose: str) -> np.random.Generator:
-    """The seed's own generator for one purpose, so that the parts' draws do not echo in the clients'."""
+    """Return the seed's generator for one purpose: the parts' draws do not echo in the clients'."""
     if not _is_integer(seed) or seed < 0:
         raise UserError(f"seed is {seed!r}, but has to be a whole number of at least 0")
     return np.random.default_rng([int(seed), *purpose.encode()])
 
 
 def _rows(table: pd.DataFrame, indices: Tensor) -> np.ndarray:
-    """The indices as a sorted array, each once and within the table."""
+    """Return the indices as a sorted array, each once and within the table."""
     rows = np.sort(torch.as_tensor(indices).cpu().numpy())
     if rows.ndim != 1 or rows.dtype != np.int64:
-        raise ValueError(f"indices must be (N,) int64, got {rows.shape} {rows.dtype}")
+        raise ValueError(f"indices must be [N] int64, got {rows.shape} {rows.dtype}")
     if len(rows) and (rows[0] < 0 or rows[-1] >= len(table) or (np.diff(rows) == 0).any()):
         raise ValueError(f"indices must name rows of the table (0 to {len(table) - 1}), each once")
     return rows
 
 
 def _size(name: str, size: float, num_images: int) -> int:
-    """A part's size in images from a fraction (below 1) or a number of images."""
+    """Return a part's size in images from a fraction (below 1) or a number of images."""
     if not _is_number(size) or not 0 < size < math.inf or (size >= 1 and size != int(size)):
         raise UserError(
             f"{name} is {size!r}, but has to be a fraction of the images (above 0, below 1) "
@@ -482,7 +472,7 @@ def _size(name: str, size: float, num_images: int) -> int:
 
 
 def _options(scheme: str, given: dict[str, float]) -> dict[str, float]:
-    """The scheme's options, checked, with defaults for those not given."""
+    """Return the scheme's options, checked, with defaults for those not given."""
     if scheme not in OPTIONS:
         raise UserError(f"split {scheme!r} is not known: use one of {', '.join(OPTIONS)}")
     known = OPTIONS[scheme]

@@ -1,7 +1,6 @@
 """The study behind Flower's messages: the same bytes, faults that cost no round, nothing of the data sent."""
 
 import dataclasses
-import json
 import math
 import tomllib
 
@@ -17,7 +16,7 @@ from fmfl.data import Cohort
 from fmfl.distill import InitialState
 from fmfl.errors import UserError
 from fmfl.federate import Server
-from fmfl.flower import deploy, engine, privacy
+from fmfl.flower import deploy, engine
 from fmfl.study import grid, stages
 from fmfl.train import FitResult
 
@@ -148,8 +147,6 @@ def test_the_study_puts_flower_between_the_federated_runs_alone(tmp_path):
     assert isinstance(stages.nodes(cfg, server), engine.Nodes)
     assert stages.nodes(cfg, dataclasses.replace(server, arm="centralised")) is None
     assert stages.nodes(settings(tmp_path, engine="local"), server) is None
-    with pytest.raises(UserError, match="privacy 'dp' comes with the engine flower"):
-        stages.nodes(settings(tmp_path, engine="local", privacy="dp"), server)
 
 
 @pytest.mark.slow
@@ -473,7 +470,7 @@ def test_what_a_client_keeps_stays_in_its_context():
 def test_the_apps_folder_lists_every_parameter_at_its_default():
     listed = tomllib.loads((deploy.APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     assert listed == engine.run_config()
-    assert set(listed) >= {"num_rounds", "batch_norm", "start", "test_data", "min_clients", "privacy", "size"}
+    assert set(listed) >= {"num_rounds", "batch_norm", "start", "test_data", "min_clients", "size"}
 
 
 @pytest.mark.parametrize(
@@ -565,74 +562,6 @@ def test_a_run_with_other_settings_is_not_written_over(tmp_path):
     with pytest.raises(UserError, match=r"holds a study: name another folder with --out"):
         engine.serve(nodes_of(cfg), cfg)
     assert first.file.read_bytes() == before and (tmp_path / "results.csv").read_bytes() == table
-
-
-# ------------------------------------------------------------------------------------------ privacy
-
-
-def dp(folder, **given) -> config.Settings:
-    return settings(folder, privacy="dp", batch_norm="group", client_weights="uniform", **given)
-
-
-def test_an_update_is_clipped_at_the_client_and_the_average_is_noised_as_said(tmp_path):
-    clipping, noise = 0.05, 2.0
-    cfg = dp(tmp_path, dp_clipping=clipping, dp_noise=noise, num_rounds=1)
-    server = serve(cfg)
-    nodes = engine.simulated(cfg, server)
-    grid = grid_of(nodes, Recorded)
-    before = server.state
-    average = federate.aggregate(nodes.train(server))
-    sent = [engine.message_from_proto(engine.MessageProto.FromString(raw)) for raw in grid.crossed]
-    ups = [m.content["weights"]["float32"].numpy() for m in sent if "numbers" in m.content]
-    start = engine.pack(before)["float32"].numpy()
-    lengths = [np.linalg.norm(up.astype(np.float64) - start) for up in ups]
-    assert len(ups) == 3 and lengths == pytest.approx([clipping] * 3, rel=1e-4), "a step is far longer"
-    quiet = np.mean(ups, axis=0)
-    away = engine.pack(average)["float32"].numpy() - quiet
-    expected = noise * clipping / 3
-    number = len(away)
-    assert np.mean(away**2) ** 0.5 == pytest.approx(expected, rel=4 / (2 * number) ** 0.5)
-
-
-def test_privacy_is_refused_where_it_would_not_hold(tmp_path):
-    for given, says in (
-        ({"batch_norm": "group"}, "needs client_weights 'uniform'"),
-        ({"client_weights": "uniform"}, "needs batch_norm 'group'"),
-    ):
-        cfg = settings(tmp_path, privacy="dp", **given)
-        with pytest.raises(UserError, match=says):
-            engine.simulated(cfg, serve(cfg))
-
-
-def test_a_private_deployment_states_what_it_has_spent(tmp_path, monkeypatch):
-    """After each round, for a run that is stopped has spent it too; nothing else is said of the updates."""
-    cfg = dp(tmp_path, num_rounds=2, dp_noise=4.0)
-    after, finish = [], Server.finish_round
-
-    def finished(*arguments):
-        after.append((tmp_path / "privacy.json").exists())
-        finish(*arguments)
-
-    monkeypatch.setattr(Server, "finish_round", finished)
-    server = engine.serve(nodes_of(cfg), cfg)
-    assert after == [False, True]
-    assert [done["update_norm"] for done in server.rounds[1:]] == [None, None]
-    said = json.loads((tmp_path / "privacy.json").read_text())
-    assert said["epsilon"] == pytest.approx(privacy.epsilon(4.0, 2, 1e-5)) and said["rounds"] == 2
-
-
-def test_what_was_spent_does_not_lie_beside_weights_without_noise(tmp_path):
-    (tmp_path / "privacy.json").write_text("{}")
-    cfg = settings(tmp_path, num_rounds=1)
-    engine.serve(nodes_of(cfg), cfg)
-    assert not (tmp_path / "privacy.json").exists()
-
-
-def test_an_update_that_has_not_moved_needs_no_clipping(tmp_path):
-    cfg = dp(tmp_path, num_rounds=1, learning_rate=0.0)
-    server = serve(cfg)
-    nodes = engine.simulated(cfg, server)
-    assert len(nodes.train(server)) == 3 and server.exchange.faults == {}
 
 
 @pytest.mark.parametrize("client_weights", ["images", "uniform"])

@@ -79,7 +79,7 @@ def weights(tmp_path, name: str, **settings) -> tuple[Path, dict[str, Tensor]]:
 
 
 def x_ray(height: int, width: int, seed: int = 0) -> Tensor:
-    """(1, 1, H, W) uint8, smooth, so that an error in resizing is small and an error in place is not."""
+    """[1, 1, H, W] uint8, smooth, so that an error in resizing is small and an error in place is not."""
     rng = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 1, 7, 7, generator=rng)
     return (255 * F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)).to(torch.uint8)
@@ -174,18 +174,6 @@ def test_sam_answers_as_the_packages_own_predictor(small, tmp_path, height, widt
     check_against_the_predictor(file, x_ray(height, width))
 
 
-def test_a_click_is_answered_as_by_the_packages_own_predictor(small, tmp_path):
-    file, _ = weights(tmp_path, "sam_vit_b")
-    image, click = x_ray(90, 120), torch.tensor([[35.0, 61.0]])
-    predictor = SamPredictor(segment_anything.sam_model_registry["vit_b"](checkpoint=str(file)))
-    predictor.set_image(image[0].permute(1, 2, 0).expand(-1, -1, 3).numpy())
-    expected, _, _ = predictor.predict(
-        click.numpy(), np.array([1]), multimask_output=False, return_logits=True
-    )
-    found = teacher.load("sam_vit_b", file).logits(image, click)
-    torch.testing.assert_close(found[0], torch.from_numpy(expected), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.slow
 def test_sam_vit_b_answers_as_the_packages_own_predictor(tmp_path):
     file, _ = weights(tmp_path, "sam_vit_b")
@@ -234,37 +222,26 @@ def test_sam_med2d_is_called_as_its_authors_call_it(small, tmp_path):
 # ------------------------------------------------------------------------------------------ loading
 
 
-def test_without_adapters_the_same_weights_are_plain_sam_at_256(small, tmp_path):
-    file, state = weights(tmp_path, "sam-med2d")
-    plain = {key: value for key, value in state.items() if ".Adapter." not in key}
-    torch.save(plain, tmp_path / "plain.pth")
-    with_adapter, without = (teacher.load("sam-med2d", file, adapter=a) for a in (True, False))
-    by_name = teacher.load("sam-med2d", tmp_path / "plain.pth", adapter=False)
-    image = x_ray(90, 120)
-    answer = without.logits(image, BOX)
-    assert torch.equal(answer, by_name.logits(image, BOX))
-    assert (answer - with_adapter.logits(image, BOX)).abs().max() > 0.1
-    assert with_adapter.num_parameters > without.num_parameters
-    with pytest.raises(UserError, match="12 keys of the adapters missing"):
-        teacher.load("sam-med2d", tmp_path / "plain.pth")
-
-
 def test_a_checkpoint_of_1024_pixels_is_used_at_256(small, tmp_path):
     file, state = weights(tmp_path, "sam_vit_b")
     expected = sam.network("sam_vit_b")
     expected.load_state_dict(state)
     sam.resize(expected, 256)
-    for who in (
-        teacher.load("sam_vit_b", file, size=256),
-        teacher.load("sam-med2d", file, adapter=False),
-    ):
-        assert who.size == 256
-        for key, value in expected.state_dict().items():
-            assert torch.equal(who.sam.state_dict()[key], value)
-        assert who.logits(x_ray(90, 120), BOX).isfinite().all()
+    who = teacher.load("sam_vit_b", file, size=256)
+    assert who.size == 256
+    for key, value in expected.state_dict().items():
+        assert torch.equal(who.sam.state_dict()[key], value)
+    assert who.logits(x_ray(90, 120), BOX).isfinite().all()
 
 
-def test_a_partial_checkpoint_is_refused_unless_its_keys_are_named(small, tmp_path):
+def test_a_checkpoint_without_adapters_is_no_sam_med2d(small, tmp_path):
+    file, state = weights(tmp_path, "sam-med2d")
+    torch.save({key: value for key, value in state.items() if ".Adapter." not in key}, file)
+    with pytest.raises(UserError, match="12 keys of the adapters missing"):
+        teacher.load("sam-med2d", file)
+
+
+def test_a_partial_checkpoint_is_refused(small, tmp_path):
     """The mask decoder that silently stayed untrained is the mistake that this is for."""
     _, state = weights(tmp_path, "sam_vit_b", size=64)
     file = tmp_path / "encoder.pth"
@@ -273,10 +250,6 @@ def test_a_partial_checkpoint_is_refused_unless_its_keys_are_named(small, tmp_pa
         UserError, match=r"does not fit teacher 'sam_vit_b': 1.. keys of the mask decoder missing"
     ):
         teacher.load("sam_vit_b", file, size=64)
-    first, second = (teacher.load("sam_vit_b", file, size=64, allow=["mask_decoder.*"]).sam for _ in range(2))
-    for key, value in first.state_dict().items():
-        assert torch.equal(value, second.state_dict()[key])
-        assert key.startswith("mask_decoder.") or torch.equal(value, state[key])
 
 
 def test_a_network_of_another_kind_is_refused(small, tmp_path):

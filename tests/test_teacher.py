@@ -18,12 +18,12 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmfl import metrics, paths, prompts, teacher
+from fmfl import metrics, paths, teacher
 from fmfl.errors import UserError
 from fmfl.prompts import boxes_from_masks, jitter, prompt
 from fmfl.sources import phantom
 from fmfl.teacher import Teacher, cached_logits, decode
-from fmfl.teachers import sam
+from fmfl.teachers import builtin, sam
 
 SIZE = 64
 NETWORK = dict(
@@ -41,7 +41,7 @@ NETWORK = dict(
 def network(seed: int = 0) -> Sam:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return teacher.builtin_sam(**NETWORK)
+        return builtin.network(**NETWORK)
 
 
 @pytest.fixture
@@ -142,11 +142,11 @@ def test_decoding_equals_the_package_also_for_many_boxes_of_one_image():
 
 def test_standardising_takes_out_exposure():
     images = some_images().float()
-    plain = teacher.standardise(images)
+    plain = builtin.standardise(images)
     torch.testing.assert_close(plain.mean((1, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(plain.std((1, 2, 3)), torch.ones(3))
-    torch.testing.assert_close(teacher.standardise(0.3 * images + 40), plain, rtol=1e-3, atol=1e-4)
-    assert teacher.standardise(torch.full((1, 1, 4, 4), 7.0)).eq(0).all(), "a black image is no division by 0"
+    torch.testing.assert_close(builtin.standardise(0.3 * images + 40), plain, rtol=1e-3, atol=1e-4)
+    assert builtin.standardise(torch.full((1, 1, 4, 4), 7.0)).eq(0).all(), "a black image is no division by 0"
 
 
 # ------------------------------------------------------------------------------------------ logits
@@ -208,7 +208,7 @@ def test_images_of_another_size_are_answered_in_their_own_pixels(who, height, wi
     resize = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
     with torch.no_grad():
         small = resize(images.float(), (SIZE, SIZE), antialias=True)
-        embedding = who.sam.image_encoder(teacher.standardise(small))
+        embedding = who.sam.image_encoder(builtin.standardise(small))
         low, _ = by_the_package(who.sam, embedding, torch.tensor([scaled]))
         expected = resize(low, (height, width))
     found = who.logits(images, torch.tensor([box]))
@@ -340,7 +340,7 @@ def test_an_unknown_teacher_is_named():
 
 
 def a_mask(*rows: str) -> Tensor:
-    """(1, 1, H, W) from a drawing: # is lung."""
+    """[1, 1, H, W] from a drawing: # is lung."""
     return torch.tensor([[c == "#" for c in row] for row in rows], dtype=torch.uint8)[None, None]
 
 
@@ -432,20 +432,6 @@ def test_prompts_by_rule():
     assert (one - exact).abs().max() <= 5
 
 
-def test_a_click_is_the_pixel_that_lies_deepest():
-    """In a square of odd side the middle one; the image's edge is a border as well."""
-    masks = torch.zeros(2, 1, 20, 30, dtype=torch.uint8)
-    masks[0, 0, 2:9, 1:8] = 1
-    masks[0, 0, 8:19, 15:26] = 1
-    masks[1, 0, 0:5, 0:5] = 1
-    clicks = prompts.points_from_masks(masks)
-    assert clicks[0].tolist() == [[4, 5], [20, 13]]
-    assert clicks[1, 0].tolist() == [2, 2]
-    assert clicks[1, 1].isnan().all()
-    assert torch.equal(prompt(masks, "point").nan_to_num(), clicks.nan_to_num())
-    assert prompts.points_from_masks(masks[1:], per_image="one").tolist() == [[[2, 2]]]
-
-
 def test_where_nothing_was_predicted_the_whole_image_is_asked_about():
     masks = some_masks(2)
     masks[1] = 0
@@ -453,11 +439,6 @@ def test_where_nothing_was_predicted_the_whole_image_is_asked_about():
     assert torch.equal(boxes[0], boxes_from_masks(masks[:1])[0])
     assert boxes[1, 0].tolist() == [0, 0, SIZE - 1, SIZE - 1]
     assert masks[1].sum() == 0, "the caller's masks stay"
-
-
-def test_the_builtin_teacher_refuses_clicks_which_it_was_not_trained_on(who):
-    with pytest.raises(UserError, match="trained on boxes alone"):
-        who.logits(some_images(1), torch.tensor([[3.0, 4.0]]))
 
 
 def test_batches_are_sized_to_the_devices_memory(who, monkeypatch):
@@ -470,8 +451,8 @@ def test_batches_are_sized_to_the_devices_memory(who, monkeypatch):
 
 
 def test_unknown_rules_are_named_with_the_known_ones():
-    with pytest.raises(UserError, match="box_rule 'lung' is unknown: choose one of ground_truth, "):
-        prompt(some_masks(), "lung")
+    with pytest.raises(UserError, match="box_rule 'point' is unknown: choose one of ground_truth, "):
+        prompt(some_masks(), "point")
     with pytest.raises(UserError, match="boxes_per_image 'two' is unknown: choose one of per_lung, one"):
         boxes_from_masks(some_masks(), per_image="two")
 
@@ -496,15 +477,13 @@ def test_the_teacher_is_asked_once(who, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1, "no unfinished file stays"
 
 
-@pytest.mark.parametrize("change", ["boxes", "clicks", "weights", "precision", "size", "image", "fewer"])
+@pytest.mark.parametrize("change", ["boxes", "weights", "precision", "size", "image", "fewer"])
 def test_the_teacher_is_asked_again_when_anything_its_answer_depends_on_changes(who, tmp_path, change):
     images, boxes = some_images(), prompt(some_masks())
     cached_logits(who, images, boxes, cache=tmp_path, progress=False)
     who.calls = 0
     if change == "boxes":
         boxes[2, 1, 3] += 1
-    elif change == "clicks":
-        boxes, who.name = boxes[..., :2].repeat(1, 2, 1), "another"
     elif change == "weights":
         who.sha256 = "another"
     elif change == "precision":
@@ -564,17 +543,6 @@ def test_the_shipped_teacher_knows_lungs_it_has_not_seen():
     dice = metrics.dice(who.logits(images, prompt(masks)) > 0, masks)
     assert dice.mean() > 0.95
     assert dice.min() > 0.8
-
-
-def test_noise_makes_a_worse_teacher_the_same_each_time():
-    exact, noisy, again = (teacher.load("builtin", noise=noise) for noise in (0.0, 0.3, 0.3))
-    for name, weight in noisy.sam.named_parameters():
-        assert torch.equal(weight, again.sam.get_parameter(name))
-        if weight.numel() > 1000:
-            before = exact.sam.get_parameter(name)
-            added = (weight - before).std() / before.std()
-            assert added == pytest.approx(0.3, rel=0.15), name
-    assert noisy.about()["noise"] == 0.3 and "noise" not in exact.about()
 
 
 def test_the_built_in_teacher_gives_the_same_bytes_on_any_number_of_cores():

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from fmfl import data, metrics, prompts, teacher
+from fmfl.teachers import builtin
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
@@ -173,7 +174,7 @@ def train(
         global_attention=[1, 3],
         prompt_width=128,
     )
-    sam = teacher.builtin_sam(**network).to(device)
+    sam = builtin.network(**network).to(device)
     average = AveragedModel(sam, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     decayed = [p for p in sam.parameters() if p.ndim > 1]
     others = [p for p in sam.parameters() if p.ndim <= 1]
@@ -216,7 +217,7 @@ def train(
         masks = torch.from_numpy(masks)[:, None]
         image, boxes, targets = drawn_prompts(masks, size, generator)
         x = torch.from_numpy(images)[:, None].float().to(device)
-        embeddings = sam.image_encoder(teacher.standardise(x))
+        embeddings = sam.image_encoder(builtin.standardise(x))
         low, iou = teacher.decode(sam, embeddings[image.to(device)], boxes.to(device))
         logits = F.interpolate(low, (size, size), mode="bilinear", align_corners=False)
         weights = torch.from_numpy(scored)[:, None][image].float().to(device)
@@ -231,7 +232,7 @@ def train(
         bar.set_postfix(loss=f"{running:.3f}", refresh=False)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             sam_now = average.module.eval()
-            frozen = teacher.Teacher("builtin", sam_now, size, teacher.BUILTIN, sha256="")
+            frozen = teacher.Teacher("builtin", sam_now, size, builtin.CONVENTION, sha256="")
             checked = scores(frozen, real.images[held_out].to(device), real.masks[held_out].to(device))
             record = dict(
                 steps=step + 1,

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from fmfl.analysis.statistics import contrast, seed_interval
-from fmfl.analysis.tables import FAILURE, final, ordered_inits, reference_split
+from fmfl.analysis.tables import FAILURE, final, known_first, ordered_inits, reference_split
+from fmfl.analysis.words import SPLITS, init_name, split_name
 
 PALETTE = {
     "random": "#E69F00",
@@ -43,20 +44,6 @@ TRUTH, PREDICTED, BOX = "#56B4E9", "#D55E00", "#F0E442"  # contours on X-rays
 LINES = {TRUTH: "solid", PREDICTED: (0, (3, 1.5)), BOX: "dotted"}  # for those to whom two colours are one
 TEACHER = "#5B2A86"
 OTHERS = ("#56B4E9", "#D55E00", "#F0E442")
-NAMES = {
-    "random": "random",
-    "pretraining": "pre-training",
-    "fm": "foundation model",
-    "imagenet": "ImageNet",
-    "file": "given weights",
-}
-SPLITS = {
-    "iid": "IID",
-    "age": "age skew",
-    "quantity": "quantity skew",
-    "site": "split by site",
-    "dirichlet": "Dirichlet over ages",
-}
 WIDTH = 4.8  # inches; at 390 pixels a page shows 72 pixels of each, so that 10 points are 10 pixels
 SMALL = 9  # points, the least size of text
 
@@ -342,7 +329,7 @@ def loss_curves(history: pd.DataFrame) -> Figure:
     for init, run in runs.items():
         for part, line in zip(parts, ["-", "--", ":", "-."], strict=False):
             name = part.removesuffix("_loss") if part != "loss" else ("loss" if len(parts) == 1 else "sum")
-            label = ", ".join(filter(None, [NAMES.get(init, init), name if len(parts) > 1 else ""]))
+            label = ", ".join(filter(None, [init_name(init), name if len(parts) > 1 else ""]))
             marker = "o" if len(run) == 1 else None  # a line through one epoch is not to be seen
             axis.plot(run.epoch, run[part], line, marker=marker, color=palette[init], label=label or None)
     axis.set(xlabel="epoch", ylabel="each start's own training loss" if len(runs) > 1 else "loss")
@@ -416,14 +403,14 @@ def fig2(results: pd.DataFrame, per_image: pd.DataFrame | None = None) -> Figure
     """
     last = final(results)
     federated = last[last.arm == "federated"]
-    inits, splits = ordered_inits(federated), _known_first(federated.split, SPLITS)
+    inits, splits = ordered_inits(federated), known_first(federated.split, SPLITS)
     palette = colours(inits)
     width = max(WIDTH, 0.7 + 0.45 * len(inits) * len(splits))  # the means' labels side by side
     figure, axis = plt.subplots(figsize=(width, 4), layout="constrained")
     _level(axis, last)
     step = 0.75 / max(1, len(inits))
     for i, init in enumerate(inits):
-        label = NAMES.get(init, init)
+        label = init_name(init)
         for j, split in enumerate(splits):
             dice = 100 * federated[(federated.init == init) & (federated.split == split)].dice
             if dice.empty:
@@ -441,7 +428,7 @@ def fig2(results: pd.DataFrame, per_image: pd.DataFrame | None = None) -> Figure
             at = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": SMALL}
             axis.annotate(f"{dice.mean():.1f}", (x, top), **at)
             label = None
-    axis.set_xticks(range(len(splits)), [SPLITS.get(split, split) for split in splits])
+    axis.set_xticks(range(len(splits)), [split_name(split) for split in splits])
     axis.set(ylabel="Dice on the test images (%)", xlim=(-0.6, len(splits) - 0.4))
     _legend_above(figure, axis)
     return figure
@@ -459,7 +446,7 @@ def fig3(results: pd.DataFrame, split: str | None = None) -> Figure:
     for axis in (whole, top):
         _level(axis, final(results))
         _rounds(axis, runs)
-        axis.set_xlabel(f"round ({SPLITS.get(split, split)})")
+        axis.set_xlabel(f"round ({split_name(split)})")
     ends = final(runs)
     informed = ends[ends.init != "random"]  # a start far below would leave nothing to enlarge
     lowest = 100 * (informed if len(informed) else ends).dice.min() - 2
@@ -507,9 +494,9 @@ def per_image(per_image: pd.DataFrame, split: str | None = None) -> Figure:
         axis.scatter(failed.dice, place, s=16, c=failed.init.map(palette), zorder=3)
     axis.axvline(FAILURE, color="black", linewidth=1, linestyle=":")
     below = failed.init.value_counts()
-    labels = [f"{NAMES.get(init, init)}\n{below.get(init, 0)} below {FAILURE:g}" for init in inits]
+    labels = [f"{init_name(init)}\n{below.get(init, 0)} below {FAILURE:g}" for init in inits]
     axis.set_yticks(range(len(inits)), labels)
-    axis.set(xlabel=f"Dice of a test image ({SPLITS.get(split, split)})", ylabel="")
+    axis.set(xlabel=f"Dice of a test image ({split_name(split)})", ylabel="")
     axis.grid(axis="x")
     return figure
 
@@ -528,7 +515,7 @@ def when_it_pays(gains: pd.DataFrame) -> Figure:
     size = (max(WIDTH, 2.2 * len(pairs) + 0.4), 2.1 * len(axes_) + 0.4)
     figure, grid = plt.subplots(len(axes_), len(pairs), figsize=size, squeeze=False, layout="constrained")
     for column, (higher, lower) in enumerate(pairs):
-        grid[0, column].set_title(f"{NAMES.get(higher, higher)}\nabove {NAMES.get(lower, lower)}")
+        grid[0, column].set_title(f"{init_name(higher)}\nabove {init_name(lower)}")
         for axis, name in zip(grid[:, column], axes_, strict=True):
             points = gains[(gains.axis == name) & (gains.higher == higher) & (gains.lower == lower)]
             _gains(axis, points, colours([lower])[lower], MARKERS[higher])
@@ -598,7 +585,7 @@ def _drift(axis: Axes, runs: pd.DataFrame, name: str, palette: Mapping[str, str]
     """One measure of the clients' updates by round: a line a start, the mean over seeds."""
     for init, color in palette.items():
         mean = runs[runs.init == init].groupby("round")[name].mean()
-        marker, label = MARKERS.get(init, "X"), NAMES.get(init, init)
+        marker, label = MARKERS.get(init, "X"), init_name(init)
         axis.plot(mean.index, mean, color=color, marker=marker, markersize=4, label=label)
     axis.set(xlabel="round", ylabel=DRIFT[name])
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -610,7 +597,7 @@ def _ground(axis: Axes, starts: pd.DataFrame, name: str, palette: Mapping[str, s
     axis.bar_label(bars, fmt="%.2g", fontsize=SMALL)  # a barrier of 0 has no bar to be seen
     if starts[name].max() <= 0:
         axis.set_ylim(0, 1)
-    names = [NAMES.get(init, init) for init in starts.init]
+    names = [init_name(init) for init in starts.init]
     axis.set_xticks(
         range(len(starts)), names, fontsize=SMALL, rotation=30, ha="right", rotation_mode="anchor"
     )
@@ -637,7 +624,7 @@ def _rounds(axis: Axes, runs: pd.DataFrame) -> None:
             marker=MARKERS.get(init, "X"),
             markersize=5,
             markevery=max(1, len(dice) // 12),
-            label=NAMES.get(init, init) or None,
+            label=init_name(init) or None,
         )
         axis.fill_between(dice["round"], dice["min"], dice["max"], color=color, alpha=0.2, linewidth=0)
     axis.set(xlabel="round", ylabel="Dice on the test images (%)")
@@ -720,11 +707,6 @@ def _key(figure: Figure, entries: Mapping[str, str]) -> None:
         for label, color in entries.items()
     ]
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), columnspacing=1)
-
-
-def _known_first(values: Iterable[str], known: Iterable[str]) -> list[str]:
-    seen = list(dict.fromkeys(values))
-    return [name for name in known if name in seen] + [name for name in seen if name not in known]
 
 
 def _numbers(values) -> np.ndarray:

@@ -10,7 +10,6 @@ needs no Ray, as Flower's own simulation does. `server_app` and `client_app` are
 takes from the folder `fmfl/flower/app`: docs/hospitals.md goes from there to several hospitals.
 """
 
-import json
 import logging
 import math
 import time
@@ -33,31 +32,24 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.clientapp import ClientApp
-from flwr.clientapp.mod import fixedclipping_mod
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM, add_gaussian_noise_inplace
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
 from fmfl import config, data, devices, federate, models, parallel, states
-from fmfl.config import FlowerConfig, Settings
+from fmfl.config import Settings
 from fmfl.data import Cohort
 from fmfl.distill import InitialState
 from fmfl.errors import UserError
 from fmfl.federate import Server, Traffic
-from fmfl.flower import privacy
 from fmfl.states import State
 from fmfl.study import outputs, stages
 from fmfl.train import Examples, FitResult
 
 log = logging.getLogger("fmfl.flower")
-
-#: The stages of settings that a run on Flower's nodes depends on, and parameters of them that it does not.
-STAGES = ("run", "data", "federate", "flower")
-ELSEWHERE = ("engine", "arms", "inits")
 
 HELD_OUT = "held_out"
 """The value of `test_data` that stands for the test images of `data`."""
@@ -114,13 +106,6 @@ def layout(state: State) -> str:
     return states.fingerprint([(name, list(v.shape), str(v.dtype)) for name, v in sorted(state.items())])
 
 
-def transmitted(state: State, cfg: FlowerConfig) -> State:
-    """What of a state crosses: under differential privacy the floating tensors, which noise can hide."""
-    if cfg.privacy == "none":
-        return state
-    return {name: value for name, value in state.items() if value.is_floating_point()}
-
-
 def num_bytes(message: Message) -> int:
     """Bytes of a message as Flower serialises it."""
     return message_to_proto(message).ByteSize()
@@ -170,7 +155,7 @@ def make_client_app(holds: Callable[[Context, Settings], ClientData]) -> ClientA
         about = {"client": held.number, "images": len(held.examples), "code": node_code()}
         return Message(RecordDict({"about": ConfigRecord(about)}), reply_to=message)
 
-    @app.train(mods=[_clip])
+    @app.train()
     def fit(message: Message, context: Context) -> Message:
         """Eq. 2, from the weights in the message to those in the reply."""
         cfg = settings_of(context)
@@ -179,7 +164,7 @@ def make_client_app(holds: Callable[[Context, Settings], ClientData]) -> ClientA
         model = held.model or models.build(
             cfg.distill.student, device=device, batch_norm=cfg.federate.batch_norm
         )
-        given = transmitted(model.state_dict(), cfg.flower)
+        given = models.copy_state(model)
         if asked["layout"] != layout(given):
             raise UserError(f"the server's weights are not those of a {cfg.distill.student}")
         # A stand-in for the server: train_client asks no more of it than this.
@@ -192,7 +177,7 @@ def make_client_app(holds: Callable[[Context, Settings], ClientData]) -> ClientA
             cfg=cfg.federate,
             precision=devices.precision_of(cfg.run),
             model=model,
-            state=models.copy_state(model) | unpack(message.content["weights"], given),
+            state=unpack(message.content["weights"], given),
             file=Path(),
             fingerprint="",
             round_number=int(asked["round"]) - 1,
@@ -202,11 +187,10 @@ def make_client_app(holds: Callable[[Context, Settings], ClientData]) -> ClientA
             state, weight = federate.train_client(own, held.number)
         if held.kept is None:
             _keep(context, own.kept)
-        sent = transmitted(state, cfg.flower)
-        about = {"client": held.number, "layout": layout(sent)}
+        about = {"client": held.number, "layout": layout(state)}
         numbers = {"weight": weight, "images_seen": own.images_seen, "seconds": own.seconds}
         records = {
-            "weights": pack(sent),
+            "weights": pack(state),
             "about": ConfigRecord(about),
             "numbers": MetricRecord(numbers),
         }
@@ -218,16 +202,6 @@ def make_client_app(holds: Callable[[Context, Settings], ClientData]) -> ClientA
 def node_code() -> str:
     """What a node and its server must have in common: the code of training, of images and of messages."""
     return states.code_digest((*states.TRAINING_CODE, "data.py", "flower/engine.py"))
-
-
-def _clip(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-    """Flower's clipping of the update, where the server asks for it."""
-    if KEY_CLIPPING_NORM not in message.content["config"]:
-        return call_next(message, context)
-    reply = call_next(message, context)
-    if reply.content.array_records == message.content.array_records:
-        return reply  # nothing has moved, and Flower would divide by its length
-    return fixedclipping_mod(message, context, lambda *_: reply)
 
 
 def _kept(context: Context) -> dict[str, State]:
@@ -296,7 +270,6 @@ class Nodes:
         self._asked: dict[str, int] = {}  # message -> node that has not said yet who it is
         self._refused: dict[int, float] = {}  # node -> when it was
         self._first = True
-        _check_privacy(cfg)
 
     def train(self, server: Server) -> list[tuple[State, int]]:
         """One round of Eq. 2 at the clients: their good updates, in their order.
@@ -315,11 +288,8 @@ class Nodes:
         self._wait(server, set(wanted), len(wanted) if self._first else needed)
         self._first = False
         faults = {k: "is not there" for k in wanted if k not in self.node_of}
-        sent = transmitted(server.state, flower)
-        about: dict[str, Any] = {"round": number, "layout": layout(sent)}
-        if flower.privacy == "dp":
-            about[KEY_CLIPPING_NORM] = flower.dp_clipping
-        content = RecordDict({"weights": pack(sent), "config": ConfigRecord(about)})
+        about = {"round": number, "layout": layout(server.state)}
+        content = RecordDict({"weights": pack(server.state), "config": ConfigRecord(about)})
         messages, nodes = [], []
         for k in wanted:
             if k in self.node_of:
@@ -335,7 +305,7 @@ class Nodes:
                 self.node_of.pop(k, None)
                 continue
             try:
-                updates[k] = self._update(replies[k], k, server, sent)
+                updates[k] = self._update(replies[k], k, server)
             except ValueError as error:
                 faults[k] = str(error)
                 if replies[k].has_error() and replies[k].error.code != ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
@@ -350,13 +320,8 @@ class Nodes:
                 f"round {number} has {len(updates)} good updates and min_clients asks for {needed} ({said}): "
                 "see to these clients and start the run again, it goes on at this round"
             )
-        if flower.privacy == "dp":
-            updates = {
-                k: (self._noised(state, len(updates)), weight) for k, (state, weight) in updates.items()
-            }
-        else:  # of noised updates it would tell more than their average does, which is what epsilon covers
-            for state, weight in updates.values():
-                server.drift.add(server.state, state, server.trained_keys, weight)
+        for state, weight in updates.values():
+            server.drift.add(server.state, state, server.trained_keys, weight)
         return list(updates.values())
 
     def _message(self, content: RecordDict, node: int, kind: str, group: str = "") -> Message:
@@ -423,7 +388,7 @@ class Nodes:
                 time.sleep(self.poll)
         return replies
 
-    def _update(self, reply: Message, k: int, server: Server, sent: State) -> tuple[State, int]:
+    def _update(self, reply: Message, k: int, server: Server) -> tuple[State, int]:
         """A client's state and weight from its reply.
 
         Raises:
@@ -436,55 +401,29 @@ class Nodes:
         numbers = records.metric_records.get("numbers", {})
         if about.get("client") != k:
             raise ValueError(f"answers as client {about.get('client')!r}")
-        if about.get("layout") != layout(sent):
+        if about.get("layout") != layout(server.state):
             raise ValueError("gives tensors of other names, shapes or dtypes than this student's")
         weight, images, seconds = (numbers.get(name) for name in ("weight", "images_seen", "seconds"))
         if not isinstance(weight, int) or weight <= 0 or not isinstance(images, int) or images <= 0:
             raise ValueError(f"has trained on {images!r} images with weight {weight!r}")
         due = 1 if self.cfg.federate.client_weights == "uniform" else self.images_of.get(k)
-        if weight != due:  # a wrong one could make this client the average, or thin its noise
+        if weight != due:  # a wrong one could make this client the average
             raise ValueError(f"asks for weight {weight} where it has {due}")
         try:
-            state = unpack(records.array_records.get("weights", ArrayRecord()), sent)
+            state = unpack(records.array_records.get("weights", ArrayRecord()), server.state)
         except ValueError as error:
             raise ValueError(f"gives no usable update: {error}") from None
         if not federate.is_finite(state):
             raise ValueError("gives weights that are not finite")
         server.images_seen += images
         server.seconds += seconds if isinstance(seconds, float) and 0 <= seconds < math.inf else 0.0
-        return server.state | state, weight
-
-    def _noised(self, state: State, clients: int) -> State:
-        """An update with its share of the noise: over all clients their average gets deviation z C / n."""
-        flower = self.cfg.flower
-        found = {}
-        for name, value in state.items():
-            if value.is_floating_point():
-                numbers = value.detach().cpu().numpy().copy()
-                add_gaussian_noise_inplace([numbers], flower.dp_noise * flower.dp_clipping / clients**0.5)
-                value = torch.from_numpy(numbers).to(value.device)
-            found[name] = value
-        return found
+        return state, weight
 
 
 def _reason(reply: Message) -> str:
     """Why a node failed: of an exception its own words alone."""
     reason = reply.error.reason or f"error {reply.error.code}"
     return reason.partition(":<'")[2].removesuffix("'>") or reason
-
-
-# ------------------------------------------------------------------------------------------ privacy
-
-
-def _check_privacy(cfg: Settings) -> None:
-    if cfg.flower.privacy == "none":
-        return
-    for name, needed, why in (
-        ("client_weights", "uniform", "the noise is sized to the share of one client"),
-        ("batch_norm", "group", "BatchNorm's variances would not survive noise"),
-    ):
-        if getattr(cfg.federate, name) != needed:
-            raise UserError(f"privacy 'dp' needs {name} {needed!r}, because {why}")
 
 
 # ------------------------------------------------------------------------------------------ in this process
@@ -568,8 +507,7 @@ def simulated(cfg: Settings, server: Server) -> Nodes:
 def serve(grid: Grid, cfg: Settings) -> Server:
     """All rounds of a deployment, from its start state or its last checkpoint; the results go to its folder.
 
-    `results.csv`, `faults.csv` and `privacy.json` are written after each round, `per_image.csv` at
-    the end.
+    `results.csv` and `faults.csv` are written after each round, `per_image.csv` at the end.
 
     Raises:
         UserError: a setting does not fit, the folder holds another run, or a round had too few good updates.
@@ -605,8 +543,6 @@ def serve(grid: Grid, cfg: Settings) -> Server:
         log.info("round %d: %s", number, _said(server))
     if len(test):
         outputs.write_text(cfg.run_dir / "per_image.csv", server.per_image(cohort, test).to_csv(index=False))
-    if spent := _write_privacy(cfg, server):
-        log.info("privacy: %s", spent)
     return server
 
 
@@ -620,16 +556,6 @@ def _check_folder(cfg: Settings, init: str) -> None:
             raise UserError(f"{file} is of another run than {own}: name another folder with --out")
 
 
-def _write_privacy(cfg: Settings, server: Server) -> dict[str, Any]:
-    """What the rounds so far have spent, beside their weights; no file where nothing is noised."""
-    file = cfg.run_dir / "privacy.json"
-    if spent := privacy.spent(cfg.flower, server.round_number):
-        outputs.write_text(file, json.dumps(spent, indent=1) + "\n")
-    else:
-        file.unlink(missing_ok=True)
-    return spent
-
-
 def _said(server: Server) -> str:
     clients = server.rounds[-1]["clients"]
     scored = server.history[-1]
@@ -639,7 +565,6 @@ def _said(server: Server) -> str:
 
 def _write(cfg: Settings, server: Server, stopped: int = 0) -> None:
     """The rounds so far, and what was wrong in them; `stopped` is a round that could not be finished."""
-    _write_privacy(cfg, server)
     outputs.write_text(cfg.run_dir / "results.csv", pd.DataFrame(server.history).to_csv(index=False))
     rounds = list(enumerate(done.get("faults", {}) for done in server.rounds))
     if stopped and server.exchange:
@@ -688,12 +613,7 @@ def _start(cfg: Settings, device: torch.device) -> InitialState:
 
 def run_config() -> dict[str, Any]:
     """Every parameter that a run on Flower's nodes takes, at its default: what the app's folder lists."""
-    stages = config.stage_of()
-    return {
-        name: value
-        for name, value in config.defaults().items()
-        if (stages[name] in STAGES or name == "student") and name not in ELSEWHERE
-    }
+    return {name: value for name, value in config.defaults().items() if name in config.taken_by("F")}
 
 
 client_app = make_client_app(own_images)

@@ -97,7 +97,7 @@ def _other_tables(folder: Path, names: list[str]) -> Generator[SkippedFile, None
     for name in names:
         stem, mark, suffix = name.lower().rpartition(".")
         table = f".{suffix}" in TABLE_SUFFIXES
-        meant = _plain(stem or suffix).startswith("metadata")
+        meant = plain(stem or suffix).startswith("metadata")
         if not table and not (meant and (not mark or suffix in LIKE_A_TABLE)):
             continue
         if meant:
@@ -144,15 +144,20 @@ def _lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     return header, lines
 
 
-def _plain(name: str) -> str:
-    """A name without case, spaces, underscores and other marks: "Patient ID" and patient_id agree."""
-    return re.sub(r"[\W_]+", "", name.lower())
+def words(name: str) -> list[str]:
+    """Return the words of a name, in lower case: "leftLung", "left_lung" and "Left lung" agree."""
+    return re.findall(r"[^\W_]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
+
+
+def plain(name: str) -> str:
+    """Return a name without case, spaces, underscores and other marks: "Patient ID" is patientid."""
+    return "".join(words(name))
 
 
 def _columns(path: Path, header: list[str]) -> list[str]:
     """The header's names, ours where they are of a column of ours; "" for a column without a name."""
-    ours = {_plain(column): column for column in GIVEN}
-    columns = [ours.get(_plain(name), name) for name in header]
+    ours = {plain(column): column for column in GIVEN}
+    columns = [ours.get(plain(name), name) for name in header]
     for column in columns:
         if column and columns.count(column) > 1:
             raise UserError(f"{path}: two columns are named {column}; keep one of them.")
@@ -162,21 +167,22 @@ def _columns(path: Path, header: list[str]) -> list[str]:
 def _nearly(columns: list[str]) -> dict[str, str]:
     """Columns that are not ours by name, but look as if one of ours that is absent was meant."""
     absent = [column for column in GIVEN if column not in columns]
-    found = {}
+    meant = {}
     for name in filter(None, columns):
         if name in GIVEN:
             continue
-        words = re.findall(r"[^\W_]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
         said = {
-            ours for ours in absent if any(re.fullmatch(SYNONYMS.get(ours, ours), word) for word in words)
+            ours
+            for ours in absent
+            if any(re.fullmatch(SYNONYMS.get(ours, ours), word) for word in words(name))
         }
-        close = difflib.get_close_matches(_plain(name), [_plain(ours) for ours in absent], 1, 0.88)
-        said |= {ours for ours in absent if _plain(ours) in close}
+        close = difflib.get_close_matches(plain(name), [plain(ours) for ours in absent], 1, 0.88)
+        said |= {ours for ours in absent if plain(ours) in close}
         if said & {"age", "sex"}:  # a patient's age is no patient's id
             said -= {"patient_id"}
         if said:
-            found[name] = min(said, key=GIVEN.index)
-    return found
+            meant[name] = min(said, key=GIVEN.index)
+    return meant
 
 
 def _by_image(
@@ -267,6 +273,11 @@ def patient(image: Path, text: str) -> str:
         detail = f"its patient_id is {text!r}, a number that a spreadsheet has rounded: give all its digits"
     if detail:
         raise SkippedFile(image, "patient_id not valid", detail)
+    return without_fraction(text)
+
+
+def without_fraction(text: str) -> str:
+    """Return "7" for "7.0", which programs make of a whole number; another text as it is."""
     return text[:-2] if re.fullmatch(r"\d+\.0", text) else text
 
 

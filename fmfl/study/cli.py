@@ -139,7 +139,7 @@ def study(
     given |= {"data": ",".join(_once(folders, "--data")), "teacher": teacher, "device": device}
     given |= {"run_name": _absolute(out), "checkpoint": checkpoint and _absolute(checkpoint)}
     seed_list = _once([config.parse("seed", text) for text in _list(seeds, "--seeds")], "--seeds")
-    split_list = _once([config.checked("split", name) for name in _list(splits, "--splits")], "--splits")
+    split_list = _once([config.validate("split", name) for name in _list(splits, "--splits")], "--splits")
     cfg = config.settings(given, profile=profile)
     variants = _variants(vary, cfg)
     for part in folders:
@@ -220,46 +220,28 @@ app.add_typer(teachers, name="teacher")
 @teachers.command("check")
 def check_teacher(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="a checkpoint")],
-    name: Annotated[
-        str | None, typer.Option("--teacher", help="the teacher that it shall be; else told from its keys")
-    ] = None,
+    name: Annotated[str, typer.Option("--teacher", help="the teacher that the file shall be")],
 ) -> None:
     """Say which weights a file holds, and how they fit; exit code 2 where they do not."""
     with interrupt.while_importing():
         from fmfl import teacher
+        from fmfl.teachers import checkpoints
 
-    found = teacher.check(file, name)
-    numbers = sum(value.numel() for value in found.state.values())
-    lines = {
-        "file": file,
-        "SHA-256": found.sha256,
-        "published as": found.published_as or "no published checksum is this one",
-        "tensors": f"{len(found.state)} with {numbers:,} numbers",
-        "teacher": found.name or "unknown: its keys are no Segment Anything network's",
-        "made for": f"{found.input_size} pixels" if found.input_size else "unknown",
-    }
-    if found.fit:
-        lines["keys"] = (
-            f"{len(found.fit.matched)} fit, {len(found.fit.missing)} missing, "
-            f"{len(found.fit.unexpected)} unexpected, {len(found.fit.reshaped)} of another shape"
+    if file.is_file():
+        sha256 = checkpoints.sha256_of(file)
+        typer.echo(f"SHA-256 {sha256}")
+        typer.echo(
+            f"published as {checkpoints.published_as(sha256) or 'none: no published checksum is this one'}"
         )
-    if wrong := found.not_finite or found.constant:
-        lines["numbers"] = f"no trained network's: {wrong}"
-    for what, value in lines.items():
-        typer.echo(f"{what:<13} {value}")
-    if found.fit is None:
-        raise UserError(f"{file} fits no teacher: choose a checkpoint of SAM, MedSAM or SAM-Med2D")
-    if problems := found.fit.sentence():
-        raise UserError(f"{file} does not fit teacher {found.name!r}: {problems}")
-    if found.not_finite:
-        raise UserError(f"{file} is no trained network: {found.not_finite}; fetch it again")
+    loaded = teacher.load(name, file)
+    typer.echo(f"all keys fit {name}, {loaded.num_parameters:,} parameters, input of {loaded.size} pixels")
 
 
 @teachers.command("download")
 def download_teacher(
     name: Annotated[str, typer.Argument(metavar="NAME", help="sam_vit_b, sam_vit_l or sam_vit_h")],
 ) -> None:
-    """Fetch a teacher's published weights and check their SHA-256; a broken download is continued."""
+    """Fetch a teacher's published weights and check their SHA-256."""
     with interrupt.while_importing():
         from fmfl.teachers import checkpoints
 
