@@ -19,10 +19,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from fmfl import models, paths
+from fmfl import models, paths, runs
 from fmfl.data import Cohort
 from fmfl.distill import InitialState
-from fmfl.federate import Server, clients_of
+from fmfl.runs import Run
 from fmfl.study import outputs, provenance
 from fmfl.train import FitResult
 
@@ -44,17 +44,15 @@ def a_cohort(num: int, size: int, device: str | torch.device = "cpu") -> Cohort:
     return Cohort(images.to(device), masks.to(device, torch.uint8), table, pd.DataFrame(), f"bench {num}")
 
 
-def a_server(
-    folder: Path, cohort: Cohort, parts: list[Tensor], cfg: Any, student: str, precision: str
-) -> Server:
+def a_run(folder: Path, cohort: Cohort, parts: list[Tensor], cfg: Any, student: str, precision: str) -> Run:
     """A federated run that is scored once, before its first round, and never ends by itself."""
     initial = InitialState(
         "random", models.copy_state(models.build(student, device=cohort.device)), FitResult()
     )
-    return Server.start_or_resume(
+    return runs.start_or_resume(
         folder,
         initial,
-        clients_of(cohort, parts),
+        runs.clients_of(cohort, parts),
         cfg,
         student=student,
         cohort=cohort,

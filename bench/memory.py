@@ -34,7 +34,7 @@ def aggregation(clients: int, student: str, device: str) -> dict[str, float]:
 def a_round(
     clients: int, images: int, size: int, student: str, batch_size: int, device: str
 ) -> dict[str, float]:
-    """The peak of one round, above what the cohort, the model and the server hold between rounds."""
+    """The peak of one round, above what the cohort, the model and the run hold between rounds."""
     where = measure.the_device(device)
     torch.set_num_threads(1)
     cohort = measure.a_cohort(images * clients, size, where)
@@ -43,10 +43,10 @@ def a_round(
         num_clients=clients, batch_size=batch_size, num_rounds=2 * rounds.FOREVER, score_every=rounds.FOREVER
     )
     with tempfile.TemporaryDirectory() as folder:
-        server = measure.a_server(Path(folder), cohort, parts, cfg, student, "float32")
+        run = measure.a_run(Path(folder), cohort, parts, cfg, student, "float32")
         gc.collect()
-        peak = above(where, lambda: rounds.fmfl_round(server, cohort))
-        return {"peak_mib": peak, "state_mib": models.num_bytes(server.state) / measure.MIB}
+        peak = above(where, lambda: rounds.fmfl_round(run, cohort))
+        return {"peak_mib": peak, "state_mib": models.num_bytes(run.theta) / measure.MIB}
 
 
 def above(device: torch.device, run: Any) -> float:

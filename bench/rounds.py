@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from bench import measure
-from fmfl import augment, devices, federate, losses, models, seeds, train
+from fmfl import augment, devices, federate, losses, models, runs, seeds, train
 from fmfl.config import FederateConfig
-from fmfl.federate import Server
+from fmfl.runs import Run
 from fmfl.states import State
 
 EPOCHS = 5
@@ -18,11 +18,11 @@ FOREVER = 10**5
 """Rounds until a score is due: none is, while the clock runs."""
 
 
-def fmfl_round(server: Server, cohort: measure.Cohort) -> State:
+def fmfl_round(run: Run, cohort: measure.Cohort) -> State:
     """As the notebook has it: clients, average, checkpoint."""
-    updates = (federate.train_client(server, k) for k in server.clients)
+    updates = runs.train_clients(run, run.clients)
     state = federate.aggregate(updates)
-    server.finish_round(state, cohort, server.clients[0].indices[:1])
+    run.finish_round(state, cohort, run.clients[0].indices[:1])
     return state
 
 
@@ -89,8 +89,8 @@ class Sides:
             score_every=FOREVER,
         )
         self.precision = precision
-        self.server = measure.a_server(folder, self.cohort, self.parts, self.cfg, student, precision)
-        self.start = self.server.state
+        self.run = measure.a_run(folder, self.cohort, self.parts, self.cfg, student, precision)
+        self.start = self.run.theta
         self.model = models.build(student, device=self.device)
         self.optimizer = train.adam(self.model, self.cfg.learning_rate)
         drawn = augment.draw(batch_size, seeds.generator(0)).to(self.device)
@@ -100,8 +100,8 @@ class Sides:
 
     def fmfl(self) -> State:
         """Through fmfl's own code, its checkpoint written."""
-        self.server.state, self.server.round_number = self.start, 0
-        return fmfl_round(self.server, self.cohort)
+        self.run.theta, self.run.round_number = self.start, 0
+        return fmfl_round(self.run, self.cohort)
 
     def plain(self) -> State:
         """The loop that anyone would write."""

@@ -27,14 +27,14 @@ def one(
         score_every=rounds.FOREVER,
     )
     with tempfile.TemporaryDirectory() as folder:
-        server = measure.a_server(Path(folder), cohort, parts, cfg, student, precision)
-        whole = server.clients
+        run = measure.a_run(Path(folder), cohort, parts, cfg, student, precision)
+        whole = run.clients
         # The first steps of a process are slow, and they take its largest pieces of memory.
-        server.clients = dict(list(whole.items())[:3])
-        rounds.fmfl_round(server, cohort)
-        server.clients = whole
+        run.clients = dict(list(whole.items())[:3])
+        rounds.fmfl_round(run, cohort)
+        run.clients = whole
         gc.collect()
-        taken = measure.timed(lambda: rounds.fmfl_round(server, cohort), where)
+        taken = measure.timed(lambda: rounds.fmfl_round(run, cohort), where)
     on_gpu = where.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else measure.peak_memory()
     return {"wall": taken.wall, "cpu": taken.cpu, "peak_mib": peak / measure.MIB}

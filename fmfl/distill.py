@@ -7,30 +7,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fmfl import losses, models
+from fmfl import losses, models, parallel, seeds, train
 from fmfl.config import DistillConfig
 from fmfl.errors import UserError
-from fmfl.parallel import side_by_side
-from fmfl.seeds import PROXY, generator
 from fmfl.states import State, code_digest, fingerprint, read_state, tensor_digest, write_state
 from fmfl.teachers.checkpoints import sha256_of
-from fmfl.train import LOSSES, Examples, FitResult, adam, fit, predict
+from fmfl.train import Examples, FitResult, Loss
+
+#: Initial states whose weights come from a file, and the setting that names it.
+GIVEN = {"imagenet": "encoder_file", "file": "init_file"}
 
 
 @dataclass
 class InitialState:
-    """Where a federated run begins, and what it has cost to get there.
+    """The weights that a federated run begins with, and their cost.
 
     Attributes:
         name: random, pretraining, fm.
         state: the student's weights.
-        fitted: of the training on the proxy set; empty for `random`.
-        reused: whether it was read from a file instead of being made.
+        fit: of the training on the proxy set; empty for `random`.
+        reused: True where it was read from a file instead of being made.
     """
 
     name: str
     state: State
-    fitted: FitResult
+    fit: FitResult
     reused: bool = False
 
 
@@ -48,7 +49,7 @@ def initial_state(
     teacher_key: str = "",
     teacher_seconds: float = 0.0,
 ) -> InitialState:
-    """One of the paper's three initial states (section 2.3), all from the same random weights, or another.
+    """Make one of the paper's three initial states, all from the same random weights, or another.
 
     - `random`: the student as built.
     - `pretraining`: trained on the proxy set's masks alone, which is Eq. 5 with alpha = 0.
@@ -58,14 +59,14 @@ def initial_state(
 
     Args:
         name: one of these.
-        proxy: the proxy set, with the teacher's logits, or a way to ask it, for `fm`.
+        proxy: the proxy set, with the teacher's logits, or a function that asks it, for `fm`.
         cfg: student, alpha, temperature, epochs, learning rate.
         batch_size: images a step.
         seed: of weights, order and augmentation.
         batch_norm: see `models.build`.
-        file: where the state is kept; a file made with the same settings and images is read instead.
-        teacher_key: what the teacher's answers depend on, for recognising that file.
-        teacher_seconds: what they have cost; charged to `fm`.
+        file: keeps the state; a file made with the same settings, images and code is read instead.
+        teacher_key: names all that the teacher's logits depend on.
+        teacher_seconds: their cost; charged to `fm`.
     """
     alpha = cfg.alpha if name == "fm" else 0.0
     epochs = cfg.proxy_epochs if name in ("pretraining", "fm") else 0
@@ -80,43 +81,44 @@ def initial_state(
     )  # fmt: skip
     if file is not None and (stored := read_state(file, fingerprint=key, device=device)) is not None:
         state, record = stored
-        return InitialState(name, state, FitResult(**record["fitted"]), reused=True)
-
-    def loss(logits: Tensor, masks: Tensor, teacher_logits: Tensor | None) -> Tensor:
-        if alpha == 0:  # the teacher has no say, so it need not be asked
-            return losses.dice_loss(logits, masks)
-        if cfg.teacher_labels == "hard":
-            teacher_logits = losses.hard(teacher_logits, cfg.temperature)
-        return losses.distillation_loss(logits, teacher_logits, masks, alpha, cfg.temperature)
-
+        return InitialState(name, state, FitResult(**record["fit"]), reused=True)
     model = models.build(cfg.student, seed=seed, device=device, batch_norm=batch_norm)
     if name in GIVEN:
         models.load_weights(model, weights_of(name, cfg), encoder_only=name == "imagenet")
-    fitted = fit(
+    result = train.fit(
         model,
         proxy if alpha else replace(proxy, teacher_logits=None, ask=None),
-        loss,
+        eq5(alpha, cfg),
         epochs=epochs,
         batch_size=batch_size,
-        optimizer=adam(model, cfg.proxy_learning_rate),
-        key=(seed, PROXY),
+        optimizer=train.adam(model, cfg.proxy_learning_rate),
+        key=(seed, seeds.PROXY),
         augmentation=augmentation,
         precision=precision,
     )
     if alpha:
-        fitted.seconds += teacher_seconds
+        result.seconds += teacher_seconds
     state = models.copy_state(model)
     if file is not None:
-        write_state(file, state, fingerprint=key, fitted=vars(fitted), init=name)
-    return InitialState(name, state, fitted)
+        write_state(file, state, fingerprint=key, fit=vars(result), init=name)
+    return InitialState(name, state, result)
 
 
-GIVEN = {"imagenet": "encoder_file", "file": "init_file"}
-"""Starts whose weights come from a file, and the setting that names it."""
+def eq5(alpha: float, cfg: DistillConfig) -> Loss:
+    """Return Eq. 5 as a loss of (student logits, masks, teacher logits); with alpha 0 the Dice loss alone."""
+
+    def loss(logits: Tensor, masks: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        if alpha == 0:
+            return losses.dice_loss(logits, masks)
+        if cfg.teacher_labels == "hard":
+            teacher_logits = losses.harden(teacher_logits, cfg.temperature)
+        return losses.distillation_loss(logits, teacher_logits, masks, alpha, cfg.temperature)
+
+    return loss
 
 
 def weights_of(name: str, cfg: DistillConfig) -> Path:
-    """The file of a start in `GIVEN`.
+    """Return the file of an initial state in `GIVEN`.
 
     Raises:
         UserError: none is named, or it is not there.
@@ -129,7 +131,7 @@ def weights_of(name: str, cfg: DistillConfig) -> Path:
 
 
 def epochs_for_equal_steps(epochs: int, num_images: int, num_learned: int) -> int:
-    """Epochs over some of the images that show a student about as many as `epochs` over all of them."""
+    """Return the epochs over some images that show a student about as many as `epochs` over all of them."""
     return round(epochs * num_images / max(1, num_learned))
 
 
@@ -144,22 +146,22 @@ def predicted_masks(
     precision: str = "float32",
     augmentation: str = "device",
 ) -> tuple[Tensor, float]:
-    """Masks of images by a student that has learned from others: where a predicted box comes from.
+    """Predict masks by a student that has learned from other patients, for boxes of the rule `predicted`.
 
-    Where all masks are known, two students learn from half of the patients each and answer for the other
-    half. One that answered for the images that it learned from would return their masks almost as they are,
-    and the box with them. Where only some are known, one student learns from these and answers for the rest.
+    Where all masks are known, two students learn from half of the patients each and predict the other half.
+    Their own images they would predict almost as they are, and the box with them. Where only some masks are
+    known, one student learns from these and predicts the rest.
 
     Args:
         examples: n images and their masks, without a teacher.
-        patients: who each of the n is.
+        patients: of each of the n images.
         cfg: student, epochs (over all images) and learning rate, as for pre-training.
-        known: [n] bool, whose masks may be looked at; they are returned as they are. None for all.
+        known: [n] bool, images whose masks may be used; they are returned as they are. None for all.
         batch_size: images a step.
         seed: of the halves, weights, order and augmentation.
 
     Returns:
-        [n, 1, H, W] uint8 masks on the images' device, and the seconds that the students took.
+        [n, 1, H, W] uint8 masks on the images' device, and the seconds of training and prediction.
 
     Raises:
         UserError: there are not two patients, or no mask is known.
@@ -168,38 +170,43 @@ def predicted_masks(
         raise UserError(
             "box_rule predicted needs proxy images with masks: raise labelled or choose another rule"
         )
-    names = sorted(set(patients))
-    if len(names) < 2:
-        raise UserError("box_rule predicted needs two patients in the proxy set: give it more images")
-    order = torch.randperm(len(names), generator=generator(seed, PROXY)).tolist()
-    first = {names[k] for k in order[: len(names) // 2]}
-    inside = torch.tensor([patient in first for patient in patients], device=examples.indices.device)
-    found = torch.zeros_like(examples.images[examples.indices])
+    parts = _halves(patients, seed, examples.indices.device)
+    masks = torch.zeros_like(examples.images[examples.indices])
     epochs = cfg.proxy_epochs
     if known is not None:
+        known = known.to(masks.device)
+        masks[known] = examples.masks[examples.indices[known]]
         epochs = epochs_for_equal_steps(epochs, len(known), int(known.sum()))
+        parts = (known,)
 
-    def answer(learned_from: Tensor) -> float:
-        rest = ~learned_from
+    def predict_rest(learned_from: Tensor) -> float:
         model = models.build(cfg.student, seed=seed, device=examples.device)
-        fitted = fit(
+        result = train.fit(
             model,
             replace(examples, indices=examples.indices[learned_from]),
-            LOSSES["dice"],
+            train.LOSSES["dice"],
             epochs=epochs,
             batch_size=batch_size,
-            optimizer=adam(model, cfg.proxy_learning_rate),
-            key=(seed, PROXY),
+            optimizer=train.adam(model, cfg.proxy_learning_rate),
+            key=(seed, seeds.PROXY),
             augmentation=augmentation,
             precision=precision,
         )
-        logits = predict(model, examples.images, examples.indices[rest], precision=precision)
-        found[rest] = (logits > 0).to(found.device, torch.uint8)
-        return fitted.seconds
+        rest = ~learned_from
+        logits = train.predict(model, examples.images, examples.indices[rest], precision=precision)
+        masks[rest] = (logits > 0).to(masks.device, torch.uint8)
+        return result.seconds
 
-    if known is not None:
-        known = known.to(found.device)
-        found[known] = examples.masks[examples.indices[known]]
-    halves = (inside, ~inside) if known is None else (known,)
-    seconds = side_by_side(answer, halves, examples.device)
-    return found, sum(seconds)
+    seconds = parallel.side_by_side(predict_rest, parts, examples.device)
+    return masks, sum(seconds)
+
+
+def _halves(patients: Sequence[str], seed: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Split images into two halves by patient, [n] bool each."""
+    names = sorted(set(patients))
+    if len(names) < 2:
+        raise UserError("box_rule predicted needs two patients in the proxy set: give it more images")
+    order = torch.randperm(len(names), generator=seeds.generator(seed, seeds.PROXY)).tolist()
+    first = {names[k] for k in order[: len(names) // 2]}
+    inside = torch.tensor([patient in first for patient in patients], device=device)
+    return inside, ~inside

@@ -11,7 +11,6 @@ either skew. The rules here are ours, each with its strength as one number.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from itertools import combinations
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -30,12 +29,13 @@ from fmfl.errors import UserError
 AGE_BANDS = ("0-5", "6-17", "18-29", "30-39", "40-49", "50-59", "60-69", "70-79", "80+")
 BEGINNINGS = (0, 6, 18, 30, 40, 50, 60, 70, 80)
 
+
 #: The partition schemes, and the options of each: `strength` of `age` is the parameter `age_strength`.
 OPTIONS = {
     scheme: {
-        field.name.removeprefix(f"{scheme}_"): field
-        for field in fields(config.FederateConfig)
-        if field.name.startswith(f"{scheme}_")
+        name.removeprefix(f"{scheme}_"): about
+        for name, about in config.PARAMETERS.items()
+        if name.startswith(f"{scheme}_")
     }
     for scheme in config.SPLITS
 }
@@ -416,7 +416,7 @@ def _options(scheme: str, given: dict[str, float]) -> dict[str, float]:
         if name not in known:
             takes = ", ".join(known) or "no option"
             raise UserError(f"split {scheme!r} has no option {name!r}: it takes {takes}")
-        low, high = known[name].metadata["low"], known[name].metadata["high"]
+        low, high = known[name].low, known[name].high
         if not _is_a(Real, value) or not low <= value <= high:
             raise UserError(
                 f"{name} of split {scheme!r} is {value!r}, but has to be from {low:g} to {high:g}"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fmfl import config, federate, train
+from fmfl import config, federate, runs, train
 from fmfl.analysis import landscape
 from fmfl.states import state_digest
 from fmfl.study import stages
@@ -66,13 +66,13 @@ def test_the_ground_is_looked_at_without_changing_a_run(tmp_path):
     cfg = config.settings(tiny | {"inits": "random,pretraining", "num_rounds": 1})
     cohort, (results, begun) = stages.load_cohort(cfg), a_round(cfg)
     files = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
-    servers, why_not = stages.first_servers(cfg, cohort, results)
-    before = [(state_digest(server.state), server.round_number) for server in servers]
+    servers, why_not = stages.first_runs(cfg, cohort, results)
+    before = [(state_digest(server.theta), server.round_number) for server in servers]
     assert why_not == "" and before == [(digest, 0) for digest in begun]
     found = landscape.of_starts(servers, cohort, images=4)
     assert found.init.tolist() == ["random", "pretraining"]
     assert (found.barrier >= 0).all() and found.sharpness.notna().all()
-    assert [(state_digest(server.state), server.round_number) for server in servers] == before
+    assert [(state_digest(server.theta), server.round_number) for server in servers] == before
     alone = landscape.of_starts(servers, cohort, images=4, clients=1)
     assert alone.barrier.isna().all() and alone.sharpness.equals(found.sharpness)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*.*")} == files, "it only reads"
@@ -96,7 +96,7 @@ def test_where_starts_are_missing_or_stale_diagnostics_are_left_out_and_nothing_
         results.dice += 0.01
     files = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
     monkeypatch.setattr(train, "fit", None)
-    servers, why_not = stages.first_servers(cfg, cohort, results)
+    servers, why_not = stages.first_runs(cfg, cohort, results)
     assert servers == [] and len(landscape.of_starts(servers, cohort)) == 0
     wanted = "random" if gone == "other results" else "pretraining"
     assert (
@@ -112,8 +112,8 @@ def a_round(cfg: config.Settings) -> tuple[pd.DataFrame, list[str]]:
     clients = stages.partition(cohort, parts.federated, cfg.federate)
     starts = stages.initial_states(cfg, cohort, parts.proxy, ["random", "pretraining"])
     cfg = replace(cfg, federate=replace(cfg.federate, arms="federated"))
-    servers = stages.servers(cfg, cohort, parts, clients, starts)
+    servers = stages.start_runs(cfg, cohort, parts, clients, starts)
     for server in servers:
-        state = federate.aggregate(federate.train_clients(server, server.participants()))
+        state = federate.aggregate(runs.train_clients(server, server.participants()))
         server.finish_round(state, cohort, parts.test)
-    return federate.results(servers), [state_digest(start.state) for start in starts.values()]
+    return runs.results(servers), [state_digest(start.state) for start in starts.values()]

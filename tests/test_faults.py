@@ -192,7 +192,6 @@ def test_weights_that_are_no_numbers_are_refused_by_tensor_and_file(tmp_path, ch
     with pytest.raises(UserError, match=re.escape(says.format(key=key))) as caught:
         teacher.load("builtin", tmp_path / "bad.safetensors")
     assert str(tmp_path / "bad.safetensors") in str(caught.value)
-    assert key in teacher.check(tmp_path / "bad.safetensors").not_finite
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5])
@@ -201,7 +200,6 @@ def test_weights_of_one_number_are_refused(tmp_path, value):
     save_file({k: torch.full_like(v, value) for k, v in state.items()}, tmp_path / "flat.safetensors")
     with pytest.raises(UserError, match="every other matrix hold one number each"):
         teacher.load("builtin", tmp_path / "flat.safetensors")
-    assert teacher.check(tmp_path / "flat.safetensors").constant
 
 
 def test_a_start_of_nan_is_refused(tmp_path):

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from fmfl import federate, metrics, models, seeds, states, train
+from fmfl import federate, metrics, models, parallel, resume, runs, seeds, states, train
+from fmfl.analysis import landscape
 from fmfl.config import FederateConfig
 from fmfl.data import Cohort
 from fmfl.distill import InitialState
 from fmfl.errors import UserError
-from fmfl.federate import Server, aggregate
-from fmfl.seeds import POOLED
+from fmfl.federate import aggregate
+from fmfl.runs import Run
 from fmfl.train import FitResult
 
 SIZE = 32
@@ -63,25 +64,29 @@ def settings(**changes) -> FederateConfig:
     return dataclasses.replace(FederateConfig(num_rounds=3, batch_size=4, learning_rate=1e-2), **changes)
 
 
-def serve(run_dir, *, parts=PARTS, student: str = "micro", cohort: Cohort | None = None, **more) -> Server:
+def serve(run_dir, *, parts=PARTS, student: str = "micro", cohort: Cohort | None = None, **more) -> Run:
     cohort, cfg = cohort or a_cohort(), more.pop("cfg", settings())
     given = {
         "initial": an_initial(student, batch_norm=cfg.batch_norm),
-        "clients": federate.clients_of(cohort, parts),
+        "clients": runs.clients_of(cohort, parts),
         "cfg": cfg,
         "student": student,
         "cohort": cohort,
         "test": TEST,
     }
-    return Server.start_or_resume(run_dir, **given | more)
+    return runs.start_or_resume(run_dir, **given | more)
 
 
-def run(server: Server, rounds: int | None = None) -> Server:
+def one_by_one(run: Run):
+    """Eq. 2 of a round's clients on one core, so that a spy sees them in their order."""
+    return runs.train_clients(run, devices=[torch.device("cpu")])
+
+
+def run(server: Run, rounds: int | None = None) -> Run:
     """The notebook's round loop, to the end or stopped after some rounds."""
-    cohort = a_cohort()
+    cohort, train_round = a_cohort(), landscape.watched(one_by_one)
     for number in server.remaining_rounds():
-        state = aggregate(federate.train_client(server, k) for k in server.participants())
-        server.finish_round(state, cohort, TEST)
+        server.finish_round(aggregate(train_round(server)), cohort, TEST)
         if number == rounds:
             break
     return server
@@ -92,7 +97,7 @@ def equal(one: states.State, other: states.State) -> bool:
     return states.state_digest(one) == states.state_digest(other)
 
 
-def without_seconds(server: Server) -> pd.DataFrame:
+def without_seconds(server: Run) -> pd.DataFrame:
     return pd.DataFrame(server.history).drop(columns="seconds")
 
 
@@ -246,25 +251,26 @@ def test_one_client_is_plain_training(tmp_path, student, optimizer_state):
 
     model = models.build(student, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.learning_rate, fused=True)
-    for number in range(1, rounds + 1):
-        if optimizer_state == "reset":
-            optimizer = torch.optim.Adam(model.parameters(), lr=cfg.learning_rate, fused=True)
-        for epoch in range(epochs):
-            model.train()
-            rng = seeds.generator(5, 0, number, epoch)
-            for images, masks, _ in train.batches(
-                train.Examples(cohort.images, cohort.masks, everything), cfg.batch_size, rng
-            ):
-                optimizer.zero_grad()
-                train.LOSSES["dice"](model(images), masks, None).backward()
-                optimizer.step()
-    assert equal(server.state, model.state_dict())
+    with parallel.one_thread(CPU):  # as a run trains: one order of adding
+        for number in range(1, rounds + 1):
+            if optimizer_state == "reset":
+                optimizer = torch.optim.Adam(model.parameters(), lr=cfg.learning_rate, fused=True)
+            for epoch in range(epochs):
+                model.train()
+                rng = seeds.generator(5, 0, number, epoch)
+                for images, masks, _ in train.batches(
+                    train.Examples(cohort.images, cohort.masks, everything), cfg.batch_size, rng
+                ):
+                    optimizer.zero_grad()
+                    train.LOSSES["dice"](model(images), masks, None).backward()
+                    optimizer.step()
+    assert equal(server.theta, model.state_dict())
 
 
 def test_the_scores_are_those_of_the_global_state(tmp_path):
     server, cohort = run(serve(tmp_path)), a_cohort()
     model = models.build("micro")
-    model.load_state_dict(server.state)
+    model.load_state_dict(server.theta)
     model.eval()
     with torch.no_grad():
         probabilities = model(cohort.images[TEST].float() / 255).sigmoid()
@@ -299,7 +305,7 @@ def test_all_starts_see_the_same_batches(tmp_path, monkeypatch):
     found = []
     for name, seed in (("random", 0), ("fm", 1)):
         server = run(serve(tmp_path, initial=an_initial(seed=seed, name=name)))
-        found.append((server.state, tuple(seen)))
+        found.append((server.theta, tuple(seen)))
         seen.clear()
     assert not equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
@@ -311,7 +317,7 @@ def test_a_client_alone_sees_what_it_sees_in_the_federation(tmp_path, monkeypatc
     run(serve(tmp_path))
     together = seen.copy()
     seen.clear()
-    clients = federate.clients_of(a_cohort(), PARTS)
+    clients = runs.clients_of(a_cohort(), PARTS)
     run(serve(tmp_path, clients={1: clients[1]}, arm="standalone"))
     assert seen == [batch for number in range(3) for batch in together[3 * number + 1 : 3 * number + 3]]
 
@@ -319,13 +325,13 @@ def test_a_client_alone_sees_what_it_sees_in_the_federation(tmp_path, monkeypatc
 def test_the_arms_without_a_server_keep_their_optimizer(tmp_path):
     """Centralised training is one long run: a new Adam each round would be a handicap for no reason."""
     cohort = a_cohort()
-    everything = federate.pooled(cohort, torch.arange(8))
+    everything = runs.pooled(cohort, torch.arange(8))
     server = run(
         serve(tmp_path, clients=everything, arm="centralised", cfg=settings(optimizer_state="reset"))
     )
-    assert list(everything) == [POOLED]
+    assert list(everything) == [seeds.POOLED]
     assert (server.split, server.client, server.cfg.optimizer_state) == ("pooled", -1, "keep")
-    assert server.kept[f"adam-{POOLED}"]
+    assert server.memory[seeds.POOLED]
 
 
 def test_a_client_that_diverged_comes_back_in_the_next_round(tmp_path, monkeypatch):
@@ -344,7 +350,7 @@ def test_a_client_that_diverged_comes_back_in_the_next_round(tmp_path, monkeypat
     with pytest.warns(UserWarning, match="update 1 is not finite") as caught:
         server = run(serve(tmp_path, cfg=settings(optimizer_state="keep")))
     assert sum("not finite" in str(warning.message) for warning in caught) == 1, "in round 2 alone"
-    assert all(value.isfinite().all() for value in server.state.values())
+    assert all(value.isfinite().all() for value in server.theta.values())
 
 
 # ------------------------------------------------------------------------------------------ named choices
@@ -368,28 +374,28 @@ CHOICES = {
 }
 
 
-def steps(run_dir, **changes) -> tuple[list[states.State], list[states.State], Server]:
+def steps(run_dir, **changes) -> tuple[list[states.State], list[states.State], Run]:
     """The averages and the global states of a run's rounds, from the same start as all."""
     averages, found = [], []
     server = serve(run_dir, cfg=settings(**changes))
-    found.append(server.state)
+    found.append(server.theta)
     for _ in server.remaining_rounds():
-        averages.append(aggregate(federate.train_client(server, k) for k in server.participants()))
+        averages.append(aggregate(runs.train_clients(server)))
         server.finish_round(averages[-1], a_cohort(), TEST)
-        found.append(server.state)
+        found.append(server.theta)
     return averages, found, server
 
 
 @pytest.mark.parametrize("choice", [name for name in CHOICES if name != "plain"])
 def test_every_choice_changes_the_federation(tmp_path, choice):
-    plain = run(serve(tmp_path / "a")).state
-    chosen = run(serve(tmp_path / "b", cfg=settings(**CHOICES[choice]))).state
+    plain = run(serve(tmp_path / "a")).theta
+    chosen = run(serve(tmp_path / "b", cfg=settings(**CHOICES[choice]))).theta
     assert not equal(plain, chosen)
 
 
 @pytest.mark.parametrize("choice", [name for name in CHOICES if name not in ("plain", "keep", "group")])
 def test_the_arms_without_a_server_do_not_depend_on_its_choices(tmp_path, choice):
-    clients = federate.clients_of(a_cohort(), PARTS)
+    clients = runs.clients_of(a_cohort(), PARTS)
     alone = {"clients": {1: clients[1]}, "arm": "standalone"}
     run(serve(tmp_path, **alone), rounds=1)
     assert serve(tmp_path, **alone, cfg=settings(**CHOICES[choice])).round_number == 1
@@ -437,20 +443,20 @@ def test_a_servers_step_of_one_without_momentum_is_the_average(tmp_path):
 def test_under_fedbn_a_client_has_its_own_batchnorm_and_the_server_their_average(tmp_path):
     """A client's second round begins with the others' weights and with its own BatchNorm."""
     server = serve(tmp_path, cfg=settings(batch_norm="local"))
-    own = {name for name in server.state if name.startswith("1.")}  # the second layer, BatchNorm
-    assert server.own_keys == own and len(own) == 5
+    own = {name for name in server.theta if name.startswith("1.")}  # the second layer, BatchNorm
+    assert federate.local_keys(server.model, server.cfg) == own and len(own) == 5
     trained = {}
 
     def client(k):
-        trained[k] = federate.train_client(server, k)
+        (trained[k],) = runs.train_clients(server, [k])
         return trained[k]
 
     server.finish_round(aggregate(client(k) for k in server.participants()), a_cohort(), TEST)
-    (one, n_one), (two, n_two) = trained[0], trained[1]
+    (one, n_one), (two, n_two) = trained[0][:2], trained[1][:2]
     assert (n_one, n_two) == (3, 7)
     for name in own - {"1.num_batches_tracked"}:
         assert not torch.equal(one[name], two[name])
-        torch.testing.assert_close(server.state[name], (3 * one[name] + 7 * two[name]) / 10)
+        torch.testing.assert_close(server.theta[name], (3 * one[name] + 7 * two[name]) / 10)
 
     begun = []
 
@@ -460,17 +466,18 @@ def test_under_fedbn_a_client_has_its_own_batchnorm_and_the_server_their_average
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "fit", begin)
-        for k in (0, 1):
-            federate.train_client(server, k)
+        assert len(list(runs.train_clients(server, [0, 1], [CPU]))) == 2
     for k in (0, 1):
         for name, value in begun[k].items():
-            assert torch.equal(value, trained[k][0][name] if name in own else server.state[name]), name
+            assert torch.equal(value, trained[k][0][name] if name in own else server.theta[name]), name
 
 
 def test_under_fedbn_the_servers_step_leaves_batchnorm_alone(tmp_path):
     averages, found, server = steps(tmp_path, batch_norm="local", server="momentum")
     for average, state in zip(averages[1:], found[2:], strict=True):  # without momentum a step is the average
-        assert {name for name in state if torch.equal(state[name], average[name])} == server.own_keys
+        assert {name for name in state if torch.equal(state[name], average[name])} == federate.local_keys(
+            server.model, server.cfg
+        )
 
 
 def test_under_fedbn_batchnorm_is_not_sent(tmp_path):
@@ -483,7 +490,7 @@ def test_under_fedbn_batchnorm_is_not_sent(tmp_path):
 
 def test_under_fedbn_a_client_that_diverged_keeps_the_batchnorm_it_had(tmp_path, monkeypatch):
     server = run(serve(tmp_path, cfg=settings(batch_norm="local")), rounds=1)
-    before = server.kept["norm-0"]
+    before = server.memory[0]
 
     def diverge(model, *_, **__):
         for parameter in model.parameters():
@@ -491,15 +498,15 @@ def test_under_fedbn_a_client_that_diverged_keeps_the_batchnorm_it_had(tmp_path,
         return FitResult()
 
     monkeypatch.setattr(train, "fit", diverge)
-    federate.train_client(server, 0)
-    assert equal(server.kept["norm-0"], before)
+    list(runs.train_clients(server, [0]))
+    assert equal(server.memory[0], before) and all(name.startswith("norm/") for name in before)
 
 
 def test_with_group_norm_no_batchnorm_is_left_to_average(tmp_path):
     server = run(serve(tmp_path, cfg=settings(batch_norm="group")))
-    assert not [name for name in server.state if "running" in name]
-    for arm, clients in (("centralised", federate.pooled(a_cohort(), torch.arange(8))), ("standalone", None)):
-        clients = clients or {1: federate.clients_of(a_cohort(), PARTS)[1]}
+    assert not [name for name in server.theta if "running" in name]
+    for arm, clients in (("centralised", runs.pooled(a_cohort(), torch.arange(8))), ("standalone", None)):
+        clients = clients or {1: runs.clients_of(a_cohort(), PARTS)[1]}
         alone = serve(tmp_path, arm=arm, clients=clients, cfg=settings(batch_norm="group"))
         assert alone.cfg.batch_norm == "group" and not models.norm_keys(alone.model)
 
@@ -514,9 +521,9 @@ def test_a_strong_proximal_term_holds_the_clients_together(tmp_path):
 
     def moved(mu: float) -> float:
         server = serve(tmp_path, cfg=settings(proximal=mu, local_epochs=5, learning_rate=1e-3))
-        state, _ = federate.train_client(server, 1)
+        ((state, *_),) = runs.train_clients(server, [1])
         names = [name for name, _ in server.model.named_parameters()]
-        return sum((state[n] - server.state[n]).square().sum() for n in names).item()
+        return sum((state[n] - server.theta[n]).square().sum() for n in names).item()
 
     assert moved(0.0) > moved(1.0) > moved(100.0)
 
@@ -550,7 +557,7 @@ def test_a_fraction_of_the_clients_takes_part_and_at_least_one(tmp_path, fractio
     run(server)
     assert [len(done["clients"]) for done in server.rounds] == [0, *[number] * 3]
     assert server.images_seen == 6 + 3 * number * 2
-    assert server.history[-1]["bytes_up"] == 3 * number * models.num_bytes(server.state)
+    assert server.history[-1]["bytes_up"] == 3 * number * models.num_bytes(server.theta)
 
 
 def test_the_record_says_who_took_part(tmp_path):
@@ -564,8 +571,8 @@ def test_the_record_says_who_took_part(tmp_path):
 
 def test_uniform_weights_make_every_client_count_alike(tmp_path):
     server = serve(tmp_path, cfg=settings(client_weights="uniform"))
-    found = [federate.train_client(server, k) for k in (0, 1)]
-    assert [weight for _, weight in found] == [1, 1]
+    found = list(runs.train_clients(server, [0, 1]))
+    assert [update.num_examples for update in found] == [1, 1]
     for name, value in aggregate(found).items():
         if value.is_floating_point():
             torch.testing.assert_close(value, (found[0][0][name] + found[1][0][name]) / 2)
@@ -583,7 +590,7 @@ def test_every_round_leaves_the_digest_of_its_state(tmp_path):
 def test_the_history_counts_bytes_images_and_the_cost_of_the_start(tmp_path):
     server = run(serve(tmp_path, cfg=settings(local_epochs=2)))
     table = pd.DataFrame(server.history)
-    weight = models.num_bytes(server.state)
+    weight = models.num_bytes(server.theta)
     assert table["round"].tolist() == [0, 1, 2, 3]
     assert table.images_seen.tolist() == [6, 26, 46, 66], (
         "6 for the start, then 2 epochs of 10 images a round"
@@ -595,7 +602,7 @@ def test_the_history_counts_bytes_images_and_the_cost_of_the_start(tmp_path):
 
 
 def test_without_a_server_nothing_is_sent(tmp_path):
-    clients = federate.clients_of(a_cohort(), PARTS)
+    clients = runs.clients_of(a_cohort(), PARTS)
     server = run(serve(tmp_path, clients={1: clients[1]}, arm="standalone"))
     assert {row["bytes_up"] for row in server.history} == {0}
     assert server.client == 1
@@ -609,9 +616,9 @@ def test_the_last_round_is_always_scored(tmp_path, every, scored):
 
 def test_standalone_clients_become_one_row_a_round(tmp_path):
     """Scores are means over the clients, costs are sums."""
-    clients = federate.clients_of(a_cohort(), PARTS)
+    clients = runs.clients_of(a_cohort(), PARTS)
     alone = [run(serve(tmp_path, clients={k: clients[k]}, arm="standalone")) for k in clients]
-    table = federate.results([run(serve(tmp_path)), *alone])
+    table = runs.results([run(serve(tmp_path)), *alone])
     assert len(table) == 4 + 4
     row = table[(table.arm == "standalone") & (table["round"] == 3)].iloc[0]
     last = [server.history[-1] for server in alone]
@@ -624,7 +631,7 @@ def test_standalone_clients_become_one_row_a_round(tmp_path):
 
 def test_results_of_a_run_that_has_not_ended_are_refused(tmp_path):
     with pytest.raises(UserError, match="federated-age-random-seed0 stands at round 1 of 3"):
-        federate.results([run(serve(tmp_path), rounds=1)])
+        runs.results([run(serve(tmp_path), rounds=1)])
 
 
 # ------------------------------------------------------------------------------------------ resuming
@@ -640,8 +647,8 @@ def test_a_stopped_run_ends_in_the_same_bytes(tmp_path, choice, stop):
     assert resumed.round_number == stop
     assert len(resumed.history) == stop + 1
     run(resumed)
-    assert equal(resumed.state, undisturbed.state)
-    assert equal(states.read_state(resumed.file)[0], undisturbed.state)
+    assert equal(resumed.theta, undisturbed.theta)
+    assert equal(states.read_state(resumed.file)[0], undisturbed.theta)
     assert resumed.rounds == undisturbed.rounds
     pd.testing.assert_frame_equal(without_seconds(resumed), without_seconds(undisturbed), check_exact=True)
     seconds = [row["seconds"] for row in resumed.history]
@@ -653,12 +660,12 @@ def test_kept_moments_go_back_to_their_own_weights(tmp_path):
     cfg = settings(optimizer_state="keep")
     running = run(serve(tmp_path, cfg=cfg), rounds=1)
     resumed = serve(tmp_path, cfg=cfg)
-    assert {whose for whose, held in running.kept.items() if held} == {"adam-0", "adam-1"}
-    assert resumed.kept.keys() == {"adam-0", "adam-1"}
-    for whose, held in resumed.kept.items():
-        assert equal(running.kept[whose], held)
+    assert resumed.memory.keys() == running.memory.keys() == {0, 1}
+    for client, kept in resumed.memory.items():
+        assert equal(running.memory[client], kept) and all(name.startswith("adam/") for name in kept)
     optimizer = train.adam(resumed.model, 1e-2)
-    federate._load_moments(optimizer, resumed.kept["adam-0"])
+    moments = {name.removeprefix("adam/"): value for name, value in resumed.memory[0].items()}
+    federate.load_moments(optimizer, moments)
     for parameter in resumed.model.parameters():
         for name in ("exp_avg", "exp_avg_sq"):
             assert optimizer.state[parameter][name].stride() == parameter.stride()
@@ -670,9 +677,9 @@ def test_a_finished_run_is_read_and_not_done_again(tmp_path, monkeypatch):
     found = run(serve(tmp_path))
     assert found.round_number == 3
     assert found.history == done.history
-    assert equal(found.state, done.state)
+    assert equal(found.theta, done.theta)
     tensors, _ = states.read_state(done.file)
-    assert tensors.keys() == done.state.keys(), "the last file holds the model alone"
+    assert tensors.keys() == done.theta.keys(), "the last file holds the model alone"
 
 
 def damaged(whole: bytes, damage: str) -> bytes:
@@ -695,7 +702,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, damage):
         again = serve(tmp_path)
     assert again.round_number == 1
     assert states.read_record(again.file)["round_number"] == 1, "the damaged file is no longer there"
-    assert equal(run(again).state, undisturbed.state)
+    assert equal(run(again).theta, undisturbed.theta)
     assert again.rounds == undisturbed.rounds
     pd.testing.assert_frame_equal(without_seconds(again), without_seconds(undisturbed), check_exact=True)
 
@@ -709,7 +716,7 @@ def test_without_a_whole_checkpoint_a_run_begins_anew(tmp_path, damage):
     with pytest.warns(UserWarning, match="seed0.safetensors is damaged: the run begins anew"):
         again = serve(tmp_path)
     assert again.round_number == 0
-    assert equal(run(again).state, undisturbed.state)
+    assert equal(run(again).theta, undisturbed.theta)
 
 
 def test_a_kill_between_two_renames_loses_nothing(tmp_path):
@@ -723,7 +730,7 @@ def test_two_checkpoints_are_kept_and_at_the_end_the_final_weights_alone(tmp_pat
     server = serve(tmp_path)
     kept = []
     for _ in server.remaining_rounds():
-        server.finish_round(server.state, a_cohort(), TEST)
+        server.finish_round(server.theta, a_cohort(), TEST)
         files = sorted(server.file.parent.iterdir())
         kept.append([states.read_record(file)["round_number"] for file in files])
     assert kept == [[1], [2, 1], [3]]
@@ -781,10 +788,10 @@ def test_a_finished_run_is_moved_aside_with_a_warning_that_says_what_differs(tmp
 
 def test_rounds_made_by_other_code_are_kept(tmp_path, monkeypatch):
     done = run(serve(tmp_path))
-    monkeypatch.setattr(federate, "code_digest", lambda files: "edited")
+    monkeypatch.setattr(runs, "code_digest", lambda files: "edited")
     with pytest.warns(UserWarning, match=r"held 3 rounds of another run \(other code\)"):
         serve(tmp_path)
-    assert federate.unlike({}, done.made_of) == ["an older version of fmfl wrote it"]
+    assert resume.unlike({}, done.made_of) == ["an older version of fmfl wrote it"]
 
 
 @pytest.mark.filterwarnings("ignore:.*another run:UserWarning")
@@ -793,9 +800,9 @@ def test_a_run_comes_back_from_aside_and_is_not_done_again(tmp_path, monkeypatch
     first = run(serve(tmp_path))
     other = run(serve(tmp_path, cfg=settings(learning_rate=1e-3)))
     monkeypatch.setattr(train, "fit", None)
-    assert equal(run(serve(tmp_path)).state, first.state)
+    assert equal(run(serve(tmp_path)).theta, first.theta)
     again = run(serve(tmp_path, cfg=settings(learning_rate=1e-3)))
-    assert equal(again.state, other.state) and again.round_number == 3
+    assert equal(again.theta, other.theta) and again.round_number == 3
     assert [file.name for file in (first.file.parent / "aside").iterdir()] == [
         f"{first.file.stem}.{first.fingerprint[:8]}.safetensors"
     ]
@@ -805,7 +812,7 @@ def test_a_run_comes_back_from_aside_and_is_not_done_again(tmp_path, monkeypatch
 def test_what_is_aside_is_never_written_over(tmp_path):
     """A damaged file of the same name stays, and the whole one goes beside it."""
     first = run(serve(tmp_path), rounds=2)
-    kept = federate.aside(first.file, {"fingerprint": first.fingerprint})
+    kept = resume.aside(first.file, {"fingerprint": first.fingerprint})
     kept.parent.mkdir()
     kept.write_bytes(b"something else")
     serve(tmp_path, cfg=settings(learning_rate=1e-3))
@@ -820,7 +827,7 @@ def test_of_a_run_whose_newest_checkpoint_is_damaged_the_one_before_is_kept(tmp_
     first = run(serve(tmp_path), rounds=2)
     first.file.write_bytes(b"")
     serve(tmp_path, cfg=settings(learning_rate=1e-3))
-    kept = federate.aside(first.file, {"fingerprint": first.fingerprint})
+    kept = resume.aside(first.file, {"fingerprint": first.fingerprint})
     assert states.read_record(kept)["round_number"] == 1
 
 
@@ -839,7 +846,7 @@ def test_which_other_arms_are_run_does_not_matter(tmp_path):
 
 
 def test_one_centralised_run_serves_all_splits(tmp_path):
-    clients = federate.pooled(a_cohort(), torch.arange(8))
+    clients = runs.pooled(a_cohort(), torch.arange(8))
     run(serve(tmp_path, clients=clients, arm="centralised"), rounds=2)
     for split in ("iid", "quantity"):
         again = serve(tmp_path, clients=clients, arm="centralised", cfg=settings(split=split, num_clients=5))
@@ -848,13 +855,13 @@ def test_one_centralised_run_serves_all_splits(tmp_path):
 
 def test_every_run_has_a_file_of_its_own(tmp_path):
     cohort = a_cohort()
-    clients = federate.clients_of(cohort, PARTS)
+    clients = runs.clients_of(cohort, PARTS)
     files = [
         serve(tmp_path).file,
         serve(tmp_path, initial=an_initial(name="fm")).file,
         serve(tmp_path, cfg=settings(seed=1)).file,
         serve(tmp_path, cfg=settings(split="iid")).file,
-        serve(tmp_path, clients=federate.pooled(cohort, torch.arange(8)), arm="centralised").file,
+        serve(tmp_path, clients=runs.pooled(cohort, torch.arange(8)), arm="centralised").file,
         *(serve(tmp_path, clients={k: clients[k]}, arm="standalone").file for k in clients),
     ]
     assert max(collections.Counter(files).values()) == 1
@@ -885,20 +892,19 @@ def test_how_clients_drift_is_what_all_pairs_say():
     rng = np.random.default_rng(0)
     before, weights = rng.normal(size=12), np.array([5.0, 1.0, 2.0, 9.0])
     updates = rng.normal(size=(4, 12)) + 0.5
-    drift = federate.Drift()
+    start = torch.from_numpy(before)
+    drift = landscape.Drift({"a": start[:8].reshape(2, 4), "b": start[8:]}, ["a", "b"])
     for update, weight in zip(updates, weights, strict=True):
         after = torch.from_numpy(before + update)
-        state = {"a": after[:8].reshape(2, 4), "b": after[8:], "count": torch.tensor(3)}
-        start = torch.from_numpy(before)
-        drift.add({"a": start[:8].reshape(2, 4), "b": start[8:]}, state, ["a", "b"], weight)
+        drift.add({"a": after[:8].reshape(2, 4), "b": after[8:], "count": torch.tensor(3)}, weight)
     assert drift.measures() == pytest.approx(by_hand(updates, weights), rel=1e-4)
 
 
 def test_clients_that_agree_or_are_orthogonal_have_the_known_diversity():
     for updates, cosine, diversity in ((torch.ones(3, 4), 1, 1), (torch.eye(4)[:3], 0, 3)):
-        drift = federate.Drift()
+        drift = landscape.Drift({"w": torch.zeros(4)}, ["w"])
         for update in updates:
-            drift.add({"w": torch.zeros(4)}, {"w": update}, ["w"], 7)
+            drift.add({"w": update}, 7)
         found = drift.measures()
         assert found["update_cosine"] == pytest.approx(cosine, abs=1e-6)
         assert found["update_diversity"] == pytest.approx(diversity)
@@ -906,45 +912,45 @@ def test_clients_that_agree_or_are_orthogonal_have_the_known_diversity():
 
 @pytest.mark.parametrize("updates", [[], [1.0], [float("nan"), 1.0], [0.0, 0.0]])
 def test_without_two_clients_that_have_moved_there_is_no_drift(updates):
-    drift = federate.Drift()
+    drift = landscape.Drift({"w": torch.zeros(2)}, ["w"])
     for update in updates:
-        drift.add({"w": torch.zeros(2)}, {"w": torch.full((2,), update)}, ["w"], 1)
+        drift.add({"w": torch.full((2,), update)}, 1)
     assert set(drift.measures().values()) == {None}
 
 
 def test_a_client_that_is_not_finite_does_not_count_in_the_drift():
-    drifts = [federate.Drift(), federate.Drift()]
+    drifts = [landscape.Drift({"w": torch.zeros(2)}, ["w"]) for _ in range(2)]
     for number, values in enumerate(([1.0, 0.0], [1.0, 1.0], [float("inf"), 0.0])):
         for drift in drifts[: 1 if number == 2 else 2]:
-            drift.add({"w": torch.zeros(2)}, {"w": torch.tensor(values)}, ["w"], number + 1)
+            drift.add({"w": torch.tensor(values)}, number + 1)
     assert drifts[0].measures() == drifts[1].measures()
 
 
 def test_the_rounds_tell_how_far_the_clients_and_the_global_state_have_gone(tmp_path):
     """Recomputed from the clients' states of the last round; after a stop, the rounds before it are kept."""
     server = run(serve(tmp_path), 2)
-    start, before = server.initial, server.state
-    states_ = [federate.train_client(server, k) for k in server.participants()]
+    start, before = server.initial, server.theta
+    updates_ = list(landscape.watched(runs.train_clients)(server))
     names = [name for name, _ in server.model.named_parameters()]
 
     def flat(state):
         return torch.cat([state[name].flatten() for name in names]).double().numpy()
 
-    updates = np.array([flat(state) - flat(before) for state, _ in states_])
-    server.finish_round(aggregate(states_), a_cohort(), TEST)
-    (*_, last) = federate.drift([server]).to_dict("records")
+    updates = np.array([flat(state) - flat(before) for state, *_ in updates_])
+    server.finish_round(aggregate(updates_), a_cohort(), TEST)
+    (*_, last) = landscape.drift_by_round([server]).to_dict("records")
     assert (last["init"], last["split"], last["seed"], last["round"]) == ("random", "age", 0, 3)
     expected = by_hand(updates, np.array([3, 7]))
     assert {name: last[name] for name in expected} == pytest.approx(expected, rel=1e-3)
-    away = np.linalg.norm(flat(server.state) - flat(start))
+    away = np.linalg.norm(flat(server.theta) - flat(start))
     assert last["distance_from_start"] == pytest.approx(away, rel=1e-3)
-    again = federate.drift([run(serve(tmp_path))])
-    assert again.equals(federate.drift([server])) and len(again) == 3
+    again = landscape.drift_by_round([run(serve(tmp_path))])
+    assert again.equals(landscape.drift_by_round([server])) and len(again) == 3
 
 
 def test_the_other_arms_have_no_drift(tmp_path):
     alone = run(serve(tmp_path, parts=PARTS[:1], arm="standalone"))
-    assert federate.drift([alone]).empty and "distance_from_start" not in alone.rounds[-1]
+    assert landscape.drift_by_round([alone]).empty and "distance_from_start" not in alone.rounds[-1]
 
 
 # ------------------------------------------------------------------------------------------ side by side
@@ -962,18 +968,18 @@ FIVE = [torch.arange(0, 1), torch.arange(1, 3), torch.arange(3, 4), torch.arange
 def test_clients_side_by_side_give_the_bytes_of_one_after_another(tmp_path, choices, devices):
     """Clients of unequal size over two rounds, with all that is kept between."""
 
-    def two_rounds(name: str, devices) -> Server:
+    def two_rounds(name: str, devices) -> Run:
         server = serve(tmp_path / name, parts=FIVE, cfg=settings(**choices))
         for _ in range(2):
-            updates = federate.train_clients(server, server.participants(), devices)
+            updates = runs.train_clients(server, server.participants(), devices)
             server.finish_round(aggregate(updates), a_cohort(), TEST)
         return server
 
     one, many = two_rounds("one", [CPU]), two_rounds("many", devices)
     assert one.rounds == many.rounds and len(one.rounds) == 3
     assert one.images_seen == many.images_seen
-    assert one.kept.keys() == many.kept.keys()
-    assert all(equal(state, many.kept[name]) for name, state in one.kept.items())
+    assert one.memory.keys() == many.memory.keys()
+    assert all(equal(memory, many.memory[client]) for client, memory in one.memory.items())
 
 
 def test_clients_side_by_side_come_in_their_order_from_as_many_threads(tmp_path, monkeypatch):
@@ -985,7 +991,7 @@ def test_clients_side_by_side_come_in_their_order_from_as_many_threads(tmp_path,
 
     monkeypatch.setattr(train, "fit", watched)
     server = serve(tmp_path, parts=FIVE, cfg=settings(client_weights="images"))
-    for _, images in federate.train_clients(server, [3, 0, 4, 1], [CPU, CPU]):
+    for _, images, *_ in runs.train_clients(server, [3, 0, 4, 1], [CPU, CPU]):
         most.append(images)
     assert most == [5, 1, 1, 2]
     assert len(threads) == 2 and threading.get_ident() not in threads
@@ -999,5 +1005,5 @@ def test_a_client_that_fails_beside_others_stops_the_round(tmp_path, monkeypatch
     monkeypatch.setattr(train, "fit", fail)
     threads = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="no room for 1 images"):
-        list(federate.train_clients(serve(tmp_path, parts=FIVE), range(5), [CPU, CPU]))
+        list(runs.train_clients(serve(tmp_path, parts=FIVE), range(5), [CPU, CPU]))
     assert torch.get_num_threads() == threads

@@ -85,7 +85,7 @@ def test_rounds_are_counted(tmp_path):
 
 def test_a_cell_gets_the_settings_it_depends_on_and_no_others(tmp_path):
     cells = {c.notebook: c.parameters for c in grid.plan(settings(tmp_path), [0], ["age"])}
-    stages = {name: {n for n, s in config.stage_of().items() if s == name} for name in config.STAGES}
+    stages = {name: set(kind.__dataclass_fields__) for name, kind in config.STAGES.items()}
     where = {"run_name", "device", "cohort_device"}
     client = {"num_clients", "age_strength", "quantity_ratio", "images_without_age"}
     assert set(cells["01_data"]) == where | stages["data"] | client | {"seed"}
@@ -107,7 +107,7 @@ def test_what_a_federation_does_not_know_of_its_analysis_may_differ(tmp_path):
 
 def test_every_injected_value_is_accepted(tmp_path):
     for cell in grid.plan(settings(tmp_path), [0, 7], SPLITS):
-        assert {k: config.checked(k, v) for k, v in cell.parameters.items()} == cell.parameters
+        assert {k: config.validate(k, v) for k, v in cell.parameters.items()} == cell.parameters
 
 
 def test_seed_and_split_reach_their_cells(tmp_path):
@@ -441,7 +441,7 @@ def test_the_code_that_no_number_depends_on_is_left_out(tmp_path, notebooks, mon
     monkeypatch.setattr(states, "code_digest", lambda files: seen.append(files) or "code")
     run(settings(tmp_path / "run"))
     every = {file.relative_to(paths.PACKAGE).as_posix() for file in paths.PACKAGE.rglob("*.py")}
-    study = {f"study/{name}.py" for name in ("cli", "grid", "inspection", "interrupt", "verify")}
+    study = {f"study/{name}.py" for name in ("cli", "grid", "inspection", "interrupt", "options", "verify")}
     assert every - set(seen[0]) == study | {"__main__.py", "syntax.py", "flower/deploy.py"}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import collapse, independent, measure
-from fmfl import distill, federate, models, parallel, paths, train
+from fmfl import distill, federate, models, parallel, paths, runs, train
 from fmfl.config import DistillConfig, FederateConfig
 from fmfl.distill import InitialState
 from fmfl.split import Holdout
@@ -42,20 +42,20 @@ def test_a_plain_loop_makes_the_same_start_to_the_bit(setting, init):
 
 def test_a_plain_loop_of_rounds_ends_in_the_same_bytes_and_scores(setting, tmp_path):
     start = models.copy_state(models.build("tiny_unet"))
-    server = federate.Server.start_or_resume(
+    server = runs.start_or_resume(
         tmp_path,
         InitialState("random", start, FitResult()),
-        federate.clients_of(setting.cohort, setting.clients),
+        runs.clients_of(setting.cohort, setting.clients),
         FederateConfig(num_rounds=2),
         student="tiny_unet",
         cohort=setting.cohort,
         test=setting.parts.test,
     )
     for _ in server.remaining_rounds():
-        updates = federate.train_clients(server, server.participants())
+        updates = runs.train_clients(server, server.participants())
         server.finish_round(federate.aggregate(updates), setting.cohort, setting.parts.test)
     *_, (theta, _) = independent.federated_rounds(setting, start, rounds=2)
-    assert all(torch.equal(theta[key], value) for key, value in server.state.items())
+    assert all(torch.equal(theta[key], value) for key, value in server.theta.items())
     dice = independent.dice_by_image(models.build("tiny_unet"), theta, setting.cohort, setting.parts.test)
     assert dice.mean() == pytest.approx(server.history[-1]["dice"], abs=1e-6)
 

@@ -10,7 +10,7 @@ from torch.distributions import Bernoulli
 from torch.distributions import kl_divergence as kl_of_distributions
 
 from fmfl.errors import UserError
-from fmfl.losses import SMOOTHING, dice_loss, distillation_loss, hard, kl_divergence
+from fmfl.losses import SMOOTHING, dice_loss, distillation_loss, harden, kl_divergence
 
 SHAPE = (3, 1, 6, 5)
 
@@ -168,7 +168,7 @@ def test_a_temperature_that_is_not_positive_is_named(temperature):
 def test_hard_labels_turn_eq_4_into_cross_entropy_with_the_teachers_mask(temperature):
     generator = torch.Generator().manual_seed(0)
     student, teacher = (3 * torch.randn(2, 1, 8, 8, generator=generator) for _ in range(2))
-    found = kl_divergence(student, hard(teacher, temperature), temperature)
+    found = kl_divergence(student, harden(teacher, temperature), temperature)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(
         student / temperature, (teacher > 0).float()
     )

@@ -405,7 +405,7 @@ def cell(
 
 def test_a_cell_is_named_by_what_it_depends_on():
     cfg = config.settings({"split": "iid", "seed": 3})
-    names = [outputs.cell_name(cfg, name) for name in grid.DEPENDS]
+    names = [outputs.cell_name(cfg, name) for name in config.NOTEBOOKS]
     assert names == ["01_data", "02_teacher", "03_distill-seed3", "04_federate-iid-seed3", "05_analysis"]
 
 

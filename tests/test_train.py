@@ -328,7 +328,7 @@ def begin(name: str, cfg: DistillConfig = CFG, of: Examples | None = None, seed:
 def test_random_is_the_untrained_student():
     start = begin("random")
     assert equal(start.state, models.build("micro", seed=0).state_dict())
-    assert (start.fitted.losses, start.fitted.images_seen) == ([], 0)
+    assert (start.fit.losses, start.fit.images_seen) == ([], 0)
 
 
 def test_pretraining_is_eq_5_without_the_teacher():
@@ -349,7 +349,7 @@ def test_pretraining_is_eq_5_without_the_teacher():
         key=(0, seeds.PROXY),
     )
     assert equal(model.state_dict(), pretrained.state)
-    assert pretrained.fitted.images_seen == 12
+    assert pretrained.fit.images_seen == 12
     assert not equal(pretrained.state, begin("random", cfg).state)
 
 
@@ -382,7 +382,7 @@ def test_an_initial_state_is_made_once_and_then_read(tmp_path, trained):
     assert trained["fit"] == 1
     assert (made.reused, found.reused) == (False, True)
     assert equal(made.state, found.state)
-    assert found.fitted == made.fitted, "the cost of making it is remembered"
+    assert found.fit == made.fit, "the cost of making it is remembered"
 
 
 def test_only_the_start_that_asks_the_teacher_pays_for_it(tmp_path):
@@ -391,7 +391,7 @@ def test_only_the_start_that_asks_the_teacher_pays_for_it(tmp_path):
     for name in ("random", "pretraining", "fm"):
         for _ in range(2):
             start = begin(name, file=tmp_path / f"{name}.safetensors", teacher_seconds=1000.0)
-            costs.setdefault(name, []).append(start.fitted.seconds)
+            costs.setdefault(name, []).append(start.fit.seconds)
     assert costs["random"][0] < costs["pretraining"][0] < 1000 < costs["fm"][0] < 2000
     assert all(first == again for first, again in costs.values())
 
@@ -446,7 +446,7 @@ def test_no_real_client_shares_the_proxy_sets_random_numbers():
 def test_training_makes_the_student_better():
     """Few steps on easy rectangles: the loss falls by more than a tenth."""
     cfg = DistillConfig(student="micro", proxy_epochs=8, proxy_learning_rate=1e-2)
-    fitted = begin("fm", cfg).fitted
+    fitted = begin("fm", cfg).fit
     assert fitted.losses[-1] < 0.9 * fitted.losses[0]
 
 
@@ -595,7 +595,7 @@ def test_starts_from_files_are_the_files_and_made_anew_when_these_change(tmp_pat
         states.write_state(file, given)
         found = begin()
         assert equal(found.state, given) and not found.reused
-        assert found.fitted.images_seen == 0 and begin().reused
+        assert found.fit.images_seen == 0 and begin().reused
     with pytest.raises(UserError, match="start 'imagenet' needs a file of weights, but none is named"):
         distill.initial_state("imagenet", examples(), cfg, batch_size=4, seed=0)
     file.unlink()

@@ -35,15 +35,11 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from fmfl import config, distill, errors, federate, models, paths, split, states, syntax
+from fmfl import config, distill, errors, models, paths, runs, split, states, syntax
 from fmfl.config import Settings, split_list
 from fmfl.errors import UserError
 from fmfl.split import AGE_SCHEMES, Holdout
 from fmfl.study import interrupt, outputs, stages
-from fmfl.study.outputs import DEPENDS
-
-#: What every notebook is given and no number depends on.
-WHERE = ("run_name", "device", "cohort_device")
 
 #: Modules whose code no number depends on.
 NO_NUMBERS = (
@@ -53,6 +49,7 @@ NO_NUMBERS = (
     "study/grid.py",
     "study/inspection.py",
     "study/interrupt.py",
+    "study/options.py",
     "study/verify.py",
     "syntax.py",
 )
@@ -95,14 +92,8 @@ class Cell:
     @property
     def parameters(self) -> dict[str, Any]:
         """What is injected: every setting that the notebook depends on, and where it runs."""
-        flat = self.cfg.flat()
-        names = outputs.depends_on(self.notebook)
-        return {name: flat[name] for name in flat if name in names or name in WHERE}
-
-
-#: Settings that a random start under a split does not depend on, besides all of the teacher's.
-NOT_RANDOMS = ("labelled", "alpha", "temperature", "teacher_labels", "teacher_views", "proxy_epochs",
-               "proxy_learning_rate", "init_file", "encoder_file")  # fmt: skip
+        names = config.taken_by(self.notebook)
+        return {name: value for name, value in self.cfg.flat().items() if name in names}
 
 
 def plan(
@@ -157,10 +148,10 @@ def plan(
 
 def _variant(cfg: Settings, seeds: list[int], split: str, name: str, value: Any) -> list[Cell]:
     """The cells of a study with one setting changed."""
-    stage = config.stage_of()[name]
+    stage = config.PARAMETERS[name].stage
     variant = f"{name}={stages.as_text(value)}"
     inits = split_list(cfg.federate.inits)
-    if stage == "teacher" or name in NOT_RANDOMS:
+    if stage in ("teacher", "distill") and name != "student":
         inits = [init for init in inits if init != "random"]
     folder = outputs.variant_dir(cfg, variant)
     changed = cfg.flat() | {name: value, "run_name": str(folder), "split": split, "arms": "federated"}
@@ -288,13 +279,13 @@ def other_study(cells: list[Cell], inputs: dict[str, str]) -> dict[str, tuple[An
     for file in sorted((cfg.run_dir / "weights").glob("*.safetensors")):
         if isinstance(made_of := states.read_record(file).get("made_of"), dict):
             there = made_of["settings"]
-            here = federate.run_settings(cfg.federate, there["arm"]) | {"student": cfg.distill.student}
+            here = runs.run_settings(cfg.federate, there["arm"]) | {"student": cfg.distill.student}
             names = [name for name in here if name in there and name not in outputs.FREE]
             found |= {name: (there[name], here[name]) for name in names if there[name] != here[name]}
             images.add(made_of["data"])
     held = _read_marker(cfg.run_dir / "manifest.json")
     if isinstance(settings := held.get("settings"), dict):
-        settings = {name: value for name, value in settings.items() if name not in outputs.PLACES}
+        settings = {name: value for name, value in settings.items() if name not in config.tagged("place")}
         found |= outputs.changed({"notebook": "05_analysis", "settings": cfg.flat() | settings}, cfg)
         images.add((held.get("data") or {}).get("fingerprint"))
     elif (cfg.run_dir / "results.csv").exists() and not any((cfg.run_dir / "cells").glob("*/cell.json")):
@@ -510,9 +501,9 @@ def _fingerprints(cells: list[Cell], inputs: dict[str, str]) -> dict[str, str]:
     code = states.code_digest(tuple(name for name in modules if name not in NO_NUMBERS))
     found: dict[str, str] = {}
     for cell in cells:
-        settings = {k: v for k, v in cell.parameters.items() if k not in WHERE}
+        settings = {k: v for k, v in cell.parameters.items() if k not in config.tagged("where")}
         before = [found[key] for key in cell.needs]
-        given = [inputs[stage] for stage in DEPENDS[cell.notebook] if stage in inputs]
+        given = [inputs[name] for name in inputs if name in config.taken_by(cell.notebook)]
         found[cell.key] = states.fingerprint(
             "cell-3", code, notebook_code(cell.notebook), settings, given, before
         )

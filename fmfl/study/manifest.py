@@ -6,11 +6,10 @@ from typing import Any
 
 import pandas as pd
 
-from fmfl import split, states
+from fmfl import config, split, states
 from fmfl.analysis import tables
 from fmfl.config import Settings, split_list
-from fmfl.flower import privacy
-from fmfl.study.outputs import PLACES, _drawn, cell_records
+from fmfl.study.outputs import _drawn, cell_records
 from fmfl.study.provenance import where
 
 STAND_IN = (
@@ -42,7 +41,7 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
     for name in ("split", "seed"):
         del settings[name]
     # Results are passed on; where they lay on this machine is nobody's business.
-    for name in PLACES:
+    for name in config.tagged("place"):
         settings[name] = ",".join(Path(part).name for part in split_list(settings[name]))
     runs = {f"{row.arm}-{row.split}-{row.init}-seed{row.seed}" for row in results.itertuples()}
     runs |= {f"init-{row.init}-seed{row.seed}" for row in results.itertuples()}
@@ -57,8 +56,6 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
         for name, record in records.items()
         if "rounds" in record
     }
-    federated = results[results.arm == "federated"]
-    noised = len(federated[["init", "split", "seed"]].drop_duplicates())
     who = cells.get("02_teacher", {}).get("record", {})
     if who.get("name") == "builtin":
         who = who | {"note": STAND_IN}
@@ -69,7 +66,6 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
         "versions": {"python": here["python"]} | here["versions"],
         "device": here["device"],
         "settings": settings,
-        "privacy": privacy.spent(cfg.flower, cfg.federate.num_rounds, noised),
         "data": cells.get("01_data", {}).get("record", {}),
         "teacher": who,
         "student": next((c["record"] for n, c in cells.items() if n.startswith("03_distill")), {}),

@@ -12,37 +12,19 @@ import pandas as pd
 
 if TYPE_CHECKING:  # a client of Flower draws nothing
     from matplotlib.figure import Figure
-from fmfl import config, federate, states
-from fmfl.analysis import tables
+from fmfl import config, states
+from fmfl.analysis import landscape, tables
 from fmfl.config import Settings
 from fmfl.errors import UserError, first_few
 from fmfl.study.provenance import where
 
-#: Which stages' settings a notebook depends on, and single ones besides.
-DEPENDS: dict[str, tuple[str, ...]] = {
-    "01_data": ("data", "federate.num_clients", "federate.age_strength", "federate.quantity_ratio",
-                "federate.images_without_age", "federate.seed"),
-    "02_teacher": ("data", "teacher", "distill.student"),
-    "03_distill": ("data", "teacher", "distill", "sweep", "federate.batch_size", "federate.augmentation",
-                   "federate.batch_norm", "federate.seed", "federate.inits", "run.precision",
-                   "run.deterministic"),
-    "04_federate": ("data", "teacher", "distill", "federate", "flower", "run.precision", "run.deterministic",
-                    "run.engine"),
-    "05_analysis": ("data", "teacher", "distill", "sweep", "federate", "flower", "analysis", "run.precision",
-                    "run.deterministic", "run.engine"),
-}  # fmt: skip
-
-
-PLACES = ("data", "checkpoint", "encoder_file", "init_file", "run_name")
-"""Settings that name files and folders of this machine."""
+#: Settings in which the cells of one study may differ.
+FREE = config.tagged("free") | config.tagged("where")
 
 
 def depends_on(notebook: str) -> set[str]:
-    """Name the settings that a notebook depends on, see `DEPENDS`."""
-    wanted = DEPENDS[notebook]
-    return {
-        name for name, stage in config.stage_of().items() if stage in wanted or f"{stage}.{name}" in wanted
-    }
+    """Return the settings that a notebook's numbers depend on."""
+    return config.taken_by(notebook) - config.tagged("where")
 
 
 def changed(about: dict[str, Any], cfg: Settings, by: str = "05_analysis") -> dict[str, tuple[Any, Any]]:
@@ -77,7 +59,7 @@ def cell_records(run_dir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             about = read_json(file)
         except UserError:
             continue
-        if about.get("notebook") in DEPENDS and isinstance(about.get("settings"), dict):
+        if about.get("notebook") in config.NOTEBOOKS and isinstance(about.get("settings"), dict):
             yield file.parent.name, about
 
 
@@ -166,14 +148,6 @@ def write_text(file: Path, text: str) -> None:
     states.write_bytes(file, text.encode("utf-8"))
 
 
-#: Settings in which the cells of one study may differ.
-FREE = (
-    *("run_name", "device", "cohort_device"),
-    *("split", "seed", "arms", "inits", "target_dice", "reference_split", "diagnostics"),
-    *("alpha_sweep", "temperature_sweep", "variants"),
-)
-
-
 def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """All cells' results that were made with this run's settings.
 
@@ -247,13 +221,13 @@ def _decided(cfg: Settings) -> Settings:
 
 
 def collect_drift(cfg: Settings) -> pd.DataFrame:
-    """How the clients' updates went in all cells of these settings: see `federate.drift`."""
+    """How the clients' updates went in all cells of these settings: see `landscape.drift_by_round`."""
     tables = [
         pd.read_csv(folder / "drift.csv")
         for folder, _, other in _federations(cfg.run_dir, cfg)
         if not other and (folder / "drift.csv").exists()
     ]
-    empty = pd.DataFrame(columns=["init", "split", "seed", "round", *federate.DRIFT])
+    empty = pd.DataFrame(columns=["init", "split", "seed", "round", *landscape.DRIFT])
     return pd.concat(tables, ignore_index=True) if tables else empty
 
 

@@ -7,6 +7,7 @@ A run's folder holds `weights/` (initial and final states), `cells/` (what each 
 
 import ctypes
 import os
+import pkgutil
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -22,23 +23,24 @@ from fmfl import (
     data,
     devices,
     distill,
-    federate,
     models,
     parallel,
     paths,
     prompts,
+    runs,
     seeds,
     split,
     states,
     teacher,
     train,
 )
-from fmfl.analysis import tables
+from fmfl.analysis import landscape, tables
 from fmfl.config import VARIANTS, DistillConfig, FederateConfig, Settings, float_list, split_list
 from fmfl.data import Cohort
 from fmfl.distill import InitialState
 from fmfl.errors import UserError
-from fmfl.federate import Server
+from fmfl.federate import ClientUpdate
+from fmfl.runs import Run
 from fmfl.split import Holdout
 from fmfl.teacher import CachedLogits, Teacher
 from fmfl.train import Examples
@@ -114,18 +116,14 @@ def partition(
     return split.partition(cohort.table, federated, scheme, cfg.num_clients, cfg.seed, **options)
 
 
-def load_teacher(cfg: Settings, **other: Any) -> Teacher:
-    """The teacher of `cfg.teacher` on the run's device; `other` replaces arguments of its loading."""
-    wanted = cfg.teacher
-    options: dict[str, Any] = dict(
-        adapter=wanted.adapter,
-        size=wanted.teacher_size or None,
-        allow=split_list(wanted.passed_over),
-        precision=devices.precision_of(cfg.run),
-        noise=wanted.teacher_noise,
-    )
+def load_teacher(cfg: Settings) -> Teacher:
+    """Return the teacher of `cfg.teacher` on the run's device."""
     return teacher.load(
-        wanted.teacher, wanted.checkpoint or None, devices.device_of(cfg.run), **options | other
+        cfg.teacher.teacher,
+        cfg.teacher.checkpoint or None,
+        devices.device_of(cfg.run),
+        size=cfg.teacher.teacher_size or None,
+        precision=devices.precision_of(cfg.run),
     )
 
 
@@ -256,9 +254,7 @@ def taught(cfg: Settings, cohort: Cohort, proxy: Tensor) -> Taught:
         )
         return who.logits(images, boxes).clone()  # outside inference mode, so that gradients can pass by
 
-    code = states.code_digest(
-        ("teacher.py", "teachers/sam.py", "teachers/checkpoints.py", "study/stages.py")
-    )  # makes the answers
+    code = states.code_digest((*teacher.CODE, "study/stages.py"))  # makes the answers
     key = states.fingerprint("fresh", code, who.about(), asdict(rule), cfg.data.holdout_seed)
     return Taught(Examples(cohort.images, cohort.masks, proxy, ask=ask, device=cohort.device), key, 0.0)
 
@@ -347,66 +343,53 @@ def distilled(cfg: Settings, cohort: Cohort, proxy: Tensor) -> list[tuple[Distil
     return [(one.distill, start) for one, start in zip(wanted, made, strict=True)]
 
 
-def engine_key(cfg: Settings) -> object:
-    """What of the engine a federated run's numbers depend on."""
-    if cfg.run.engine == "local":
-        return "local"
-    return cfg.run.engine, {k: v for k, v in asdict(cfg.flower).items() if k.startswith(("privacy", "dp_"))}
+def engine(cfg: Settings) -> Callable[[Run], Iterable[ClientUpdate]]:
+    """Return the function that trains a round's clients: `runs.train_clients`, or Flower's by messages.
 
-
-def nodes(cfg: Settings, server: Server) -> Any:
-    """Flower's nodes between a server and its clients; None where they train in the server's own loop.
+    Drift is measured on the way, see `landscape.watched`.
 
     Raises:
-        UserError: the engine is not installed, or the local one is asked for what it cannot do.
+        UserError: the engine is not installed.
     """
     if cfg.run.engine == "local":
-        if cfg.flower.privacy != "none":
-            raise UserError(f"privacy {cfg.flower.privacy!r} comes with the engine flower: set engine to it")
-        return None
-    if server.arm != "federated":  # nobody there to exchange messages with
-        return None
+        return landscape.watched(runs.train_clients)
     try:
-        from fmfl.flower import engine
+        connect = pkgutil.resolve_name("fmfl.flower.engine:connect")
     except ImportError:
         raise UserError(
             "engine 'flower' needs the package flwr: pip install -c requirements.lock -e '.[flower]'"
         ) from None
-    return engine.simulated(cfg, server)
+    return landscape.watched(connect(cfg))
 
 
-def servers(
-    cfg: Settings, cohort: Cohort, parts: Holdout, clients: list[Tensor], initial: dict[str, InitialState]
-) -> list[Server]:
-    """Every run of one split and seed: federated from each start, both comparisons from random."""
+def start_runs(
+    cfg: Settings, cohort: Cohort, parts: Holdout, clients: list[Tensor], starts: dict[str, InitialState]
+) -> list[Run]:
+    """Return every run of one split and seed: federated from each start, the comparisons from random."""
     common: dict[str, Any] = dict(
         cfg=cfg.federate,
         student=cfg.distill.student,
         cohort=cohort,
         test=parts.test,
         precision=devices.precision_of(cfg.run),
-        engine=engine_key(cfg),
+        engine=cfg.run.engine,
     )
-    holders = federate.clients_of(cohort, clients)
-    arms = split_list(cfg.federate.arms)
-    found = []
-    if "federated" in arms:
-        for init in split_list(cfg.federate.inits):
-            found.append(Server.start_or_resume(cfg.run_dir, initial[init], holders, **common))
-    # As in the paper's Table 1, these two are trained from random weights only.
-    if "centralised" in arms:
-        # What the clients hold together: under a split by age, images without an age are nobody's.
-        everything = federate.pooled(cohort, torch.cat(clients).sort().values)
-        found.append(
-            Server.start_or_resume(cfg.run_dir, initial["random"], everything, arm="centralised", **common)
-        )
-    if "standalone" in arms:
-        for number, examples in holders.items():
-            alone = {number: examples}
-            found.append(
-                Server.start_or_resume(cfg.run_dir, initial["random"], alone, arm="standalone", **common)
-            )
-    return found
+    holders = runs.clients_of(cohort, clients)
+    # As in Table 1 of the paper, both comparisons are trained from random weights only. Centralised training
+    # has all that the clients hold: under a split by age, images without an age are left out.
+    everything = runs.pooled(cohort, torch.cat(clients).sort().values)
+    alone = [{number: examples} for number, examples in holders.items()]
+    wanted = {
+        "federated": [(init, holders) for init in split_list(cfg.federate.inits)],
+        "centralised": [("random", everything)],
+        "standalone": [("random", one) for one in alone],
+    }
+    return [
+        runs.start_or_resume(cfg.run_dir, starts[init], examples, arm=arm, **common)
+        for arm, planned in wanted.items()
+        if arm in split_list(cfg.federate.arms)
+        for init, examples in planned
+    ]
 
 
 def images_a_second(cfg: Settings, cohort: Cohort, steps: int = 4) -> float:
@@ -452,40 +435,40 @@ def images_a_second(cfg: Settings, cohort: Cohort, steps: int = 4) -> float:
 def compositions(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> pd.DataFrame:
     """What the clients held: `split.composition` of each split and seed that was run."""
     federated = holdout(cfg, cohort).federated
-    runs = results.loc[results.split != "pooled", ["split", "seed"]].drop_duplicates()
+    dealt = results.loc[results.split != "pooled", ["split", "seed"]].drop_duplicates()
     held_by = []
-    for scheme, seed in runs.itertuples(index=False):
+    for scheme, seed in dealt.itertuples(index=False):
         held = partition(cohort, federated, replace(cfg.federate, seed=int(seed)), scheme)
         held_by.append(split.composition(cohort.table, held).assign(split=scheme, seed=seed))
     return pd.concat(held_by, ignore_index=True)
 
 
-def first_servers(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> tuple[list[Server], str]:
+def first_runs(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> tuple[list[Run], str]:
     """The federated runs of the reference split and the first seed as they began; reads, and writes nothing.
 
     Returns:
         The runs before their first round, and a sentence that says why there are none; empty otherwise.
     """
-    runs = results[results.arm == "federated"]
-    if runs.empty:
+    rows = results[results.arm == "federated"]
+    if rows.empty:
         return [], "diagnostics are left out: there is no federated run"
     shown = cfg.analysis.reference_split
-    shown = shown if shown in set(runs.split) else runs.split.iloc[0]
-    runs = runs[(runs.split == shown) & (runs.seed == runs[runs.split == shown].seed.min())]
-    seed, weights = int(runs.seed.iloc[0]), cfg.run_dir / "weights"
+    shown = shown if shown in set(rows.split) else rows.split.iloc[0]
+    rows = rows[(rows.split == shown) & (rows.seed == rows[rows.split == shown].seed.min())]
+    seed, weights = int(rows.seed.iloc[0]), cfg.run_dir / "weights"
     cfg = replace(cfg, federate=replace(cfg.federate, split=shown, seed=seed))
-    holders = federate.clients_of(cohort, partition(cohort, holdout(cfg, cohort).federated, cfg.federate))
-    servers = []
-    for init in tables.ordered_inits(runs):
+    holders = runs.clients_of(cohort, partition(cohort, holdout(cfg, cohort).federated, cfg.federate))
+    begun = []
+    for init in tables.ordered_inits(rows):
         start, end = f"init-{init}-seed{seed}.safetensors", f"federated-{shown}-{init}-seed{seed}.safetensors"
-        state = _start_of(weights / start, weights / end, runs[runs.init == init], cohort.device)
+        state = _start_of(weights / start, weights / end, rows[rows.init == init], cohort.device)
         if state is None:
             return [], (
                 f"diagnostics are left out: weights/{start} or weights/{end} is not there or not of these "
                 "results, so run 03_distill and 04_federate again"
             )
-        servers.append(
-            Server(
+        begun.append(
+            Run(
                 arm="federated",
                 init=init,
                 split=shown,
@@ -496,13 +479,12 @@ def first_servers(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> tuple
                 model=models.build(
                     cfg.distill.student, device=cohort.device, batch_norm=cfg.federate.batch_norm
                 ),
-                state=state,
+                theta=state,
                 initial=state,
                 file=weights / end,
-                fingerprint="",
             )
         )
-    return servers, ""
+    return begun, ""
 
 
 def _start_of(start: Path, end: Path, rows: pd.DataFrame, device: torch.device) -> states.State | None:
