@@ -88,11 +88,11 @@ def study(
         raise UserError(f"--checkpoint {cfg.teacher.checkpoint}: there is no such file")
 
     with interrupt.while_importing():
-        from fmfl.study import grid  # imports torch, which a typing mistake need not wait for
+        from fmfl.study import grid, preflight  # import torch, which a typing mistake need not wait for
 
     cells = grid.plan(cfg, seeds, splits, variants)
     if dry_run:
-        _say_cost(cells, grid.estimate(cells, replace_other=replace))
+        _say_cost(cells, preflight.estimate(cells, replace_other=replace))
         return
     shown = progress and sys.stderr.isatty()
     ran, done = grid.run(cells, plain=plain, progress=shown, replace_other=replace)
