@@ -133,7 +133,7 @@ def _listed(image: Path, image_id: str, table: Table | None, required: bool) -> 
 
 
 def _why_no_mask(view: str, mask_class: str) -> str:
-    lateral = view.lower() in {"l", "ll", "rl", "lat"} or "lateral" in view.lower()
+    lateral = view.lower() in ("l", "ll", "rl", "lat") or "lateral" in view.lower()
     return "lateral view" if lateral else f"no {mask_class} mask"
 
 
@@ -407,7 +407,7 @@ def _coco_annotations(
 def _add_coco_shapes(entry: _Entry, annotation: Mapping[str, Any]) -> None:
     try:
         entry.shapes += coco_shapes(annotation["segmentation"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (*NOT_AS_EXPECTED, ValueError, IndexError) as error:
         entry.doubt = ("broken JSON", f"its segmentation in {entry.path.name} is broken: {error!r}")
 
 
