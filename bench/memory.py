@@ -1,4 +1,4 @@
-"""How much memory averaging takes, and a whole round, against the number of clients."""
+"""Memory of averaging, and of a whole round, against the number of clients."""
 
 import gc
 import tempfile

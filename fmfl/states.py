@@ -21,7 +21,7 @@ def tensor_digest(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's values."""
     # As bytes, because numpy knows no bfloat16.
     values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(values.numpy()).hexdigest()
 
 
 def state_digest(state: State) -> str:

@@ -82,7 +82,7 @@ def settings_of(context: Context) -> Settings:
 
 def node_code() -> str:
     """Return the digest of the code that a node and its server must share: training, images, messages."""
-    own = ("data.py", "flower/messages.py", "flower/client.py")
+    own = ("data.py", "sources/contents.py", "flower/messages.py", "flower/client.py")
     return states.code_digest((*states.TRAINING_CODE, *own))
 
 

@@ -31,14 +31,14 @@ def read(folder: str | os.PathLike | None, name: str, plan: Plan) -> Content:
         return plan.read()
     stem = f"{name.replace('/', '_')}-{states.fingerprint(CACHE_FORMAT, plan.settings)[:16]}"
     file = Path(folder) / f"{stem}-{states.fingerprint(plan.files)[:16]}.safetensors"
-    stored = states.read_state(file)
+    stored = states.read_state(file, fingerprint=file.stem)
     if stored:
         return _unpack(stored[0])
     if file.exists():
         warnings.warn(f"{file}: damaged cache; decoding again", stacklevel=3)
     content = plan.read()
     try:
-        states.write_state(file, _pack(content))
+        states.write_state(file, _pack(content), fingerprint=file.stem)
         for old in file.parent.glob(f"{glob.escape(stem)}-*"):  # of this source before its files changed
             if old != file:
                 old.unlink(missing_ok=True)

@@ -36,7 +36,7 @@ class Content(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How to read one source, and all that its content depends on."""
+    """Reading of one source, and all that its content depends on."""
 
     read: Callable[[], Content]
     settings: Mapping[str, Any]
@@ -87,7 +87,7 @@ def _read_folder(folder: Path, size: int, mask_class: str, workers: int | None, 
     images = np.empty((len(records), size, size), np.uint8)
     masks = np.empty_like(images)
     rows: list[dict[str, Any]] = []
-    remarks: dict[str, list[str]] = defaultdict(list)
+    remarked: dict[str, list[str]] = defaultdict(list)
     # Threads, since Pillow gives the lock back while it decodes and resizes.
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         results = pool.map(partial(_decode_or_skip, size=size), records)
@@ -96,16 +96,16 @@ def _read_folder(folder: Path, size: int, mask_class: str, workers: int | None, 
             if isinstance(result, SkippedFile):
                 skipped.append(result)
                 continue
-            images[len(rows)], masks[len(rows)] = result.image, result.mask
-            rows.append(result.row)
-            for remark in result.remarks:
-                remarks[remark].append(result.row["image_id"])
+            images[len(rows)], masks[len(rows)], row, remarks = result
+            rows.append(row)
+            for remark in remarks:
+                remarked[remark].append(row["image_id"])
     if not rows:
         raise UserError(_nothing_usable(folder, skipped))
     images, masks = images[: len(rows)], masks[: len(rows)]
     left_out = [one.entry(folder) for one in skipped]
     left_out.sort(key=lambda entry: (entry["file"], entry["reason"]))
-    sentences = [f"{len(ids)} images with {what}: {first_few(ids)}" for what, ids in remarks.items()]
+    sentences = [f"{len(ids)} images with {what}: {first_few(ids)}" for what, ids in remarked.items()]
     return Content(images, masks, rows, _digest(images, masks, rows), left_out, sentences)
 
 
@@ -120,7 +120,7 @@ def _records(folder: Path, mask_class: str) -> tuple[list[Record], list[SkippedF
             records[result.row["image_id"]].append(result)
     for image_id, several in records.items():
         if len(several) > 1:
-            detail = f"{len(several)} images have the image_id {image_id}, and whose mask it is, is not told"
+            detail = f"{len(several)} images have the image_id {image_id}: whose mask it is, is unknown"
             skipped += [SkippedFile(record.image, "image_id twice", detail) for record in several]
     return [records[image_id][0] for image_id in sorted(records) if len(records[image_id]) == 1], skipped
 
@@ -135,13 +135,8 @@ def _nothing_usable(folder: Path, skipped: list[SkippedFile]) -> str:
     return f"{folder}: no usable image ({counted}); the first is {file}: {first.detail}"
 
 
-class Decoded(NamedTuple):
-    """One image of a cohort."""
-
-    image: np.ndarray  # [H, W] uint8, 0..255
-    mask: np.ndarray  # [H, W] uint8, 0 or 1
-    row: dict[str, Any]
-    remarks: tuple[str, ...]  # to look at
+#: One image: [H, W] uint8 0..255, its mask [H, W] uint8 0 or 1, its row, and remarks to look at.
+Decoded = tuple[np.ndarray, np.ndarray, dict[str, Any], list[str]]
 
 
 def _decode_or_skip(record: Record, size: int) -> Decoded | SkippedFile:
@@ -181,8 +176,7 @@ def decode(record: Record, size: int) -> Decoded:
     row, aged = _with_header(record.image, record.row, header)
     row["original_width"] = row["original_width"] or width
     row["original_height"] = row["original_height"] or height
-    remarks = tuple(filter(None, (remark, aged)))
-    return Decoded(resize(grey, size), small.astype(np.uint8), row, remarks)
+    return resize(grey, size), small.astype(np.uint8), row, [*filter(None, (remark, aged))]
 
 
 def _with_header(

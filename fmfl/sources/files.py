@@ -197,7 +197,7 @@ class ImageIndex:
         return _without_suffix(path.relative_to(self.root).as_posix())
 
     def match(self, entries: Mapping[Hashable, Sequence[str]]) -> dict[Hashable, Path | str]:
-        """Find the image of each entry, or one sentence on why none can be told.
+        """Find the image of each entry, or a clause on why it is unknown.
 
         An entry's names are paths; any of them may be that of a file. Where none is, the first may lie in
         more, or in fewer, folders than the file (`train/x.png` and `x.png`), if only one file and only one

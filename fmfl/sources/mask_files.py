@@ -24,7 +24,7 @@ from fmfl.sources.files import SkippedFile
 from fmfl.sources.pixels import is_deep, on_black, open_picture, unreadable
 
 FEW_VALUES = 16  # up to here a file's values can each be a label
-LEAST_RANGE = 64  # grey levels; below, JPEG's own noise and a mask cannot be told apart
+LEAST_RANGE = 64  # grey levels; below, JPEG's own noise and a mask look alike
 FLAT = 0.06  # of a file's range: what a plateau may vary within 3 x 3 pixels
 NOISY = 0.3  # of a file's range: how wide a plateau's values may be spread
 LEAST_SHARE = 0.002  # of the picture: a smaller plateau is noise
@@ -139,7 +139,7 @@ def lung_pixels(values: np.ndarray, lossy: bool = False) -> tuple[np.ndarray, bo
         [H, W] bool, and True where there are values between the plateaus.
 
     Raises:
-        ValueError: it cannot be told; one clause that says why.
+        ValueError: the lungs are unclear; one clause that says why.
     """
     low, high = values.min(), values.max()
     if not np.isfinite([low, high]).all():
@@ -172,7 +172,7 @@ def _split(values: np.ndarray, lossy: bool, half: float | None = None) -> tuple[
         areas = "no clear areas"
         if len(levels) > 3:
             areas = f"{len(levels) - 1} grey levels beside the background"
-        raise ValueError(f"it has {areas}, and which of them are lung is not told")
+        raise ValueError(f"it has {areas}, and which of them are lung is unknown")
     if len(levels) == 3 and levels[1] - levels[0] < DARKEST * (levels[2] - levels[0]):
         low, high = levels[1], levels[2]
         raise ValueError(
@@ -244,7 +244,7 @@ def _refuse_unexplained(values: np.ndarray, levels: np.ndarray, mask: np.ndarray
     least, step = LEAST_SHARE / 2 * values.size, 0.15 * (float(values.max()) - float(levels[0]))
     if (values > levels[-1] + step).sum() > least:
         raise ValueError(
-            "it has lines or spots brighter than all of its areas, and what they mean is not told"
+            "it has lines or spots brighter than all of its areas, and what they mean is unknown"
         )
     areas, count = scipy.ndimage.label((values > levels[0] + step) | mask)
     sizes = np.bincount(areas.ravel(), minlength=count + 1)

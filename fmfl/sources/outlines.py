@@ -112,7 +112,7 @@ def unite(
     Args:
         annotation: the file that they are from.
         shapes: as `fill_even_odd`, or with a size of their own.
-        declared: width and height of the picture that they were drawn on; 0: not told.
+        declared: width and height of the picture that they were drawn on; 0: unknown.
         height, width: of the image in pixels.
 
     Raises:

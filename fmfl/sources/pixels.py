@@ -117,7 +117,7 @@ def _read_dicom(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     dataset = pydicom.dcmread(path)
     values = dataset.pixel_array
     if values.ndim != 2:
-        raise ValueError(f"one grey frame is wanted, not an array of shape {values.shape}")
+        raise ValueError(f"it is an array of shape {values.shape}, not one grey frame")
     kind = dataset.get("PhotometricInterpretation")
     if kind == "PALETTE COLOR":  # the values are numbers of colours
         colours = pixels.apply_color_lut(values, dataset)
@@ -126,7 +126,7 @@ def _read_dicom(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     if kind not in ("MONOCHROME1", "MONOCHROME2"):
         raise ValueError(f"its values are {kind}, not grey")
     if kind == "MONOCHROME2" and dataset.get("PresentationLUTShape") == "INVERSE":
-        raise ValueError("its header says both MONOCHROME2 and INVERSE: whether bright is bone is not told")
+        raise ValueError("its header says both MONOCHROME2 and INVERSE: whether bright is bone is unknown")
     picture = ~_padding(values, dataset)
     values = pixels.apply_modality_lut(values, dataset)  # stored values -> rescaled values
     values = pixels.apply_voi_lut(values, dataset)  # -> the window that a reader would see

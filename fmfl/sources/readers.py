@@ -96,7 +96,7 @@ def read_folder(folder: Path, mask_class: str) -> Iterator[Record | SkippedFile]
         paths, without_mask = masks_of[image_id], _why_no_mask(row["view"], mask_class)
         if len(paths) > 1:
             names = " and ".join(path.name for path in paths)
-            yield SkippedFile(image, "several masks", f"it is not told which is its mask: {names}")
+            yield SkippedFile(image, "several masks", f"which is its mask is unknown: {names}")
         elif not paths and without_mask == _why_no_mask("", mask_class):
             yield SkippedFile(image, "missing mask", f"there is no mask file masks/{image_id}.*")
         else:
@@ -133,7 +133,7 @@ def _listed(image: Path, image_id: str, table: Table | None, required: bool) -> 
 
 
 def _why_no_mask(view: str, mask_class: str) -> str:
-    lateral = view.lower() in {"l", "ll", "rl", "lat"} or "lateral" in view.lower()
+    lateral = view.lower() in ("l", "ll", "rl", "lat") or "lateral" in view.lower()
     return "lateral view" if lateral else f"no {mask_class} mask"
 
 
@@ -281,14 +281,14 @@ def _darwin_tags(content: Mapping[str, Any]) -> dict[str, Any]:
         key, mark, value = re.match(r"([^:/]*)([:/]?)(.*)", name, re.DOTALL).groups()
         if mark:
             valued.setdefault(plain(key), value.strip())
-    said = {name.lower() for name in names} | {value.lower() for value in valued.values()}
+    texts = {name.lower() for name in names} | {value.lower() for value in valued.values()}
     return {
         "age": valued.get("age", ""),
         "sex": valued.get("sex", ""),
         "patient_id": valued.get("patientid", ""),
         "view": valued.get("view", "").replace("_", " "),
-        "finding": next((ours for theirs, ours in DARWIN_FINDINGS.items() if theirs.lower() in said), ""),
-        "ct": "ct" in said,
+        "finding": next((ours for theirs, ours in DARWIN_FINDINGS.items() if theirs.lower() in texts), ""),
+        "ct": "ct" in texts,
     }
 
 
@@ -407,7 +407,7 @@ def _coco_annotations(
 def _add_coco_shapes(entry: _Entry, annotation: Mapping[str, Any]) -> None:
     try:
         entry.shapes += coco_shapes(annotation["segmentation"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (*NOT_AS_EXPECTED, ValueError, IndexError) as error:
         entry.doubt = ("broken JSON", f"its segmentation in {entry.path.name} is broken: {error!r}")
 
 
