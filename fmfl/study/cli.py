@@ -88,11 +88,11 @@ def study(
         raise UserError(f"--checkpoint {cfg.teacher.checkpoint}: there is no such file")
 
     with interrupt.while_importing():
-        from fmfl.study import grid  # imports torch, which a typing mistake need not wait for
+        from fmfl.study import grid, preflight  # import torch, which a typing mistake need not wait for
 
     cells = grid.plan(cfg, seeds, splits, variants)
     if dry_run:
-        _say_cost(cells, grid.estimate(cells, replace_other=replace))
+        _say_cost(cells, preflight.estimate(cells, replace_other=replace))
         return
     shown = progress and sys.stderr.isatty()
     ran, done = grid.run(cells, plain=plain, progress=shown, replace_other=replace)
@@ -222,7 +222,7 @@ def flower_keys(
     clients: Annotated[int, option("how many", min=1)] = 3,
 ) -> None:
     """Make a folder of keys for the server and one for each client."""
-    _flower("deploy").keys(folder, read_values("--host", host), clients)
+    _flower("keys").make(folder, read_values("--host", host), clients)
     typer.echo(f"{folder / 'server'} stays with the server; hand client K its folder client-K alone")
 
 
@@ -251,20 +251,12 @@ def flower_server(
 def flower_client(
     data: Annotated[str, option("this hospital's folders, joined by commas")],
     keys: Annotated[Path, option("this hospital's folder client-K")],
-    number: Annotated[int, option("K, from 0", min=0)],
     server: Annotated[str, option("where the server is", metavar="HOST:PORT")],
-    clients: Annotated[int, option("how many there are", min=1)] = 3,
     port: Annotated[int, option("for Flower on this machine; 0: 9094 + K", min=0, max=65535)] = 0,
 ) -> None:
     """Train on this hospital's images whenever the server asks, until stopped."""
-    _flower("deploy").client(
-        ",".join(read_values("--data", data, options.read_source)),
-        server,
-        keys,
-        number,
-        clients,
-        port or None,
-    )
+    folders = read_values("--data", data, options.read_source)
+    _flower("deploy").client(",".join(folders), server, keys, port or None)
 
 
 def _flower(module: str) -> ModuleType:
