@@ -267,7 +267,7 @@ def test_a_missing_file_is_named_and_leaves_the_old_page(tmp_path, name):
     [
         ("results.csv", "", "cannot be read as CSV"),
         ("results.csv", "arm,init\nfederated,fm\n", "no column split, seed, round, dice"),
-        ("manifest.json", "{", "is not JSON"),
+        ("manifest.json", "{", "is damaged"),
         ("manifest.json", "[]", "holds no JSON object"),
         ("figures/fig2.png", "text", "cannot be read as a picture"),
     ],

@@ -1,9 +1,9 @@
-"""Write tables, figures and pages again from the committed scores: ``python docs/results/rebuild.py``.
+"""Write tables, figures and pages again from the committed scores: `python docs/results/rebuild.py`.
 
-Read are results.csv, per_image.csv, drift.csv, starts.csv and, where a study's variants left no scores by
+It reads results.csv, per_image.csv, drift.csv, starts.csv and, where a study's variants left no scores by
 image, the intervals over patients alone and over seeds alone in gains.csv and by_variant.csv, and the seeds'
-scores by round. Written are all other tables, the figures that are drawn from tables, the report, and what
-stands between the marks of the pages.
+scores by round. It writes all other tables, the figures that are drawn from tables, the report, and the text
+between the marks of the pages.
 """
 
 import sys
@@ -55,20 +55,20 @@ def analyse(folder: Path) -> None:
         table.to_csv(folder / f"{name}.csv", index=False)
 
 
-# What the variants left: intervals over patients alone and over seeds alone.
+# The variants, of which intervals over patients alone and over seeds alone are left
 
 
 def together(table: pd.DataFrame, value: str) -> list[statistics.TwoWay]:
     """Join the two intervals of each row as `statistics.two_way` joins squared errors."""
-    found = []
+    means = []
     for row in table.to_dict("records"):
         squared = [
             ((row[f"{of}_high"] - row[f"{of}_low"]) / 2 / scipy.stats.t.ppf(0.975, row[number] - 1)) ** 2
             for of, number in (("patient", "patients"), ("seed", "seeds"))
         ]
         error = statistics.joined(squared[0], row["patients"], squared[1], row["seeds"])
-        found.append(statistics.TwoWay(row[value], *error))
-    return found
+        means.append(statistics.TwoWay(row[value], *error))
+    return means
 
 
 def gains(folder: Path) -> None:
@@ -80,9 +80,8 @@ def gains(folder: Path) -> None:
     table["p_two_way"] = [mean.p_different() for mean in means]
     table["p_equivalence"] = [mean.p_equivalent(statistics.EQUIVALENCE) for mean in means]
     same = ["higher", "lower", "gain", "p"]  # the study's own setting stands on every axis
-    once = (
-        table.drop_duplicates(same).rename(columns={"gain": "value", "value": "setting"}).assign(missing="")
-    )
+    once = table.drop_duplicates(same).assign(missing="")
+    once = once.rename(columns={"gain": "value", "value": "setting"})
     judged = statistics.corrected(once).rename(columns={"value": "gain"})
     table = table[[*same, *(name for name in table if name not in {*same, *JUDGED})]]
     table = table.merge(judged[[*same, *JUDGED]], on=same, how="left")
@@ -117,19 +116,19 @@ def draw(results: Path) -> None:
         _save(plots.per_image(per_image, split), folder / "figures" / "per_image.png")
         _save(plots.why(drift, starts, split), folder / "figures" / "why.png")
     for name in VARIED:
-        found = pd.read_csv(results / name / "gains.csv", dtype={"value": str})
-        _save(plots.when_it_pays(found), results / name / "figures" / "when_it_pays.png")
+        gained = pd.read_csv(results / name / "gains.csv", dtype={"value": str})
+        _save(plots.when_it_pays(gained), results / name / "figures" / "when_it_pays.png")
 
 
 def _save(figure, file: Path) -> None:
     figure.savefig(file, dpi=200, bbox_inches="tight", metadata={"Software": None})
 
 
-# Blocks that one page alone has.
+# Blocks that one page alone has
 
 
 def epochs(study: markdown.Folder) -> list[str]:
-    """Dice by epoch of one run."""
+    """Return Dice by epoch of one run."""
     runs = study["results"].sort_values("round")
     return markdown.table(
         ["epoch", *runs["round"].astype(str)], [["Dice, %", *(f"{100 * dice:.1f}" for dice in runs.dice)]]
@@ -137,18 +136,18 @@ def epochs(study: markdown.Folder) -> list[str]:
 
 
 def end(study: markdown.Folder) -> list[str]:
-    """The last epoch's Dice with its interval."""
-    found = statistics.contrast(study["per_image"], {tables.CENTRALISED: 1})
+    """Return the last epoch's Dice with its interval."""
+    mean = statistics.contrast(study["per_image"], {tables.CENTRALISED: 1})
     hd95 = tables.final(study["results"]).hd95.iloc[0]
-    within = words.interval(found["low"], found["high"])
+    within = words.interval(mean["low"], mean["high"])
     return [
-        f"At the end: **{found['value']:.2f} %** (95 % interval over patients {within}; one seed, so the "
+        f"At the end: **{mean['value']:.2f} %** (95 % interval over patients {within}; one seed, so the "
         f"noise between runs is unknown), HD95 {hd95:.1f} pixels."
     ]
 
 
 def starts(study: markdown.Folder) -> list[str]:
-    """Each start before any round, on real and on synthetic images."""
+    """Return each start before any round, on real and on synthetic images."""
     real, synthetic = (study[name].set_index("init") for name in ("v7", "phantom"))
     rows = []
     for init in real.index:
@@ -163,7 +162,7 @@ def starts(study: markdown.Folder) -> list[str]:
 
 
 def mixes(study: markdown.Folder) -> list[str]:
-    """Students by the teacher's share in their loss."""
+    """Return students by the teacher's share in their loss."""
     rows = []
     for row in study["v7_variants"].to_dict("records"):
         paper = row["alpha"] == 0.6 and row["temperature"] == 1
@@ -183,7 +182,7 @@ def mixes(study: markdown.Folder) -> list[str]:
 
 
 def _rounds(study: markdown.Folder) -> pd.DataFrame:
-    """Every choice's and seed's scores by round, with the choice's name as `choice`."""
+    """Return every choice's and seed's scores by round, with the choice's name as `choice`."""
     table = study[ROUNDS[study.directory.name]]
     return table.rename(columns={"labelled": "choice"}).astype({"choice": str})
 
@@ -193,7 +192,7 @@ def _order(choice: str) -> tuple:
 
 
 def by_round(study: markdown.Folder) -> list[str]:
-    """Dice of each choice and start by round, mean over seeds, with the seeds' range at the end."""
+    """Return Dice of each choice and start by round, mean over seeds, with the seeds' range at the end."""
     table = _rounds(study)
     last, rows = table["round"].max(), []
     for choice in sorted(table.choice.unique(), key=_order):
@@ -206,20 +205,13 @@ def by_round(study: markdown.Folder) -> list[str]:
             through = [words.number(means[number]) for number in (0, 1, 2, last)]
             cells = [choice, words.INITS[init], *through, words.interval(ends.min(), ends.max())]
             rows.append([*cells, f"{runs[runs['round'] == 0].hd95.mean():.1f}"])
-    columns = [
-        "start",
-        "before any round",
-        "after 1",
-        "after 2",
-        f"after {last}",
-        "seeds",
-        "HD95 before, pixels",
-    ]
+    columns = ["start", "before any round", "after 1", "after 2", f"after {last}"]
+    columns += ["seeds", "HD95 before, pixels"]
     return markdown.table(["setting", *columns], rows)
 
 
 def _over_seeds(changes: dict[tuple[str, str], pd.Series]) -> list[tuple[str, str, str, str]]:
-    """One row a change: its interval over seeds alone, and its p after Holm's correction for all of them."""
+    """Return a row a change: its interval over seeds alone, and its p after Holm's correction."""
     p = {
         name: scipy.stats.ttest_1samp(values, 0).pvalue
         if values.std(ddof=1) > 0
@@ -229,28 +221,27 @@ def _over_seeds(changes: dict[tuple[str, str], pd.Series]) -> list[tuple[str, st
     corrected = dict(zip(p, statistics.holm(p.values()), strict=True))
     rows = []
     for name, values in changes.items():
-        within = statistics.seed_interval(values)
-        size = words.estimate(values.mean(), *within, sign=True)
+        size = words.estimate(values.mean(), *statistics.seed_interval(values), sign=True)
         rows.append((*name, size, f"{corrected[name]:.2f}"))
     return rows
 
 
 def changes(study: markdown.Folder) -> list[str]:
-    """Changes of the final Dice by each choice, seed by seed."""
+    """Return changes of the final Dice by each choice, seed by seed."""
     table = _rounds(study)
     ends = (
         table[table["round"] == table["round"].max()].set_index(["choice", "init", "seed"]).dice.sort_index()
     )
-    found = {}
+    differences = {}
     for choice in [c for c in sorted(table.choice.unique(), key=_order) if c != "default"]:
         for init in ("random", "fm"):
-            found[choice, words.INITS[init]] = 100 * (ends[choice, init] - ends["default", init])
+            differences[choice, words.INITS[init]] = 100 * (ends[choice, init] - ends["default", init])
     columns = ["choice", "start", "points (95 % over three seeds alone)", "p, corrected for twelve"]
-    return markdown.table(columns, _over_seeds(found))
+    return markdown.table(columns, _over_seeds(differences))
 
 
 def head_start(study: markdown.Folder) -> list[str]:
-    """The student's lead over pre-training before any round and at the end, by the number of masks."""
+    """Return the student's lead over pre-training before any round and at the end, by the number of masks."""
     table = _rounds(study)
     before = table[table["round"] == 0].set_index(["choice", "init", "seed"]).dice.sort_index()
     masks = sorted(table.choice.unique(), key=_order)

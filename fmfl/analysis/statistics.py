@@ -52,10 +52,9 @@ def bootstrap_mean(
 
     Args:
         values: [n] one number an image.
-        patients: [n] whose image it is.
+        patients: [n] the patient of each image.
         level: how often the interval shall hold the true mean, 0..1.
-        resamples: bootstrap draws.
-        seed: of the draws.
+        resamples: bootstrap draws, from `seed`.
 
     Returns:
         low, high, in the values' unit; NaN, NaN with fewer than two patients.
@@ -102,8 +101,7 @@ def sign_permutation(values: np.ndarray, *, resamples: int = 9999, seed: int = 0
 
     Args:
         values: [n] one difference a patient.
-        resamples: draws.
-        seed: of the draws.
+        resamples: draws, from `seed`.
     """
     # SciPy's permutation_test gives the same at ten times the time, which the map's many points would feel.
     values = np.asarray(values, dtype=float)
@@ -159,7 +157,7 @@ def two_way(scores: np.ndarray, patients: Iterable) -> TwoWay:
 
     Args:
         scores: [images, seeds], every image scored by every seed.
-        patients: (images,) whose image it is.
+        patients: [images] the patient of each image.
 
     Returns:
         value, and error and df, which are NaN with fewer than two patients.

@@ -9,7 +9,6 @@ paper's, and a banner says where the images are synthetic.
 import base64
 import gzip
 import io
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -25,6 +24,7 @@ from fmfl.analysis import claims, statistics, tables, words
 from fmfl.analysis.words import DASH, counted, estimate, init_name, percent, split_name
 from fmfl.config import ARMS
 from fmfl.errors import UserError
+from fmfl.study.outputs import read_json
 
 #: Bytes that a phone on a slow line still takes.
 PAGE_BYTES = 3_000_000
@@ -208,10 +208,7 @@ def _table(path: Path, columns: Iterable[str] = ()) -> pd.DataFrame:
 
 
 def _manifest(path: Path) -> dict:
-    try:
-        manifest = json.loads(_required(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): run the study again to rewrite it") from error
+    manifest = read_json(_required(path))
     if not isinstance(manifest, dict):
         raise UserError(f"{path} holds no JSON object: run the study again to rewrite it")
     return manifest
