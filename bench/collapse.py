@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from bench import independent
 from bench.independent import POOLED, Setting, State
 from fmfl import models
-from fmfl.analysis import markdown, plots, statistics
+from fmfl.analysis import markdown, plots, statistics, words
 
 SERVERS = ("all", "start", "client 0")
 BUFFERS = ("running_mean", "running_var")
@@ -254,7 +254,7 @@ def figure(rounds: pd.DataFrame) -> Figure:
     for axis in axes[-1]:
         axis.set_xlabel("round")
     lines = dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1], strict=True))
-    names = [*map(plots.NAMES.get, INITS), "centralised", "standalone"]
+    names = [*map(words.INITS.get, INITS), "centralised", "standalone"]
     drawn.legend([lines[name] for name in names], names, loc="outside upper center", ncols=5)
     return drawn
 
@@ -268,14 +268,14 @@ def _panel(axis: Axes, own: pd.DataFrame) -> None:
         look["linestyle"] = {"federated": "-", "centralised": "--", "standalone": ":"}[arm]
         for _, one in runs.groupby("seed"):
             axis.plot(one["round"], one.dice, **look, linewidth=0.6, alpha=0.5)
-        label = plots.NAMES[init] if federated else arm
+        label = words.INITS[init] if federated else arm
         axis.plot(runs.groupby("round").dice.mean(), **look, label=label)
     axis.set_ylim(0, 100)
 
 
 def final(last: pd.DataFrame) -> list[str]:
     """Markdown of the last round: Dice by cell and start, with intervals over seeds and patients together."""
-    columns = ["normalisation", "running statistics", "split", "learning rate", *map(plots.NAMES.get, INITS)]
+    columns = ["normalisation", "running statistics", "split", "learning rate", *map(words.INITS.get, INITS)]
     rows = []
     federated = last[last.arm == "federated"]
     for key, some in federated.groupby(["norm", "server", "split", "learning_rate"], sort=False):
@@ -289,7 +289,7 @@ def final(last: pd.DataFrame) -> list[str]:
             mean = statistics.two_way(own.to_numpy(), own.index.get_level_values("patient_id"))
             number = f", {own.shape[1]} seeds" if own.shape[1] < 3 else ""
             low, high = np.clip(mean.interval(), 0, 100)  # what Dice can be
-            cells.append(markdown.estimate(mean.value, low, high) + number)
+            cells.append(words.estimate(mean.value, low, high) + number)
         norm, server, split, rate = key
         rows.append([norm, TOLD[server] if norm == "batch" else "none", split, f"{rate:g}", *cells])
     return markdown.table(columns, rows)

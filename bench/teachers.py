@@ -1,4 +1,4 @@
-"""What asking a teacher costs: images a second and peak memory, with made weights."""
+"""The cost of a teacher's logits: images a second and peak memory, with made weights."""
 
 from pathlib import Path
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 import torch
 
 from bench import measure
-from fmfl import prompts, teacher
+from fmfl import prompts
 from fmfl.teacher import Teacher
-from fmfl.teachers import sam
+from fmfl.teachers import builtin, sam
 
 
 def made(name: str, device: torch.device) -> Teacher:
-    """A teacher with random weights, which cost as much as its authors': no file is needed."""
+    """Return a teacher with random weights, which cost as much as its authors': no file is needed."""
     torch.manual_seed(0)
     if name == "builtin":
-        network, convention = teacher.builtin_sam(), teacher.BUILTIN
+        network, convention = builtin.network(), builtin.CONVENTION
     else:
         network, convention = sam.network(name), sam.FAMILIES[name].convention
     network = network.to(device).eval().requires_grad_(False)
@@ -23,24 +23,24 @@ def made(name: str, device: torch.device) -> Teacher:
 
 
 def one(name: str, size: int, images: int, repeats: int, device: str) -> dict[str, Any]:
-    """A row of the table, measured in the process that it is called in."""
+    """Measure a row of the table in the process that calls it."""
     where = measure.the_device(device)
     before = measure.peak_memory()
-    who = made(name, where)
-    batch = min(who.batch_size, images)
+    frozen = made(name, where)
+    batch = min(frozen.batch_size, images)
     cohort = measure.a_cohort(images, size, where)
     boxes = prompts.prompt(cohort.masks, "ground_truth", per_image="one")
 
     def ask() -> None:
-        who.logits(cohort.images, boxes, batch_size=batch)
+        frozen.logits(cohort.images, boxes, batch_size=batch)
 
     taken = measure.interleaved({name: ask}, repeats, where)[name]
     on_gpu = where.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else measure.peak_memory() - before
     return {
         "teacher": name,
-        "input": who.size,
-        "parameters": who.num_parameters,
+        "input": frozen.size,
+        "parameters": frozen.num_parameters,
         "batch": batch,
         "images_per_second": images / measure.median_seconds(taken),
         "cpu_seconds_per_image": measure.median_seconds(taken, "cpu") / images,
@@ -56,9 +56,9 @@ def run(
     device: str = "auto",
     out: Path | None = None,
 ) -> None:
-    """Images a second of each teacher with one box an image, and the most memory that it took.
+    """Measure images a second of each teacher with one box an image, and its peak memory.
 
-    Memory is the GPU's, or what the process has held beyond what its imports take.
+    Memory is the GPU's, or the process's beyond that of its imports.
     """
     settings = {key: value for key, value in locals().items() if key != "out"}
     rows = [
@@ -67,5 +67,5 @@ def run(
         )
         for name in names.split(",")
     ]
-    found = {"threads": torch.get_num_threads(), "precision": "float32"}
-    measure.report("teachers", settings, rows, found, out, ("torch", "segment-anything"))
+    machine = {"threads": torch.get_num_threads(), "precision": "float32"}
+    measure.report("teachers", settings, rows, machine, out, ("torch", "segment-anything"))

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 
 from fmfl.errors import UserError
 
+#: Teacher logit outside the picture, which a rotation brings in: background, p = 0.00005.
 BACKGROUND_LOGIT = -10.0
-"""The teacher's answer where a rotation brings in what lies outside the picture: background, p = 0.00005."""
 
+#: Images [B, 1, H, W] in 0..1, masks [B, 1, H, W] of 0 and 1, extra [B, C, H, W] or None; all float32.
 Augmented = tuple[Tensor, Tensor, Tensor | None]
-"""Images [B, 1, H, W] in 0..1, masks [B, 1, H, W] of 0 and 1, extra [B, C, H, W] or None; all float32."""
 
 
 def draw(
@@ -37,7 +37,7 @@ def draw(
     brightness: float = 0.2,
     contrast: float = 0.2,
 ) -> Tensor:
-    """What shall happen to each image, as five numbers.
+    """Draw five numbers for each image: angle, two flips, brightness, contrast.
 
     Every image uses five uniform numbers whatever the settings, so changing one setting leaves the others'
     draws as they were. The vertical flip is off: the paper says "flips", but no chest X-ray of a hospital
@@ -119,7 +119,7 @@ def apply(images: Tensor, masks: Tensor, draws: Tensor, extra: Tensor | None = N
 
 
 def albumentations(images: Tensor, masks: Tensor, draws: Tensor, extra: Tensor | None = None) -> Augmented:
-    """The twin of `apply`: the same draws through albumentations' own transforms, an image at a time.
+    """Apply the same draws by albumentations' own transforms, an image at a time: the twin of `apply`.
 
     Args, returns and errors are those of `apply`; the results lie on the device of the images.
     """
@@ -156,26 +156,26 @@ def albumentations(images: Tensor, masks: Tensor, draws: Tensor, extra: Tensor |
 
 
 def unchanged(images: Tensor, masks: Tensor, draws: Tensor, extra: Tensor | None = None) -> Augmented:
-    """No augmentation, in the form of `apply`; the draws are not looked at."""
+    """Leave the images as they are, in the form of `apply`; the draws are not used."""
     _check_shapes(images, masks, draws, extra)
     return to_float(images), masks.float(), None if extra is None else extra.float()
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 [..., H, W] in 0..255 to float32 in 0..1, as students and `apply` have them: for scoring."""
+    """Turn uint8 [..., H, W] in 0..255 into float32 in 0..1, as students and `apply` have them."""
     return images.float() / 255
 
 
+#: The choices of a study, by name.
 AUGMENTATIONS: dict[str, Callable[..., Augmented]] = {
     "device": apply,
     "albumentations": albumentations,
     "none": unchanged,
 }
-"""The choices of a study, by name."""
 
 
 def _where_from(draws: Tensor, height: int, width: int) -> Tensor:
-    """For each pixel of the result, the place in the input it comes from: [B, H, W, 2], x then y, in -1..1.
+    """Return each result pixel's source in the input: [B, H, W, 2], x then y, in -1..1.
 
     In pixels from the centre, x to the right and y down, a counter-clockwise turn by t comes from
 

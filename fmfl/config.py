@@ -1,107 +1,108 @@
-"""What a run depends on: one frozen dataclass a stage, three profiles, and the contract of parameters.
+"""Parameters of a run, each declared once: type, default, range, meaning, the paper's value, who takes it.
 
-The defaults are the quick run of the notebooks; `class` and `paper` say what they change. Every
-parameter has a type and a range, is named once over all stages, and is refused in one sentence when it
-is unknown, of the wrong type or out of range.
+The defaults are the quick run of the notebooks; the profiles `class` and `paper` say what they change. A
+parameter that is unknown, of another type or out of range is refused in one sentence.
 """
 
 import ast
-import dataclasses
 import difflib
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fmfl import paths, syntax
+from fmfl import paths
 from fmfl.errors import UserError
+from fmfl.parameters import Parameter, choice, param, split_list
 
+NOTEBOOKS = ("01_data", "02_teacher", "03_distill", "04_federate", "05_analysis")
 INITS = ("random", "pretraining", "fm", "imagenet", "file")
 ARMS = ("federated", "centralised", "standalone")
 SPLITS = ("iid", "age", "quantity", "site", "dirichlet")
+BOX_RULES = ("ground_truth", "ground_truth_jitter", "whole_image", "predicted")
+BOXES_PER_IMAGE = ("per_lung", "one")
 
+#: `by` of a parameter that all take: the notebooks by their numbers, and F for Flower's nodes.
+ALL = "12345F"
 
-def _in(default: Any, low: float | None = None, high: float | None = None, multiple: int = 1) -> Any:
-    """A number between low and high, both allowed, that `multiple` divides."""
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "multiple": multiple})
-
-
-def _one_of(default: str, *choices: str) -> Any:
-    """One of the named choices."""
-    return dataclasses.field(default=default, metadata={"choices": choices})
-
-
-def _some_of(default: str, *choices: str) -> Any:
-    """One or more of the named choices, joined by commas; none only where that is the default."""
-    rule = {"choices": choices, "several": True, "none": not default}
-    return dataclasses.field(default=default, metadata=rule)
-
-
-def _numbers(default: str, low: float, high: float) -> Any:
-    """Any number of numbers between low and high, joined by commas."""
-    return dataclasses.field(default=default, metadata={"numbers": (low, high)})
+#: Groups of parameters, and what the members have in common.
+TAGS = {
+    "where": "no number depends on it, and it may differ too",
+    "free": "may differ between the cells of one study",
+    "place": "names files or folders of this machine",
+    "partition": "decides which client holds which images",
+    "server": "is used by the federated arm alone",
+    "plan": "says which runs there are, and no single run depends on it",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where results go and what computes them."""
 
-    run_name: str = "quick"  # a folder under runs/, or an absolute path
-    device: str = _one_of("auto", "auto", "cpu", "cuda")
-    precision: str = _one_of("auto", "auto", "float32", "bfloat16")  # auto: bfloat16 on a GPU that has it
-    deterministic: bool = False  # on a GPU, slower kernels that give the same bytes twice; a CPU always does
-    cohort_device: str = _one_of("auto", "auto", "device", "host")  # auto: host if the GPU has no room for it
-    engine: str = _one_of("local", "local", "flower")  # flower: the clients behind Flower's messages
+    run_name: str = param("quick", "folder under runs/, or an absolute path", by=ALL, tags="where place")
+    device: str = choice("auto", "auto cpu cuda", "auto: a GPU where there is one", by=ALL, tags="where")
+    precision: str = choice("auto", "auto float32 bfloat16", "auto: bfloat16 on a GPU that has it")
+    deterministic: bool = param(False, "the same bytes twice also on a GPU, by slower kernels")
+    cohort_device: str = choice(
+        "auto",
+        "auto device host",
+        "home of the images; auto: host if the GPU has no room",
+        by=ALL,
+        tags="where",
+    )
+    engine: str = choice("local", "local flower", "flower: the clients behind Flower's messages", by="45")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, at which size, and which of them are proxy, test and federated."""
+    """Images, their size, and which of them are proxy, test and federated."""
 
-    data: str = "phantom"  # phantom, or folders, joined by commas
-    size: int = _in(96, 32, 1024, multiple=32)  # pixels a side, which a U-Net halves five times; paper: 256
-    num_phantoms: int = _in(160, 20, 100_000)
-    phantom_seed: int = _in(0, 0)
-    mask_class: str = "lung"  # the annotated class that is segmented
-    strict: bool = False  # a bad file stops the run instead of being left out and counted
-    proxy: float = _in(1504 / 6504, 0)  # fraction (< 1) or number of images; paper: 1,504 of 6,504
-    test: float = _in(500 / 6504, 0)  # paper: 500 of 6,504
-    federated: float = _in(0.0, 0)  # fraction or number of the rest that the clients hold; 0: all of it
-    holdout_seed: int = _in(0, 0)  # one test set for all seeds, so that they can be compared image by image
+    data: str = param(
+        "phantom", "phantom, or folders with X-rays and masks, with commas between them", tags="place"
+    )
+    size: int = param(96, "pixels a side; a U-Net halves it five times", 32, 1024, multiple=32, paper=256)
+    num_phantoms: int = param(160, "number of synthetic images that phantom holds", 20, 100_000)
+    phantom_seed: int = param(0, "random seed of the synthetic images", 0)
+    mask_class: str = param("lung", "the annotated class that is segmented")
+    strict: bool = param(False, "stop at a bad file instead of leaving it out and counting it")
+    proxy: float = param(1504 / 6504, "fraction (< 1) or number of proxy images", 0, paper=1504 / 6504)
+    test: float = param(500 / 6504, "fraction (< 1) or number of test images", 0, paper=500 / 6504)
+    federated: float = param(0.0, "fraction or number of the other images that clients hold; 0: all", 0)
+    holdout_seed: int = param(0, "random seed of proxy and test images; one for all runs", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """Who teaches, and with which prompt."""
+    """The teacher and its prompt."""
 
-    teacher: str = "builtin"  # or sam-med2d (the paper's), sam_vit_b, sam_vit_l, sam_vit_h, medsam
-    checkpoint: str = ""  # its weights' file; empty: the shipped ones of builtin
-    adapter: bool = True  # False: SAM-Med2D's weights without the adapters
-    teacher_size: int = _in(0, 0, 2048)  # pixels a side of the teacher's input; 0: the family's own
-    passed_over: str = ""  # keys that may be missing, unexpected or of another shape, * for anything
-    box_rule: str = _one_of(
-        "ground_truth", "ground_truth", "ground_truth_jitter", "whole_image", "predicted", "point"
+    teacher: str = param(
+        "builtin", "builtin, sam_vit_b, sam_vit_l, sam_vit_h, medsam or sam-med2d", paper="sam-med2d"
     )
-    boxes_per_image: str = _one_of("per_lung", "per_lung", "one")  # left open by the paper
-    jitter_pixels: float = _in(5.0, 0, 100)
-    teacher_noise: float = _in(0.0, 0, 10)  # on each weight, in its tensor's deviations
+    checkpoint: str = param("", "file of its weights; empty: the shipped ones of builtin", tags="place")
+    teacher_size: int = param(0, "pixels a side of the teacher's input; 0: its family's own", 0, 2048)
+    box_rule: str = choice(
+        "ground_truth", BOX_RULES, "source of boxes; predicted: another network's masks", paper="ground_truth"
+    )
+    boxes_per_image: str = choice("per_lung", BOXES_PER_IMAGE, "one: round both; the paper does not say")
+    jitter_pixels: float = param(5.0, "most that each side of a jittered box moves, in pixels", 0, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """How the informed initial states are made from the proxy set (Eq. 4 and 5)."""
 
-    student: str = "mobile_unet"
-    # Fraction (<= 1) or number of proxy images with a mask; the teacher's own stands in for the others.
-    labelled: float = _in(1.0, 0)
-    alpha: float = _in(0.6, 0, 1)  # weight of the teacher in Eq. 5; 0 is supervised pre-training
-    temperature: float = _in(1.0, 0.01, 100)  # T of Hinton et al. 2015; the paper names none
-    teacher_labels: str = _one_of("soft", "soft", "hard")  # hard: the teacher's mask instead of its logits
-    teacher_views: str = _one_of("cached", "cached", "fresh")  # fresh: asked about each augmented image
-    proxy_epochs: int = _in(15, 0, 10_000)  # passes of the proxy set; the paper names none
-    proxy_learning_rate: float = _in(1e-3, 0, 10)
-    encoder_file: str = ""  # of the start imagenet: the encoder's weights as published
-    init_file: str = ""  # of the start file: any weights of the student
+    student: str = param("mobile_unet", "the student's network, see fmfl/models.py", paper="unet", by="2345F")
+    labelled: float = param(
+        1.0, "fraction (<= 1) or number of proxy masks that are used, else the teacher's", 0
+    )
+    alpha: float = param(0.6, "weight of the teacher in Eq. 5; 0: supervised pre-training", 0, 1, paper=0.6)
+    temperature: float = param(1.0, "T of Hinton et al. 2015; the paper names none", 0.01, 100)
+    teacher_labels: str = choice("soft", "soft hard", "hard: the teacher's mask instead of its logits")
+    teacher_views: str = choice("cached", "cached fresh", "fresh: logits of each augmented image")
+    proxy_epochs: int = param(15, "passes over the proxy set; the paper names none", 0, 10_000)
+    proxy_learning_rate: float = param(1e-3, "learning rate of Adam on the proxy set", 0, 10)
+    encoder_file: str = param("", "the encoder's weights for the initial state imagenet", tags="place")
+    init_file: str = param("", "the student's weights for the initial state file", tags="place")
 
 
 #: What each named variant of distillation changes.
@@ -117,126 +118,108 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """Which other distillations 03_distill compares with the run's own; no federated run begins from them."""
+    """Other distillations that 03_distill compares with the run's own; no federated run begins from them."""
 
-    alpha_sweep: str = _numbers("0,0.6,1", 0, 1)  # each with each temperature: Dice only, both, KL only
-    temperature_sweep: str = _numbers("", 0.01, 100)  # empty: the run's own
-    variants: str = _some_of("", *VARIANTS)  # each changes one thing in the run's own
+    alpha_sweep: str = param("0,0.6,1", "values of alpha to compare", 0, 1, many=True, tags="free")
+    temperature_sweep: str = param("", "to compare; empty: the run's own", 0.01, 100, many=True, tags="free")
+    variants: str = choice("", VARIANTS, "distillations that change one thing", many=True, tags="free")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FederateConfig:
     """What one federated run depends on, besides its data and its initial state."""
 
-    split: str = _one_of("age", *SPLITS)
-    age_strength: float = _in(1.0, 0, 1)  # 0: as IID; 1: clients hold disjoint age ranges
-    quantity_ratio: float = _in(9.0, 1, 1000)  # largest client over smallest, in images
-    dirichlet_concentration: float = _in(0.5, 0.01, 1e6)  # small: each client lives in few age bands
-    arms: str = _some_of("federated,centralised,standalone", *ARMS)
-    inits: str = _some_of("random,pretraining,fm", *INITS)
-    # A split by age cannot deal an image without an age. leave_out: no client holds one, under any split, so
-    # that all splits train on the same images. auto: leave_out where a split of the study deals by age.
-    images_without_age: str = _one_of("auto", "auto", "keep", "leave_out")
-    num_clients: int = _in(3, 1, 100_000)
-    num_rounds: int = _in(5, 1, 100_000)  # paper: 100
-    local_epochs: int = _in(1, 1, 1000)  # E in McMahan et al. 2017; paper: 5
-    batch_size: int = _in(8, 1, 4096)  # B, images a local step
-    learning_rate: float = _in(1e-3, 0, 10)  # of the clients' Adam; paper: 1e-4
-    proximal: float = _in(0.0, 0, 1000)  # mu of FedProx (Li et al. 2020, arXiv 1812.06127); 0: FedAvg
-    loss: str = _one_of("dice", "dice", "dice_bce")  # the paper names the Dice loss
-    optimizer_state: str = _one_of("reset", "reset", "keep")  # of a client's Adam between rounds
-    # BatchNorm: averaged with the weights; a client's own (FedBN: Li et al. 2021, arXiv 2102.07623); or
-    # GroupNorm in its place, in every arm and start (Hsieh et al. 2020, arXiv 1910.00189).
-    batch_norm: str = _one_of("average", "average", "local", "group")
-    participation: float = _in(1.0, 0, 1)  # C in McMahan et al. 2017: clients a round, at least one
-    client_weights: str = _one_of("images", "images", "uniform")  # in the average; images: Eq. 3
-    # The server takes the average, or takes the way there for a gradient (FedAvgM: Hsu et al. 2019, arXiv
-    # 1909.06335; FedAdam: Reddi et al. 2021, arXiv 2003.00295).
-    server: str = _one_of("average", "average", "momentum", "adam")
-    server_learning_rate: float = _in(0.0, 0, 100)  # 0: the usual one, 1 for momentum and 0.01 for adam
-    server_momentum: float = _in(0.9, 0, 0.9999)  # beta in FedAvgM, beta_1 in FedAdam
-    server_beta2: float = _in(0.99, 0, 0.9999)  # of adam
-    server_epsilon: float = _in(1e-3, 1e-12, 1)  # tau in FedAdam: how adaptive adam is, the larger the less
-    augmentation: str = _one_of("device", "device", "albumentations", "none")
-    score_every: int = _in(1, 1, 100_000)  # rounds; the last round is always scored
-    seed: int = _in(0, 0, 2**31)
+    split: str = choice("age", SPLITS, "how the images are dealt to the clients", tags="free partition")
+    age_strength: float = param(1.0, "0: as iid; 1: disjoint age ranges", 0, 1, by="145F", tags="partition")
+    quantity_ratio: float = param(
+        9.0, "images of the largest client over the smallest", 1, 1000, by="145F", tags="partition"
+    )
+    dirichlet_concentration: float = param(0.5, "small: few age bands a client", 0.01, 1e6, tags="partition")
+    arms: str = choice(",".join(ARMS), ARMS, "ways to train", many=True, by="45", tags="free plan")
+    inits: str = choice(
+        "random,pretraining,fm", INITS, "initial states", many=True, by="345", tags="free plan"
+    )
+    images_without_age: str = choice(
+        "auto",
+        "auto keep leave_out",
+        "auto: left out where a split of the study deals by age, so that all splits train on the same images",
+        by="145F",
+        tags="plan",
+    )
+    num_clients: int = param(3, "number of clients", 1, 100_000, paper=3, by="145F", tags="partition")
+    num_rounds: int = param(5, "rounds of local training and averaging", 1, 100_000, paper=100)
+    local_epochs: int = param(1, "E, passes of a client over its images in a round", 1, 1000, paper=5)
+    batch_size: int = param(8, "B, images in a local step", 1, 4096, by="345F")
+    learning_rate: float = param(1e-3, "learning rate of the clients' Adam", 0, 10, paper=1e-4)
+    proximal: float = param(0.0, "mu of FedProx (arXiv 1812.06127); 0: FedAvg", 0, 1000, tags="server")
+    loss: str = choice("dice", "dice dice_bce", "loss of the clients", paper="dice")
+    optimizer_state: str = choice("reset", "reset keep", "state of a client's Adam between rounds")
+    batch_norm: str = choice(
+        "average",
+        "average local group",
+        "local: a client's own (FedBN, arXiv 2102.07623); group: GroupNorm in its place (arXiv 1910.00189)",
+        by="345F",
+    )
+    participation: float = param(1.0, "C, fraction of clients in a round; at least one", 0, 1, tags="server")
+    client_weights: str = choice(
+        "images", "images uniform", "weights in the average; images: Eq. 3", tags="server"
+    )
+    server: str = choice(
+        "average",
+        "average momentum adam",
+        "step with the average: FedAvg, FedAvgM (arXiv 1909.06335) or FedAdam (arXiv 2003.00295)",
+        paper="average",
+        tags="server",
+    )
+    server_learning_rate: float = param(0.0, "0: 1 for momentum and 0.01 for adam", 0, 100, tags="server")
+    server_momentum: float = param(0.9, "beta in FedAvgM, beta_1 in FedAdam", 0, 0.9999, tags="server")
+    server_beta2: float = param(0.99, "beta_2 in FedAdam", 0, 0.9999, tags="server")
+    server_epsilon: float = param(1e-3, "tau in FedAdam; larger: less adaptive", 1e-12, 1, tags="server")
+    augmentation: str = choice("device", "device albumentations none", "none: images as they are", by="345F")
+    score_every: int = param(1, "rounds between scores; the last round is always scored", 1, 100_000)
+    seed: int = param(0, "random seed of partition, weights and training", 0, 2**31, by="1345F", tags="free")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowerConfig:
     """What a run on Flower depends on besides; docs/hospitals.md goes to more than one machine."""
 
-    start: str = ""  # a deployment's first weights, a file of safetensors; empty: random ones by the seed
-    test_data: str = ""  # what a deployment's server scores on: folders; empty: none; held_out: part of data
-    min_clients: int = _in(2, 1, 100_000)  # good updates that a round needs, or all where fewer are asked
-    join_timeout: float = _in(300.0, 0, 1e6)  # seconds to wait for all clients before the first round
-    round_timeout: float = _in(3600.0, 1, 1e6)  # seconds to wait for a client's update
+    start: str = param("", "file of a deployment's first weights; empty: random ones by the seed")
+    test_data: str = param("", "folders that a deployment scores on; empty: none; held_out: part of data")
+    min_clients: int = param(2, "good updates that a round needs, or all where fewer are asked", 1, 100_000)
+    join_timeout: float = param(300.0, "seconds to wait for all clients before the first round", 0, 1e6)
+    round_timeout: float = param(3600.0, "seconds to wait for a client's update", 1, 1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisConfig:
     """What the figures and tables ask."""
 
-    target_dice: float = _in(0.9, 0, 1)  # rounds, bytes and seconds are counted up to this Dice
-    reference_split: str = _one_of("age", *SPLITS)  # of Table 1
-    diagnostics: bool = True  # clients train their first round again, to look at the ground there
-
-
-STAGES: dict[str, type] = {
-    "run": RunConfig,
-    "data": DataConfig,
-    "teacher": TeacherConfig,
-    "distill": DistillConfig,
-    "sweep": SweepConfig,
-    "federate": FederateConfig,
-    "flower": FlowerConfig,
-    "analysis": AnalysisConfig,
-}
-
-#: What each profile changes against the defaults (= `smoke`, the notebooks' quick run).
-PROFILES: dict[str, dict[str, Any]] = {
-    "smoke": {},
-    # 320: the fewest whose test part has the patients that an interval needs (statistics.MIN_PATIENTS).
-    "class": {"num_phantoms": 320, "alpha_sweep": ""},
-    "paper": {
-        "size": 256,
-        "num_phantoms": 6504,
-        "student": "unet",
-        "num_rounds": 100,
-        "local_epochs": 5,
-        "batch_size": 16,
-        "learning_rate": 1e-4,
-        "proxy_epochs": 100,
-        "proxy_learning_rate": 1e-4,
-        "alpha_sweep": "",
-    },
-}
+    target_dice: float = param(0.9, "Dice that rounds and bytes are counted up to", 0, 1, tags="free")
+    reference_split: str = choice("age", SPLITS, "split of Table 1", tags="free")
+    diagnostics: bool = param(True, "repeat each first round, to measure the loss around it", tags="free")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All stages' settings of one run."""
+    """All stages' settings of one run, and who takes the parameters of each stage."""
 
-    run: RunConfig
-    data: DataConfig
-    teacher: TeacherConfig
-    distill: DistillConfig
-    sweep: SweepConfig
-    federate: FederateConfig
-    flower: FlowerConfig
-    analysis: AnalysisConfig
+    run: RunConfig = field(metadata={"by": "345F"})
+    data: DataConfig = field(metadata={"by": ALL})
+    teacher: TeacherConfig = field(metadata={"by": "2345"})
+    distill: DistillConfig = field(metadata={"by": "345"})
+    sweep: SweepConfig = field(metadata={"by": "35"})
+    federate: FederateConfig = field(metadata={"by": "45F"})
+    flower: FlowerConfig = field(metadata={"by": "45F"})
+    analysis: AnalysisConfig = field(metadata={"by": "5"})
 
     def flat(self) -> dict[str, Any]:
-        """Every parameter by name."""
-        return {
-            name: value
-            for stage in STAGES
-            for name, value in dataclasses.asdict(getattr(self, stage)).items()
-        }
+        """Return every parameter's value by name."""
+        return {name: getattr(getattr(self, about.stage), name) for name, about in PARAMETERS.items()}
 
     def changed(self) -> dict[str, Any]:
-        """The parameters that differ from the quick run."""
-        return {name: value for name, value in self.flat().items() if value != defaults()[name]}
+        """Return the parameters that differ from the quick run."""
+        return {name: value for name, value in self.flat().items() if value != PARAMETERS[name].default}
 
     @property
     def run_dir(self) -> Path:
@@ -244,177 +227,108 @@ class Settings:
         return paths.RUNS / self.run.run_name
 
 
-def _fields() -> dict[str, tuple[str, dataclasses.Field]]:
-    return {
-        field.name: (stage, field) for stage, kind in STAGES.items() for field in dataclasses.fields(kind)
-    }
+STAGES: dict[str, type] = {stage.name: stage.type for stage in fields(Settings)}
 
+PARAMETERS: dict[str, Parameter] = {
+    one.name: Parameter(one.name, one.type, one.default, stage.name, **stage.metadata | one.metadata)
+    for stage in fields(Settings)
+    for one in fields(stage.type)
+}
 
-def stage_of() -> dict[str, str]:
-    """Every parameter's stage."""
-    return {name: stage for name, (stage, _) in _fields().items()}
+#: What each profile changes against the defaults (= `smoke`, the notebooks' quick run).
+PROFILES: dict[str, dict[str, Any]] = {
+    "smoke": {},
+    # 320: the fewest whose test part has the patients that an interval needs (statistics.MIN_PATIENTS).
+    "class": {"num_phantoms": 320, "alpha_sweep": ""},
+    # The paper's values, but for its teacher, whose weights do not come along; the rest it leaves open.
+    "paper": {name: about.paper for name, about in PARAMETERS.items() if about.paper is not None}
+    | {"teacher": "builtin", "num_phantoms": 6504, "batch_size": 16, "alpha_sweep": ""}
+    | {"proxy_epochs": 100, "proxy_learning_rate": 1e-4},
+}
 
 
 def defaults() -> dict[str, Any]:
-    """Every parameter's default: the quick run."""
-    return {name: field.default for name, (_, field) in _fields().items()}
+    """Return every parameter's default: the quick run."""
+    return {name: about.default for name, about in PARAMETERS.items()}
 
 
-def split_list(text: str) -> list[str]:
-    """A comma-separated parameter as a list."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+def taken_by(notebook: str) -> set[str]:
+    """Return the parameters that a notebook takes, or Flower's nodes, as `F`."""
+    return {name for name, about in PARAMETERS.items() if notebook.split("_")[0].lstrip("0") in about.by}
+
+
+def tagged(tag: str) -> set[str]:
+    """Return the parameters in one of the groups `TAGS`."""
+    return {name for name, about in PARAMETERS.items() if tag in about.tags.split()}
 
 
 def float_list(text: str) -> list[float]:
-    """A comma-separated parameter of numbers as a list."""
+    """Return a comma-separated parameter of numbers as a list."""
     return [float(part) for part in split_list(text)]
 
 
-def checked(name: str, value: Any) -> Any:
-    """A parameter's value in its own type.
+def known(name: str) -> Parameter:
+    """Return the declaration of a parameter.
 
     Raises:
-        UserError: the name is unknown, or the value is of another type or out of range.
+        UserError: the name is unknown.
     """
-    fields = _fields()
-    if name not in fields:
-        near = difflib.get_close_matches(name, fields, n=1)
-        hint = f"did you mean {near[0]}?" if near else "see fmfl/config.py for all names"
-        raise UserError(f"parameter {name!r} is unknown: {hint}")
-    field = fields[name][1]
-    kind, rule = field.type, field.metadata
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is str and isinstance(value, list | tuple):
-        value = ",".join(map(str, value))
-    if "numbers" in rule and isinstance(value, int | float) and not isinstance(value, bool):
-        value = f"{value:g}"  # papermill reads a list of one as a number
-    if kind is str and isinstance(value, os.PathLike):
-        value = str(value)
-    if type(value) is not kind:
-        raise UserError(f"parameter {name} must be {_a(kind)}, not {value!r} ({type(value).__name__})")
-    if "choices" in rule:
-        chosen = split_list(value) if rule.get("several") else [value]
-        wrong = [item for item in chosen if item not in rule["choices"]]
-        if wrong or not (chosen or rule.get("none")):
-            what = "some of" if rule.get("several") else "one of"
-            found = repr(wrong[0]) if wrong else "empty"
-            raise UserError(f"parameter {name} is {found}: choose {what} {', '.join(rule['choices'])}")
-        if len(set(chosen)) < len(chosen):
-            raise UserError(f"parameter {name} = {value!r} names one choice twice: name each once")
-    if "numbers" in rule:
-        _check_numbers(name, value, *rule["numbers"])
-    low, high = rule.get("low"), rule.get("high")
-    # Written so that NaN fails too.
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
-        if high is None:
-            raise UserError(f"parameter {name} is {value}: it must be at least {low:g}")
-        raise UserError(f"parameter {name} is {value}: it must lie between {low:g} and {high:g}")
-    multiple = rule.get("multiple", 1)
-    if multiple > 1 and value % multiple:
-        below = value - value % multiple
-        raise UserError(
-            f"parameter {name} is {value}: it must be a multiple of {multiple}, such as {below or multiple}"
-        )
-    return value
+    if name in PARAMETERS:
+        return PARAMETERS[name]
+    near = difflib.get_close_matches(name, PARAMETERS, n=1)
+    hint = f"did you mean {near[0]}?" if near else "`fmfl params` lists them all"
+    raise UserError(f"parameter {name!r} is unknown: {hint}")
 
 
-def _check_numbers(name: str, text: str, low: float, high: float) -> None:
-    """Each part of a comma-separated text is a number in the range, and none is there twice."""
-    found = []
-    for part in split_list(text):
-        try:
-            found.append(float(part))
-        except ValueError:
-            raise UserError(
-                f"parameter {name} holds {part!r}: give numbers joined by commas, such as {low:g},{high:g}"
-            ) from None
-        if not low <= found[-1] <= high:
-            raise UserError(f"parameter {name} holds {part}: each must lie between {low:g} and {high:g}")
-    if len(set(found)) < len(found):
-        raise UserError(f"parameter {name} = {text!r} names one number twice: name each once")
-
-
-def _a(kind: type) -> str:
-    return {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}[kind]
+def validate(name: str, value: Any) -> Any:
+    """Return a parameter's value in its own type, or raise a UserError; see `Parameter.validate`."""
+    return known(name).validate(value)
 
 
 def parse(name: str, text: str) -> Any:
-    """A parameter given as text on a command line, in its own type: `"1e-4"` becomes a number.
-
-    Raises:
-        UserError: see `checked`.
-    """
-    fields = _fields()
-    kind = fields[name][1].type if name in fields else str
-    if kind is bool:
-        return checked(name, {"true": True, "false": False}.get(text.strip().lower(), text))
-    if kind is not str:
-        try:
-            number = float(text)
-        except ValueError:
-            return checked(name, text)
-        return checked(name, int(number) if kind is int and number.is_integer() else number)
-    return checked(name, text)
+    """Return the value of a parameter given as text on a command line; see `Parameter.parse`."""
+    return known(name).parse(text)
 
 
 def settings(given: dict[str, Any] | None = None, *, profile: str = "smoke") -> Settings:
-    """Settings of a profile with some parameters given.
+    """Return the settings of a profile with some parameters given.
 
     Raises:
         UserError: a parameter or the profile is not usable.
     """
     if profile not in PROFILES:
         raise UserError(f"profile {profile!r} is unknown: choose one of {', '.join(PROFILES)}")
-    values = PROFILES[profile] | {name: checked(name, value) for name, value in (given or {}).items()}
-    fields = _fields()
-    return Settings(
-        **{
-            stage: kind(**{name: value for name, value in values.items() if fields[name][0] == stage})
-            for stage, kind in STAGES.items()
-        }
-    )
+    values = PROFILES[profile] | {name: validate(name, value) for name, value in (given or {}).items()}
+    stages: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
+    for name, value in values.items():
+        stages[PARAMETERS[name].stage][name] = value
+    return Settings(**{stage: kind(**stages[stage]) for stage, kind in STAGES.items()})
 
 
 PARAMETERS_COMMENT = "# Parameters"
-PLAIN_TYPES = (str, int, float, bool, list, tuple, type(None))  # what a parameter can be
-
-
-def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
-    """The names that the latest version of each parameter cell assigns, from the sources of all cells run."""
-    latest = {cell.splitlines()[0]: cell for cell in cells if cell.startswith(PARAMETERS_COMMENT)}
-    if not latest:
-        raise UserError(
-            f"no cell that was run begins with {PARAMETERS_COMMENT!r}: run the parameters cell first, "
-            "with that line"
-        )
-    return {
-        node.id
-        for cell in latest.values()
-        for node in ast.walk(syntax.parse(cell))
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    }
 
 
 def from_notebook(namespace: dict[str, Any]) -> Settings:
-    """Settings from a notebook's variables, for its set-up cell: `cfg = config.from_notebook(globals())`.
+    """Return settings from a notebook's variables, for its set-up cell: `config.from_notebook(globals())`.
 
-    A parameter cell is one whose source begins with `# Parameters`: the notebook's own, and the one
-    that papermill injects after it. A name assigned there that is no parameter is an error, so an
-    override with a typing mistake cannot be ignored in silence. Of a cell that was corrected and run again,
-    told by its first line, only the last version counts.
+    Parameters are the names that cells beginning with `# Parameters` assign: the notebook's own cell, and the
+    one that papermill injects after it. Of a cell that was corrected and run again, told by its first line,
+    the last version counts. A runner that keeps no history (nbval) starts a fresh kernel, where all plain
+    values are parameters.
 
     Raises:
         UserError: a parameter is unknown, mistyped or out of range, or no parameter cell was run.
     """
-    cells = [source.strip() for source in namespace.get("In", [])]
-    if any(cells):
-        assigned = _assigned_in_parameter_cells(cells)
-    else:
-        # A runner that keeps no history (nbval): its kernel is fresh, so all plain values are parameters.
-        assigned = {
-            name
-            for name, value in namespace.items()
-            if name[0].islower() and isinstance(value, PLAIN_TYPES)  # BOX_RULES was imported
-        }
-    return settings({name: namespace[name] for name in sorted(assigned)})
+    cells = [source.strip() for source in namespace.get("In", []) if source.strip()]
+    latest = {cell.splitlines()[0]: cell for cell in cells if cell.startswith(PARAMETERS_COMMENT)}
+    if cells and not latest:
+        raise UserError(
+            f"no cell that was run begins with {PARAMETERS_COMMENT!r}: run the parameters cell first, "
+            "with that line"
+        )
+    nodes = (node for cell in latest.values() for node in ast.walk(ast.parse(cell)))
+    names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    if not cells:
+        plain = (str, int, float, bool, list, tuple, type(None))
+        names = {name for name, value in namespace.items() if name[0].islower() and isinstance(value, plain)}
+    return settings({name: namespace[name] for name in sorted(names)})

@@ -1,4 +1,4 @@
-"""Devices: where a run computes, how precisely, and with the same bytes twice."""
+"""Device, precision and determinism of a run."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from fmfl.config import RunConfig
 
 
 def device_of(cfg: RunConfig) -> torch.device:
-    """The device that `auto` means here."""
+    """Return the run's device; `auto` is a GPU where PyTorch finds one."""
     if cfg.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(cfg.device)
@@ -28,7 +28,7 @@ def set_determinism(cfg: RunConfig) -> None:
 
 
 def precision_of(cfg: RunConfig) -> str:
-    """What `auto` means here: bfloat16 on a GPU that has it, float32 elsewhere.
+    """Return the run's precision; `auto` is bfloat16 on a GPU that has it, float32 elsewhere.
 
     Many CPUs emulate bfloat16 at a hundredth of the speed, so `auto` never picks it there.
     """
@@ -38,5 +38,5 @@ def precision_of(cfg: RunConfig) -> str:
 
 
 def autocast(device: torch.device, precision: str = "float32") -> contextlib.AbstractContextManager:
-    """Mixed precision by name, float32 or bfloat16."""
+    """Return the context of mixed precision by name, float32 or bfloat16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a person can mend, and what to say of a system's refusals."""
+"""The exception for mistakes that a person can mend, and sentences for a system's refusals."""
 
 import errno
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class UserError(ValueError):
-    """A file or parameter that has to be changed; the message is one sentence that says which and how.
+    """Mistake in a file or parameter; the message is one sentence that names it and says what to do.
 
     The command line prints the message alone, and so does a notebook cell: a traceback would
     bury the sentence that helps.
@@ -29,7 +29,7 @@ def first_few(said: Iterable[str], most: int = 3) -> str:
 
 
 def of_the_system(error: OSError, file: object = "") -> str:
-    """One sentence on what the system refused, and what helps.
+    """Return one sentence on the system's refusal and its remedy.
 
     Args:
         error: from the system.

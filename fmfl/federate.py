@@ -113,7 +113,7 @@ def trained_keys(model: nn.Module, cfg: FederateConfig) -> list[str]:
 
 
 def aggregate(updates: Iterable[tuple[State, int] | ClientUpdate]) -> State:
-    """Eq. 3: the average of the clients' states, weighted by how many images each holds.
+    """Eq. 3: the average of the clients' states, weighted by the images that each holds.
 
         theta = sum_k (n_k / n) theta_k,    n = sum_k n_k
 
@@ -222,7 +222,7 @@ def server_step(
 
 
 def moments_of(optimizer: torch.optim.Optimizer) -> State:
-    """Adam's step counts and moments as flat tensors, to be kept between rounds and in checkpoints."""
+    """Return Adam's step counts and moments, to be kept between rounds and in checkpoints."""
     state = optimizer.state_dict()["state"]
     return {f"{index}/{name}": value.clone() for index, held in state.items() for name, value in held.items()}
 

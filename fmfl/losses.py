@@ -1,4 +1,4 @@
-"""What a student learns from: the teacher (Eq. 4), the masks (soft Dice), or both (Eq. 5).
+"""Losses of a student: Kullback-Leibler to the teacher (Eq. 4), soft Dice to the masks, and both (Eq. 5).
 
 Reference: Li & Yang 2023, arXiv 2311.15463, section 2.2. The paper distils at temperature 1; softening with
 its factor T^2 is Hinton, Vinyals & Dean 2015, arXiv 1503.02531, section 2. The soft Dice loss is Milletari,
@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from fmfl.errors import UserError
 
+#: Pixels added above and below the Dice fraction: an empty mask predicted empty costs 0 instead of 0/0.
 SMOOTHING = 1.0
-"""Pixels added above and below the Dice fraction: an empty mask predicted empty costs 0 instead of 0/0."""
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Eq. 4: how far the student's mask is from the teacher's, as KL(teacher || student) a pixel.
+    """Eq. 4: the mean over pixels of KL(teacher || student).
 
     Each pixel is a coin with two outcomes, lung and background. With p = sigmoid(teacher / T) and
     q = sigmoid(student / T),
@@ -41,7 +41,7 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     """
     _check_shapes("student logits", student_logits, "teacher logits", teacher_logits)
     if not temperature > 0:
-        raise UserError(f"temperature is {temperature}, but must be above 0 (the paper's value is 1).")
+        raise UserError(f"temperature is {temperature}, but must be above 0 (the paper's value is 1)")
     student = _full_precision(student_logits) / temperature
     teacher = teacher_logits.detach().to(student.dtype) / temperature
     log_ratio = F.logsigmoid(teacher) - F.logsigmoid(student)
@@ -101,14 +101,14 @@ def distillation_loss(
         UserError: alpha lies outside 0..1, or the temperature is not positive.
     """
     if not 0 <= alpha <= 1:
-        raise UserError(f"alpha is {alpha}, but must lie in 0..1 (the paper's value is 0.6).")
+        raise UserError(f"alpha is {alpha}, but must lie in 0..1 (the paper's value is 0.6)")
     distil = kl_divergence(student_logits, teacher_logits, temperature)
     segment = dice_loss(student_logits, masks)
     return alpha * distil + (1 - alpha) * segment
 
 
 def harden(teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """The teacher's mask as logits, certain of every pixel: Eq. 4 becomes cross-entropy with that mask.
+    """Turn the teacher's mask into logits certain of every pixel: Eq. 4 becomes cross-entropy with that mask.
 
     Args:
         teacher_logits: [B, 1, H, W] raw scores; above 0 is lung.
@@ -121,7 +121,7 @@ def harden(teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def _full_precision(logits: Tensor) -> Tensor:
-    """At least float32: a sum over 256 x 256 pixels overflows float16 and stalls in bfloat16."""
+    """Raise to at least float32: a sum over 256 x 256 pixels overflows float16 and stalls in bfloat16."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""How good a predicted mask is, one value an image (Dice, IoU, HD95, ASSD), and how honest probabilities are.
+"""Scores of predicted masks, one value an image (Dice, IoU, HD95, ASSD), and calibration of probabilities.
 
 Empty masks. Both empty: the prediction is right, so dice = iou = 1 and hd95 = assd = 0. Exactly one empty:
 nothing was found or all was made up, so dice = iou = 0, and hd95 = assd = the image's diagonal in pixels,
@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 
 def dice(predicted: Tensor, masks: Tensor) -> Tensor:
-    """2 |P and Y| / (|P| + |Y|), image by image.
+    """Return the Dice score 2 |P and Y| / (|P| + |Y|), image by image.
 
     Args:
-        predicted: [B, 1, H, W]; what is above 0.5 is lung, be it bool, 0 and 1, 0 and 255 or probabilities.
+        predicted: [B, 1, H, W]; values above 0.5 are lung: bool, 0 and 1, 0 and 255 or probabilities.
         masks: [B, 1, H, W], read in the same way.
 
     Returns:
@@ -39,13 +39,13 @@ def dice(predicted: Tensor, masks: Tensor) -> Tensor:
 
 
 def iou(predicted: Tensor, masks: Tensor) -> Tensor:
-    """|P and Y| / |P or Y|, image by image; arguments, range and errors as for `dice`."""
+    """Return the intersection over union |P and Y| / |P or Y|, image by image; see `dice`."""
     shared, total = _overlap(predicted, masks)
     return torch.where(total == 0, 1.0, shared / (total - shared))
 
 
 def hd95(predicted: Tensor, masks: Tensor) -> Tensor:
-    """95th percentile of the Hausdorff distance, image by image.
+    """Return the 95th percentile of the Hausdorff distance, image by image.
 
     The larger of two percentiles: of the distances from each surface pixel of the prediction to the nearest
     of the mask, and the other way round. (Tools that pool both directions first give smaller values.)
@@ -59,7 +59,7 @@ def hd95(predicted: Tensor, masks: Tensor) -> Tensor:
 
 
 def assd(predicted: Tensor, masks: Tensor) -> Tensor:
-    """Average symmetric surface distance, image by image: the mean of both directions' distances together.
+    """Return the average symmetric surface distance, image by image: the mean over both directions.
 
     Args, returns and errors as for `hd95`.
     """
@@ -67,12 +67,12 @@ def assd(predicted: Tensor, masks: Tensor) -> Tensor:
 
 
 def score(probabilities: Tensor, masks: Tensor, threshold: float = 0.5, surface: bool = True) -> pd.DataFrame:
-    """All scores of all images.
+    """Return all scores of all images.
 
     Args:
         probabilities: [B, 1, H, W] in 0..1, or masks already (bool).
         masks: [B, 1, H, W] of 0 and 1, in any dtype.
-        threshold: what is above it is lung.
+        threshold: values above it are lung.
         surface: also hd95 and assd, about a millisecond an image.
 
     Returns:
@@ -90,7 +90,7 @@ def score(probabilities: Tensor, masks: Tensor, threshold: float = 0.5, surface:
 
 
 def reliability(probabilities: Tensor, masks: Tensor, bins: int = 15) -> pd.DataFrame:
-    """The reliability diagram of all pixels together: of those called 70 % lung, how many are?
+    """Return the reliability diagram: the share of lung among all pixels predicted at 70 %, and so on.
 
     Args:
         probabilities: [B, 1, H, W] in 0..1.
@@ -125,7 +125,7 @@ def reliability(probabilities: Tensor, masks: Tensor, bins: int = 15) -> pd.Data
 
 
 def calibration_error(probabilities: Tensor, masks: Tensor, bins: int = 15) -> float:
-    """Expected calibration error: the mean over pixels of |frequency - probability| of their bin, 0..1.
+    """Return the expected calibration error, 0..1: over pixels, the mean of |frequency - probability|.
 
     The form with bins is that of Guo et al. 2017, arXiv 1706.04599, section 2, here of the probability of
     lung instead of the likelier class's. Most of an image is background of which every student is sure, and
@@ -139,7 +139,7 @@ def calibration_error(probabilities: Tensor, masks: Tensor, bins: int = 15) -> f
 
 
 def _overlap(predicted: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """|P and Y| and |P| + |Y|, int32 [B]: whole numbers, and six times as fast as a bool's int64 sum."""
+    """Return |P and Y| and |P| + |Y|, int32 [B]: whole numbers, six times as fast as int64 sums of bool."""
     _check_shapes(predicted, masks)
     predicted, masks = _as_bool(predicted).flatten(1), _as_bool(masks).to(predicted.device).flatten(1)
     shared, ours, theirs = (x.sum(1, dtype=torch.int32) for x in (predicted & masks, predicted, masks))
@@ -147,7 +147,7 @@ def _overlap(predicted: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _surface_scores(predicted: Tensor, masks: Tensor) -> Tensor:
-    """hd95 and assd, float32 [B, 2] on the CPU.
+    """Return hd95 and assd, float32 [B, 2] on the CPU.
 
     The surfaces of all images are found at once on the device; then each image searches the nearest of some
     hundred points in a k-d tree, which costs less than distance transforms of the whole image.
@@ -169,7 +169,7 @@ def _surface_scores(predicted: Tensor, masks: Tensor) -> Tensor:
 
 
 def _surface(masks: Tensor) -> Tensor:
-    """The mask without those pixels whose four neighbours are in it too: bool [B, 1, H, W]."""
+    """Return the mask's pixels with a neighbour outside it: bool [B, 1, H, W]."""
     masks = _as_bool(masks)
     padded = F.pad(masks, (1, 1, 1, 1))
     above, below = padded[..., :-2, 1:-1], padded[..., 2:, 1:-1]

@@ -1,4 +1,4 @@
-"""Students: the small U-Nets that clients train and exchange, by name, and what they weigh."""
+"""Students: the small U-Nets that clients train and exchange, by name, and their size."""
 
 import math
 import threading
@@ -24,7 +24,7 @@ def _smp_unet(encoder: str, decoder_channels: tuple[int, ...]) -> nn.Module:
 
 
 def _plain_unet() -> nn.Module:
-    """Ronneberger et al. 2015 (arXiv 1505.04597) with padded convolutions and BatchNorm, as is usual."""
+    """Build the U-Net of Ronneberger et al. 2015 (arXiv 1505.04597), padded and with BatchNorm."""
     from monai.networks.nets import BasicUNet
 
     return BasicUNet(
@@ -38,6 +38,7 @@ def _plain_unet() -> nn.Module:
     )
 
 
+#: `unet` is the paper's; `mobile_unet` (1.7 M parameters) is the default that two cores can train.
 STUDENTS: dict[str, Callable[[], nn.Module]] = {
     # Thin decoders: at full resolution a wide one costs more than the whole encoder.
     "tiny_unet": lambda: _smp_unet("tu-mobilenetv3_small_050", (48, 32, 16, 16, 8)),
@@ -46,7 +47,6 @@ STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "resnet34_unet": lambda: _smp_unet("resnet34", (256, 128, 64, 32, 16)),
     "unet": _plain_unet,
 }
-"""`unet` is the paper's; `mobile_unet` (1.7 M parameters) is the default that two cores can train."""
 
 
 _building = threading.Lock()
@@ -55,7 +55,7 @@ _building = threading.Lock()
 def build(
     name: str, *, seed: int = 0, device: str | torch.device = "cpu", batch_norm: str = "average"
 ) -> nn.Module:
-    """A student with random weights that depend on `seed` alone.
+    """Build a student with random weights that depend on `seed` alone.
 
     Args:
         name: one of `STUDENTS`.
@@ -111,8 +111,7 @@ def load_weights(model: nn.Module, file: str | Path, *, encoder_only: bool = Fal
         for key, value in given.items():
             if value.ndim == 4 and value.shape[1] == 3 and wanted[key].shape[1] == 1:
                 given[key] = value.sum(1, keepdim=True)
-    fit = checkpoints.compare(given, wanted)
-    if problems := fit.sentence():
+    if problems := checkpoints.differences(given, wanted):
         raise UserError(f"{file} does not fit the student: {problems}")
     checkpoints.usable(Path(file), given, wanted)
     model.load_state_dict(own | {key: value.to(own[key]) for key, value in given.items()})
@@ -120,7 +119,7 @@ def load_weights(model: nn.Module, file: str | Path, *, encoder_only: bool = Fal
 
 @torch.no_grad()
 def smallest_batch(model: nn.Module, size: int) -> int:
-    """Images that a step of training needs at this size: 2 where some BatchNorm sees one pixel, else 1.
+    """Return the images that a training step needs at this size: 2 where a BatchNorm sees one pixel, else 1.
 
     BatchNorm needs two values of each channel to have a variance.
     """
@@ -159,7 +158,7 @@ def _group_norms(model: nn.Module, channels_a_group: int = 8) -> None:
 
 
 def norm_keys(model: nn.Module) -> set[str]:
-    """The names of all that BatchNorm holds in a state: weights, biases, running statistics, counts."""
+    """Name all BatchNorm tensors of a state: weights, biases, running statistics, counts."""
     return {
         f"{name}.{key}"
         for name, norm in model.named_modules()
@@ -169,13 +168,13 @@ def norm_keys(model: nn.Module) -> set[str]:
 
 
 def copy_state(model: nn.Module) -> State:
-    """The model's state, copied: later training does not change it."""
+    """Copy the model's state: later training does not change the copy."""
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
 
 @torch.no_grad()
 def load_state(model: nn.Module, state: State) -> None:
-    """`model.load_state_dict(state)` at a quarter of its cost, which every client pays in every round.
+    """Load a state like `model.load_state_dict`, at a quarter of the cost that every client pays in a round.
 
     Raises:
         RuntimeError: names or shapes differ, as PyTorch says it.
@@ -194,17 +193,17 @@ def flat(state: State, names: Iterable[str]) -> Tensor:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Trained numbers of the model."""
+    """Count the trained numbers of the model."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def num_bytes(state: State) -> int:
-    """Bytes that one copy of the state takes on the wire, uncompressed."""
+    """Count the bytes of a state on the wire, uncompressed."""
     return sum(value.numel() * value.element_size() for value in state.values())
 
 
 def flops(model: nn.Module, *inputs: Tensor) -> int:
-    """Floating point operations of one forward pass, a multiplication and an addition counted as two."""
+    """Count the floating point operations of one forward pass, a multiply-add as two."""
     from torch.utils.flop_counter import FlopCounterMode
 
     training = model.training

@@ -1,4 +1,4 @@
-"""Where things lie, found from the package's own file so that every working folder gives the same paths."""
+"""Paths of the project, found from the package's own file: the same from every working folder."""
 
 import os
 from pathlib import Path

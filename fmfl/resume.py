@@ -31,12 +31,12 @@ def unlike(record: Mapping, made_of: Mapping) -> list[str]:
     there, here = ({**one.get("settings", {}), **one} for one in (there, made_of))
     # As JSON gives them back.
     here = json.loads(json.dumps(here, default=str))
-    found = []
+    differences = []
     for name in sorted({*there, *here} - {"settings"}):
-        one, other = there.get(name), here.get(name)
-        if one != other:
-            found.append(IDENTITIES.get(name, f"{name} {one}, now {other}"))
-    return found
+        before, now = there.get(name), here.get(name)
+        if before != now:
+            differences.append(IDENTITIES.get(name, f"{name} {before}, now {now}"))
+    return differences
 
 
 def aside(file: Path, record: Mapping) -> Path:
@@ -49,7 +49,7 @@ def aside(file: Path, record: Mapping) -> Path:
 
 
 def _others(file: Path, made_of: Mapping) -> list[tuple[Path, dict]]:
-    """The whole checkpoints of other runs under a run's name, each with its record, the newest first."""
+    """List the undamaged checkpoints of other runs under a run's name with their records, newest first."""
     key, found = fingerprint(made_of), []
     for place in (file, previous(file)):
         record = read_record(place)
@@ -87,7 +87,7 @@ def _move_aside(place: Path, file: Path, record: Mapping, why: list[str]) -> Non
 
 
 def last_checkpoint(file: Path, made_of: Mapping, device: torch.device) -> tuple[State, dict] | None:
-    """The newest whole checkpoint of a run, or None; a damaged one gives way to the one before it.
+    """Read the newest undamaged checkpoint of a run; None where there is none.
 
     The rounds of other runs under the same name are moved aside, and those of this one come back from there.
     """

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fmfl import federate, metrics, models, parallel, resume, seeds, train
+from fmfl import config, federate, metrics, models, parallel, resume, seeds, train
 from fmfl.config import FederateConfig
 from fmfl.data import Cohort
 from fmfl.distill import InitialState
@@ -104,11 +104,6 @@ class Run:
         """Short name of all that the run's bytes depend on."""
         return fingerprint(self.made_of)
 
-    @property
-    def trained_keys(self) -> list[str]:
-        """Names of the weights that clients train and share."""
-        return federate.trained_keys(self.model, self.cfg)
-
     def remaining_rounds(self) -> Iterator[int]:
         """Yield the numbers of the rounds still to do, each when the one before it is finished."""
         while self.round_number < self.cfg.num_rounds and not parallel.interrupted.is_set():
@@ -143,8 +138,9 @@ class Run:
         with it, and a client begins its first round with it. Later rounds begin with the client's own.
         """
         traffic, self.traffic = self.traffic or _estimated_traffic(self, average), None
+        names = federate.trained_keys(self.model, self.cfg)
         self.theta, self.server_moments = federate.server_step(
-            self.theta, average, self.trained_keys, self.cfg, self.server_moments
+            self.theta, average, names, self.cfg, self.server_moments
         )
         self.round_number += 1
         done = {"sha256": state_digest(self.theta), "clients": traffic.clients}
@@ -298,7 +294,7 @@ def _distance_from_start(run: Run) -> dict[str, float]:
     """Measure the L2 distance of the trained weights from the initial ones; in the federated arm only."""
     if run.arm != "federated":
         return {}
-    names = run.trained_keys
+    names = federate.trained_keys(run.model, run.cfg)
     away = models.flat(run.theta, names) - models.flat(run.initial, names)
     return {"distance_from_start": float(torch.linalg.vector_norm(away))}
 
@@ -317,16 +313,6 @@ def _examples(cohort: Cohort, indices: Tensor) -> Examples:
     return Examples(cohort.images, cohort.masks, indices, device=cohort.device)
 
 
-#: Settings that the centralised arm does not depend on: one run serves all splits.
-PARTITION_SETTINGS = ("split", "age_strength", "quantity_ratio", "dirichlet_concentration", "num_clients")
-
-#: Settings that the federated arm alone depends on, besides FedBN.
-FEDERATED_SETTINGS = (
-    *("proximal", "participation", "client_weights", "server"),
-    *("server_learning_rate", "server_momentum", "server_beta2", "server_epsilon"),
-)
-
-
 def own_settings(cfg: FederateConfig, arm: str) -> FederateConfig:
     """Set to their defaults the settings that an arm has no use for.
 
@@ -336,7 +322,7 @@ def own_settings(cfg: FederateConfig, arm: str) -> FederateConfig:
     if arm == "federated":
         return cfg
     plain = FederateConfig()
-    cfg = replace(cfg, optimizer_state="keep", **{k: getattr(plain, k) for k in FEDERATED_SETTINGS})
+    cfg = replace(cfg, optimizer_state="keep", **{k: getattr(plain, k) for k in config.tagged("server")})
     # With one client FedBN's own BatchNorm is the global one.
     return replace(cfg, batch_norm="average") if cfg.batch_norm == "local" else cfg
 
@@ -344,7 +330,7 @@ def own_settings(cfg: FederateConfig, arm: str) -> FederateConfig:
 def run_settings(cfg: FederateConfig, arm: str) -> dict[str, object]:
     """Return the settings of `own_settings` that an arm's run depends on, by name."""
     # The clients' images themselves tell how they were dealt.
-    left_out = ("arms", "inits", "images_without_age", *(PARTITION_SETTINGS if arm == "centralised" else ()))
+    left_out = config.tagged("plan") | (config.tagged("partition") if arm == "centralised" else set())
     return {name: value for name, value in asdict(own_settings(cfg, arm)).items() if name not in left_out}
 
 

@@ -11,7 +11,7 @@ LABELS = 2**32 - 4  # the choice of the proxy images that have masks
 
 
 def generator(*key: int) -> torch.Generator:
-    """Random numbers that depend on the key alone: the same on every device, for every initial state.
+    """Return a generator that depends on the key alone: the same on every device, for every initial state.
 
     Args:
         key: whole numbers >= 0, such as (seed, client, round, epoch).

@@ -1,8 +1,8 @@
-"""Who holds which images: proxy, test and federated parts, then a part for each client; how skewed they are.
+"""Splits of a cohort: proxy, test and federated parts, the clients' parts, and measures of their skew.
 
 Patients, never single images, are dealt, so that no patient stands on two sides of any split. A split is
 a set of sorted int64 index tensors into the rows of `Cohort.table`. Random order comes from a NumPy
-generator keyed by the seed alone: neither the device nor any global generator changes who gets what.
+generator keyed by the seed alone: neither the device nor any global generator changes it.
 
 The paper (Li & Yang 2023, arXiv 2311.15463, section 3) names its parts (1,504 proxy, 500 test and 4,500
 federated images over 3 clients) and its partitions (IID, age skew, quantity skew), but not the rule behind
@@ -19,43 +19,29 @@ import numpy as np
 import pandas as pd
 import scipy
 import torch
+from numpy.random import Generator
 from torch import Tensor
 
+from fmfl import config
 from fmfl.errors import UserError
 
-AGE_BANDS = {
-    "0-5": (0, 6),
-    "6-17": (6, 18),
-    "18-29": (18, 30),
-    "30-39": (30, 40),
-    "40-49": (40, 50),
-    "50-59": (50, 60),
-    "60-69": (60, 70),
-    "70-79": (70, 80),
-    "80+": (80, math.inf),
+#: Age bands, and the age in years at which each begins. The Guangzhou children are in one band.
+AGE_BANDS = ("0-5", "6-17", "18-29", "30-39", "40-49", "50-59", "60-69", "70-79", "80+")
+BEGINNINGS = (0, 6, 18, 30, 40, 50, 60, 70, 80)
+
+
+#: The partition schemes, and the options of each: `strength` of `age` is the parameter `age_strength`.
+OPTIONS = {
+    scheme: {
+        name.removeprefix(f"{scheme}_"): about
+        for name, about in config.PARAMETERS.items()
+        if name.startswith(f"{scheme}_")
+    }
+    for scheme in config.SPLITS
 }
-"""Age in years, lower end included, upper end not. The Guangzhou children are in one band."""
 
-
-class Option(NamedTuple):
-    """One named number of a partition scheme."""
-
-    default: float
-    lowest: float
-    highest: float
-
-
-OPTIONS: dict[str, dict[str, Option]] = {
-    "iid": {},
-    "age": {"strength": Option(1.0, 0.0, 1.0)},  # 0: as IID; 1: sorted by age
-    "quantity": {"ratio": Option(9.0, 1.0, 1000.0)},  # largest client : smallest client, in images
-    "site": {},
-    "dirichlet": {"concentration": Option(0.5, 0.01, 1e6)},  # small: an age band sits at few clients
-}
-"""The partition schemes, and the options of each."""
-
+#: Schemes that deal by age; images without one are left out of them (see `without_age`).
 AGE_SCHEMES = ("age", "dirichlet")
-"""Schemes that deal by age; images without one are left out of them (see `without_age`)."""
 
 _DIRICHLET_DRAWS = 1000
 _SMALL_STRATUM = 10  # patients
@@ -70,18 +56,10 @@ class Holdout(NamedTuple):
 
 
 def age_bands(ages: Sequence[float] | pd.Series) -> np.ndarray:
-    """The name of each age's band in `AGE_BANDS`, "" where the age is not known (NaN).
-
-    Args:
-        ages: [N] years, none negative.
-
-    Returns:
-        [N] array of str.
-    """
+    """Return the band in `AGE_BANDS` of each age in years, [N] str; "" where it is not known (NaN)."""
     years = np.asarray(ages, dtype=float)
-    lower_ends = [lower for lower, _ in AGE_BANDS.values()]
     names = np.array([*AGE_BANDS, ""], dtype=object)
-    band = np.searchsorted(lower_ends, years, side="right") - 1
+    band = np.searchsorted(BEGINNINGS, years, side="right") - 1
     return names[np.where(np.isnan(years), len(AGE_BANDS), band)]
 
 
@@ -96,39 +74,39 @@ def holdout(
 ) -> Holdout:
     """Deal whole patients to the proxy set, the test set and the clients, stratified by site and age band.
 
-    The patients of each stratum are shuffled and spread evenly over one line; the test part is cut from the
-    line's start, the proxy part from what is left, and the clients keep the rest. So each stratum is
-    represented in a part in proportion to its images, up to about one patient; a stratum whose share of a
-    part is less than one patient may be missing there. A part is as large as asked for when every patient
-    has one image; otherwise it can fall short, by fewer images than the smallest patient left over has.
-    The test part depends on the seed and its own size only, so studies of the proxy set's size share it; and
-    clients that hold less leave the proxy and test parts as they are.
+    The patients of each stratum are shuffled and spread evenly over one line. The test part is cut from the
+    line's start, the proxy part from the rest, and the clients keep what is left. So a part holds of each
+    stratum a share in proportion to its images, up to about one patient.
+
+    A part has the requested size when every patient has one image. Otherwise it can fall short, by fewer
+    images than the smallest patient left over has. The test part depends on the seed and its own size only,
+    so studies of the proxy set's size share it. Limiting `federated` changes neither proxy nor test.
 
     Args:
         table: N rows with patient_id, site and age (years, NaN where unknown).
         seed: >= 0.
         proxy: the proxy set's size; below 1 a fraction of the images, otherwise their number.
         test: the test set's size, likewise.
-        federated: how many of the images left over the clients hold: below 1 a fraction of them, else their
-            number; 0 for all.
-        device: where the indices go.
+        federated: the clients' share of the rest: below 1 a fraction, otherwise a number of images; 0: all.
+        device: of the indices.
 
     Raises:
         UserError: a size is not a positive number, a part comes out empty, or the clients get nothing.
     """
-    wanted = {"test": _size("test", test, len(table)), "proxy": _size("proxy", proxy, len(table))}
-    if sum(wanted.values()) >= len(table):
+    sizes = {"test": _size("test", test, len(table)), "proxy": _size("proxy", proxy, len(table))}
+    if sum(sizes.values()) >= len(table):
         raise UserError(
-            f"the proxy ({wanted['proxy']}) and test ({wanted['test']}) parts leave none of the {len(table)} "
+            f"the proxy ({sizes['proxy']}) and test ({sizes['test']}) parts leave none of the {len(table)} "
             "images for the clients: make them smaller or add images"
         )
     rows = np.arange(len(table))
     patients = _stratified_line(_patients(table, rows), _generator(seed, "holdout"))
+    images = patients.images.to_numpy()
     part = np.full(len(patients), "federated", dtype=object)
-    for name, size in wanted.items():
-        part[_fill(patients.images.to_numpy(), part == "federated", size)] = name
+    for name, size in sizes.items():
+        part[_fill(images, part == "federated", size)] = name
     if federated:
-        rest, images = part == "federated", patients.images.to_numpy()
+        rest = part == "federated"
         size = _size("federated", federated, images[rest].sum())
         part[rest & ~_fill(images, rest, size)] = "left out"
     for name in Holdout._fields:
@@ -142,12 +120,7 @@ def holdout(
 
 
 def partition(
-    table: pd.DataFrame,
-    indices: Tensor,
-    scheme: str,
-    num_clients: int = 3,
-    seed: int = 0,
-    **options: float,
+    table: pd.DataFrame, indices: Tensor, scheme: str, num_clients: int = 3, seed: int = 0, **options: float
 ) -> list[Tensor]:
     """Deal the patients of these images to the clients.
 
@@ -176,14 +149,14 @@ def partition(
         **options: the scheme's own, see `OPTIONS`.
 
     Returns:
-        K sorted int64 tensors on the device of `indices`. Together they are `indices`, less the images
-        without an age under `AGE_SCHEMES`.
+        K sorted int64 tensors on the device of `indices`: together `indices`, under `AGE_SCHEMES` less the
+        images without an age.
 
     Raises:
         UserError: an unknown scheme or option, a value out of range, or too few patients, sites or ages.
     """
     values = _options(scheme, options)
-    if not _is_integer(num_clients) or num_clients < 1:
+    if not _is_a(Integral, num_clients) or num_clients < 1:
         raise UserError(f"num_clients is {num_clients!r}, but has to be a whole number of at least 1")
     rows = _rows(table, indices)
     if scheme in AGE_SCHEMES:
@@ -198,19 +171,15 @@ def partition(
             f"num_clients is {num_clients}, but split {scheme!r} has only {len(patients)} patients to deal: "
             "ask for fewer clients or add patients"
         )
-    generator = _generator(seed, "partition")
-    patients = _stratified_line(patients, generator)
-    client = _SCHEMES[scheme](patients, num_clients, generator, **values)
+    rng = _generator(seed, "partition")
+    patients = _stratified_line(patients, rng)
+    client = _SCHEMES[scheme](patients, num_clients, rng, **values)
     by_row = pd.Series(client, index=patients.index).loc[table.patient_id.iloc[rows]].to_numpy()
     return [torch.from_numpy(rows[by_row == k]).to(indices.device) for k in range(num_clients)]
 
 
 def with_age(table: pd.DataFrame, indices: Tensor) -> Tensor:
-    """Give those of these images that have an age.
-
-    Raises:
-        UserError: none has.
-    """
+    """Return the indices of images that have an age; a UserError where none has."""
     known = torch.from_numpy(table.age.notna().to_numpy()[_rows(table, indices)])
     if not known.any():
         raise UserError(
@@ -231,43 +200,23 @@ def check_ages(table: pd.DataFrame, indices: Tensor) -> None:
 
 
 def without_age(table: pd.DataFrame, indices: Tensor) -> int:
-    """How many of these images have no age, and are so left out by the schemes in `AGE_SCHEMES`."""
+    """Count the images without an age, which the schemes in `AGE_SCHEMES` leave out."""
     return int(table.age.iloc[_rows(table, indices)].isna().sum())
 
 
-def by_client(table: pd.DataFrame, clients: Sequence[Tensor]) -> pd.DataFrame:
-    """What each client holds: one row a client with images, patients, sites, without_age and mean_age.
-
-    mean_age is in years, over the images that have an age; NaN where none has.
-    """
-    parts = [table.iloc[_rows(table, indices)] for indices in clients]
-    return pd.DataFrame(
-        {
-            "client": range(len(parts)),
-            "images": [len(part) for part in parts],
-            "patients": [part.patient_id.nunique() for part in parts],
-            "sites": [part.site.nunique() for part in parts],
-            "without_age": [int(part.age.isna().sum()) for part in parts],
-            "mean_age": [float(part.age.mean()) for part in parts],
-        }
-    )
-
-
 def composition(table: pd.DataFrame, clients: Sequence[Tensor]) -> pd.DataFrame:
-    """What each client's images are: one row a (client, site, band) with images; band "": age not known."""
-    parts = [
-        table.iloc[_rows(table, indices)].assign(client=client) for client, indices in enumerate(clients)
-    ]
-    held = pd.concat(parts)
-    held = held.assign(band=age_bands(held.age))
-    return held.groupby(["client", "site", "band"]).size().rename("images").reset_index()
+    """Count images by client, site and age band ("": not known): columns client, site, band, images."""
+    parts = {client: table.iloc[_rows(table, indices)] for client, indices in enumerate(clients)}
+    images = pd.concat(parts, names=["client"]).reset_index("client")
+    images = images.assign(band=age_bands(images.age))
+    return images.groupby(["client", "site", "band"]).size().rename("images").reset_index()
 
 
 def skew(table: pd.DataFrame, clients: Sequence[Tensor]) -> dict[str, float]:
-    """How much the clients differ in age and in size.
+    """Measure how much the clients differ in age and in size.
 
     Ages are counted by image, as the federated average weights clients by images; images without an age do
-    not take part. A measure is NaN where fewer than two clients have ages.
+    not count. A measure is NaN where fewer than two clients have ages.
 
     Returns:
         - jensen_shannon_mean, jensen_shannon_max: over pairs of clients, the Jensen-Shannon distance (square
@@ -281,8 +230,9 @@ def skew(table: pd.DataFrame, clients: Sequence[Tensor]) -> dict[str, float]:
         raise ValueError(f"skew needs clients that hold images, got sizes {sizes}")
     ages = [table.age.iloc[_rows(table, indices)].dropna().to_numpy(dtype=float) for indices in clients]
     pairs = list(combinations([client for client in ages if len(client)], 2))
-    apart = scipy.spatial.distance.jensenshannon
-    shannon = [apart(_age_histogram(a), _age_histogram(b), base=2) for a, b in pairs] or [math.nan]
+    shannon = [
+        scipy.spatial.distance.jensenshannon(_histogram(a), _histogram(b), base=2) for a, b in pairs
+    ] or [math.nan]
     wasserstein = [scipy.stats.wasserstein_distance(a, b) for a, b in pairs] or [math.nan]
     return {
         "jensen_shannon_mean": float(np.mean(shannon)),
@@ -296,13 +246,11 @@ def skew(table: pd.DataFrame, clients: Sequence[Tensor]) -> dict[str, float]:
 # The schemes: from patients in IID order to a client number for each.
 
 
-def _deal_iid(patients: pd.DataFrame, num_clients: int, generator: np.random.Generator) -> np.ndarray:
+def _iid(patients: pd.DataFrame, num_clients: int, rng: Generator) -> np.ndarray:
     return _cut(patients.images.to_numpy(), np.ones(num_clients))
 
 
-def _deal_by_age(
-    patients: pd.DataFrame, num_clients: int, generator: np.random.Generator, *, strength: float
-) -> np.ndarray:
+def _by_age(patients: pd.DataFrame, num_clients: int, rng: Generator, *, strength: float) -> np.ndarray:
     images = patients.images.to_numpy()
     by_age = np.argsort(patients.age.to_numpy(), kind="stable")  # stable: one age stays in the IID order
     place = np.empty(len(patients))
@@ -313,29 +261,27 @@ def _deal_by_age(
     return client
 
 
-def _deal_by_quantity(
-    patients: pd.DataFrame, num_clients: int, generator: np.random.Generator, *, ratio: float
-) -> np.ndarray:
+def _by_quantity(patients: pd.DataFrame, num_clients: int, rng: Generator, *, ratio: float) -> np.ndarray:
     return _cut(patients.images.to_numpy(), np.geomspace(ratio, 1, num_clients))
 
 
-def _deal_by_site(patients: pd.DataFrame, num_clients: int, generator: np.random.Generator) -> np.ndarray:
+def _by_site(patients: pd.DataFrame, num_clients: int, rng: Generator) -> np.ndarray:
     sizes = patients.groupby("site").images.sum().sort_values(ascending=False, kind="stable")
     if len(sizes) < num_clients:
         raise UserError(
             f"num_clients is {num_clients}, but split 'site' finds {len(sizes)} "
             f"site{'s' * (len(sizes) != 1)} among these images: ask for fewer clients or use another split"
         )
-    held = np.zeros(num_clients)
+    totals = np.zeros(num_clients)
     client_of_site = {}
     for site, images in sizes.items():
-        client_of_site[site] = int(held.argmin())
-        held[client_of_site[site]] += images
+        client_of_site[site] = int(totals.argmin())
+        totals[client_of_site[site]] += images
     return patients.site.map(client_of_site).to_numpy()
 
 
-def _deal_by_dirichlet(
-    patients: pd.DataFrame, num_clients: int, generator: np.random.Generator, *, concentration: float
+def _by_dirichlet(
+    patients: pd.DataFrame, num_clients: int, rng: Generator, *, concentration: float
 ) -> np.ndarray:
     bands = age_bands(patients.age)
     members = [np.flatnonzero(bands == band) for band in AGE_BANDS if band in bands]
@@ -343,7 +289,7 @@ def _deal_by_dirichlet(
     for _ in range(_DIRICHLET_DRAWS):
         client = np.empty(len(patients), dtype=int)
         for band in members:
-            shares = generator.dirichlet(np.full(num_clients, concentration))
+            shares = rng.dirichlet(np.full(num_clients, concentration))
             client[band] = _cut(images[band], shares, everyone=False)
         if len(np.unique(client)) == num_clients:
             return client
@@ -355,44 +301,35 @@ def _deal_by_dirichlet(
 
 
 _SCHEMES: dict[str, Callable[..., np.ndarray]] = {
-    "iid": _deal_iid,
-    "age": _deal_by_age,
-    "quantity": _deal_by_quantity,
-    "site": _deal_by_site,
-    "dirichlet": _deal_by_dirichlet,
+    "iid": _iid,
+    "age": _by_age,
+    "quantity": _by_quantity,
+    "site": _by_site,
+    "dirichlet": _by_dirichlet,
 }
 
 
-# What they share.
-
-
 def _patients(table: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
-    """One row a patient, sorted by patient_id (the index): images, age (mean, NaN), site (commonest)."""
+    """Return one row a patient, by patient_id (the index): images, age (mean, NaN), site (commonest)."""
     part = table.iloc[rows]
     if part.patient_id.isna().any():
         raise ValueError("every image needs a patient_id: without one it would be dealt to nobody")
     grouped = part.groupby("patient_id", sort=True)
     visits = part.assign(site=part.site.fillna("")).groupby(["patient_id", "site"]).size().rename("visits")
-    site = (
-        visits.reset_index()
-        .sort_values(["visits", "site"], ascending=[False, True])
-        .drop_duplicates("patient_id")
-        .set_index("patient_id")
-        .site
-    )
+    visits = visits.reset_index().sort_values(["visits", "site"], ascending=[False, True])
+    site = visits.drop_duplicates("patient_id").set_index("patient_id").site
     patients = pd.DataFrame({"images": grouped.size(), "age": grouped.age.mean()})
     return patients.assign(site=site)  # aligned by patient_id
 
 
-def _stratified_line(patients: pd.DataFrame, generator: np.random.Generator) -> pd.DataFrame:
-    """Patients in a random order of which every stretch holds a like share of every site and age band.
+def _stratified_line(patients: pd.DataFrame, rng: Generator) -> pd.DataFrame:
+    """Put patients in a random order of which every stretch holds a like share of each site and age band.
 
-    Sites with fewer than `_SMALL_STRATUM` patients in an age band share one stratum of that band: the public
-    collections name dozens of sites with a patient or two, each of which would stand where chance puts it.
-
-    Adds the column `position` in [0, 1) and sorts by it. The shuffled patients of a stratum stand on the line
-    at distances in proportion to their images, from a random start and around the end (systematic sampling:
+    The new column `position` lies in [0, 1). The shuffled patients of a stratum stand on the line at
+    distances in proportion to their images, from a random start and around the end (systematic sampling:
     Madow & Madow 1944, Annals of Mathematical Statistics 15:1), so a stratum of one patient stands anywhere.
+    Sites with fewer than `_SMALL_STRATUM` patients in an age band share one stratum of that band: public
+    collections name dozens of sites with a patient or two.
     """
     position = np.empty(len(patients))
     images = patients.images.to_numpy()
@@ -400,23 +337,19 @@ def _stratified_line(patients: pd.DataFrame, generator: np.random.Generator) -> 
     small = patients.groupby(["site", band]).images.transform("size") < _SMALL_STRATUM
     strata = patients.groupby([small, patients.site.mask(small, ""), band], sort=True).indices
     for key in sorted(strata):
-        members = generator.permutation(strata[key])
+        members = rng.permutation(strata[key])
         place = _middles(images[members]) / images[members].sum()
-        position[members] = (place + generator.random()) % 1
+        position[members] = (place + rng.random()) % 1
     return patients.assign(position=position).sort_values("position", kind="stable")
 
 
 def _middles(images: np.ndarray) -> np.ndarray:
-    """Where, counted in images, the middle of each patient stands when patients follow one another."""
+    """Return the middle of each patient, counted in images, when patients follow one another."""
     return np.cumsum(images) - images / 2
 
 
 def _fill(images: np.ndarray, free: np.ndarray, size: int) -> np.ndarray:
-    """Take free patients in order, each that still fits, up to `size` images.
-
-    Returns:
-        (patients,) bool, True where taken.
-    """
+    """Take free patients in order, each that still fits, up to `size` images: [patients] bool."""
     taken = np.zeros(len(images), dtype=bool)
     for patient in np.flatnonzero(free):
         if images[patient] <= size:
@@ -428,17 +361,10 @@ def _fill(images: np.ndarray, free: np.ndarray, size: int) -> np.ndarray:
 
 
 def _cut(images: np.ndarray, shares: np.ndarray, *, everyone: bool = True) -> np.ndarray:
-    """Cut a row of patients into K stretches with these shares of the images.
+    """Cut a row of patients into K stretches with these shares of the images: [patients] client number.
 
-    A patient on a cut goes to the side where most of its images lie.
-
-    Args:
-        images: (patients,) images of each.
-        shares: [K] of any sum.
-        everyone: move cuts by as little as gives every client a patient.
-
-    Returns:
-        (patients,) client number, ascending.
+    A patient on a cut goes to the side where most of its images lie. With `everyone`, cuts move by as little
+    as gives every client a patient.
     """
     edges = np.cumsum(shares)[:-1] / np.sum(shares) * images.sum()
     cuts = np.searchsorted(_middles(images), edges, side="left")  # cut k: the first patient of client k + 1
@@ -449,31 +375,31 @@ def _cut(images: np.ndarray, shares: np.ndarray, *, everyone: bool = True) -> np
     return np.searchsorted(cuts, np.arange(len(images)), side="right")
 
 
-def _age_histogram(ages: np.ndarray) -> np.ndarray:
+def _histogram(ages: np.ndarray) -> np.ndarray:
     bands = age_bands(ages)
     return np.array([np.count_nonzero(bands == band) for band in AGE_BANDS])
 
 
-def _generator(seed: int, purpose: str) -> np.random.Generator:
-    """The seed's own generator for one purpose, so that the parts' draws do not echo in the clients'."""
-    if not _is_integer(seed) or seed < 0:
+def _generator(seed: int, purpose: str) -> Generator:
+    """Return the seed's generator for one purpose: the parts' draws do not echo in the clients'."""
+    if not _is_a(Integral, seed) or seed < 0:
         raise UserError(f"seed is {seed!r}, but has to be a whole number of at least 0")
     return np.random.default_rng([int(seed), *purpose.encode()])
 
 
 def _rows(table: pd.DataFrame, indices: Tensor) -> np.ndarray:
-    """The indices as a sorted array, each once and within the table."""
+    """Return the indices as a sorted array, each once and within the table."""
     rows = np.sort(torch.as_tensor(indices).cpu().numpy())
     if rows.ndim != 1 or rows.dtype != np.int64:
-        raise ValueError(f"indices must be (N,) int64, got {rows.shape} {rows.dtype}")
+        raise ValueError(f"indices must be [N] int64, got {rows.shape} {rows.dtype}")
     if len(rows) and (rows[0] < 0 or rows[-1] >= len(table) or (np.diff(rows) == 0).any()):
         raise ValueError(f"indices must name rows of the table (0 to {len(table) - 1}), each once")
     return rows
 
 
 def _size(name: str, size: float, num_images: int) -> int:
-    """A part's size in images from a fraction (below 1) or a number of images."""
-    if not _is_number(size) or not 0 < size < math.inf or (size >= 1 and size != int(size)):
+    """Return a part's size in images from a fraction (below 1) or a number of images."""
+    if not _is_a(Real, size) or not 0 < size < math.inf or (size >= 1 and size != int(size)):
         raise UserError(
             f"{name} is {size!r}, but has to be a fraction of the images (above 0, below 1) "
             "or their number (1, 2, ...)"
@@ -482,25 +408,21 @@ def _size(name: str, size: float, num_images: int) -> int:
 
 
 def _options(scheme: str, given: dict[str, float]) -> dict[str, float]:
-    """The scheme's options, checked, with defaults for those not given."""
+    """Return the scheme's options, checked, with defaults for those not given."""
     if scheme not in OPTIONS:
         raise UserError(f"split {scheme!r} is not known: use one of {', '.join(OPTIONS)}")
     known = OPTIONS[scheme]
     for name, value in given.items():
         if name not in known:
-            takes = f"takes {', '.join(known)}" if known else "takes no option"
-            raise UserError(f"split {scheme!r} has no option {name!r}: it {takes}")
-        lowest, highest = known[name].lowest, known[name].highest
-        if not _is_number(value) or not lowest <= value <= highest:
+            takes = ", ".join(known) or "no option"
+            raise UserError(f"split {scheme!r} has no option {name!r}: it takes {takes}")
+        low, high = known[name].low, known[name].high
+        if not _is_a(Real, value) or not low <= value <= high:
             raise UserError(
-                f"{name} of split {scheme!r} is {value!r}, but has to be from {lowest:g} to {highest:g}"
+                f"{name} of split {scheme!r} is {value!r}, but has to be from {low:g} to {high:g}"
             )
     return {name: float(given.get(name, option.default)) for name, option in known.items()}
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _is_a(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""States in files and their digests: what is written whole or not at all, and recognised when read again."""
+"""Model states: saved and loaded atomically, with a SHA-256 that shows damage."""
 
 import hashlib
 import json
@@ -13,19 +13,19 @@ from torch import Tensor
 
 from fmfl import paths
 
+#: A model's `state_dict`: it travels between server and clients.
 State = dict[str, Tensor]
-"""A model's `state_dict`: what travels between server and clients."""
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's values."""
+    """Return the SHA-256 of a tensor's values."""
     # As bytes, because numpy knows no bfloat16.
     values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
 
 def state_digest(state: State) -> str:
-    """SHA-256 over names and values of a state: equal states, equal digests."""
+    """Return the SHA-256 over names and values of a state: equal states, equal digests."""
     digest = hashlib.sha256()
     for key in sorted(state):
         digest.update(key.encode())
@@ -34,7 +34,7 @@ def state_digest(state: State) -> str:
 
 
 def fingerprint(*parts: object) -> str:
-    """A short name for everything that a result depends on."""
+    """Return a short name for everything that a result depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -47,7 +47,7 @@ TRAINING_CODE = (
 
 @cache
 def code_digest(files: tuple[str, ...] = TRAINING_CODE) -> str:
-    """SHA-256 of the source of modules of this package: as `sha256sum FILE ... | sha256sum` prints it.
+    """Return the SHA-256 of modules' source text: `sha256sum FILE ... | sha256sum` prints the same.
 
     The text counts, comments included, with line endings as LF: syntax trees differ between versions of
     Python, and a checkout on Windows may end its lines with CRLF.
@@ -63,7 +63,7 @@ def code_digest(files: tuple[str, ...] = TRAINING_CODE) -> str:
 
 
 def previous(file: Path) -> Path:
-    """Where `write_state` leaves the state that was in a file before."""
+    """Name the file to which `write_state` moves the state before."""
     return file.with_name(f"{file.name}.previous")
 
 
@@ -76,7 +76,7 @@ def write_bytes(file: Path, content: bytes) -> None:
 
 
 def _unfinished(file: Path, content: bytes) -> Path:
-    """A hidden file beside the one that it shall become; its content has reached the disk."""
+    """Write the content to a hidden file beside the named one, and wait until the disk has it."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with unfinished.open("wb") as opened:
@@ -124,7 +124,7 @@ def write_state(file: Path, state: State, *, keep_previous: bool = False, **reco
 
 
 def read_record(file: Path) -> dict:
-    """The record of a state's file, without its tensors; empty where the file is missing or damaged."""
+    """Read the record of a state's file, without its tensors; empty where the file is missing or damaged."""
     try:
         with safe_open(file, "pt") as opened:
             return json.loads((opened.metadata() or {}).get("fmfl", "{}"))
@@ -135,7 +135,7 @@ def read_record(file: Path) -> dict:
 def read_state(
     file: Path, *, fingerprint: str | None = None, device: str | torch.device = "cpu"
 ) -> tuple[State, dict] | None:
-    """A state and its record, or None where the file is missing, damaged or made with other settings.
+    """Read a state and its record; None where the file is missing, damaged or made with other settings.
 
     Args:
         fingerprint: the record's own must equal it; None takes any.

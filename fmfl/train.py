@@ -1,4 +1,4 @@
-"""The one training loop, and what it is used for: a client's round, pre-training, distillation.
+"""The training loop of a client's round, of pre-training and of distillation.
 
 Everything is on the device before an epoch begins: the images, the shuffled indices and the drawn
 augmentations. A step is one gather, one warp, one pass through the student. Images for which the device has
@@ -18,8 +18,8 @@ from fmfl.devices import autocast
 from fmfl.parallel import interrupted, side_by_side
 from fmfl.seeds import generator
 
+#: (student logits, masks, teacher logits or None), each [B, 1, H, W], to a scalar.
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(student logits, masks, teacher logits or None), each [B, 1, H, W], to a scalar."""
 
 LOSSES: dict[str, Loss] = {
     "dice": lambda logits, masks, _: losses.dice_loss(logits, masks),
@@ -31,15 +31,16 @@ LOSSES: dict[str, Loss] = {
 
 @dataclass
 class Examples:
-    """Images to train on, where they already are.
+    """Training images in place: the stored tensors and the rows of them that are used.
 
     Attributes:
         images: [N, 1, H, W] uint8, all stored ones.
         masks: [N, 1, H, W] uint8, 0 or 1.
         indices: [n] int64, the ones trained on.
         teacher_logits: [n, 1, H, W] float, row i for `indices[i]`, or None.
-        ask: instead of them, augmented images [B, 1, H, W] uint8 and their masks to the teacher's logits.
-        device: where batches are wanted; None: where the images lie, as all other tensors do.
+        ask: instead of them, a function that takes augmented images [B, 1, H, W] uint8 and their masks to
+            teacher logits.
+        device: of the batches; None: of the images.
     """
 
     images: Tensor
@@ -57,7 +58,7 @@ class Examples:
 
 
 def fetch(stored: Tensor, rows: Tensor, device: torch.device) -> Tensor:
-    """Chosen rows on a device; from the host's memory they are sent while the device still computes.
+    """Fetch chosen rows to a device; from the host's memory they are sent while the device still computes.
 
     Args:
         stored: [N, ...], on the device or on the host.
@@ -73,7 +74,7 @@ def fetch(stored: Tensor, rows: Tensor, device: torch.device) -> Tensor:
 def batches(
     examples: Examples, batch_size: int, rng: torch.Generator, *, augmentation: str = "device"
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """One epoch of augmented batches, every example once.
+    """Yield one epoch of augmented batches, every example once.
 
     The epoch is cut into ceil(n / batch_size) batches whose sizes differ by at most one: a last batch of
     a single image would leave BatchNorm without a variance.
@@ -98,7 +99,7 @@ def batches(
 
 @dataclass
 class FitResult:
-    """What a piece of training leaves behind, besides the weights in the model.
+    """Result of a training, besides the weights in the model.
 
     Attributes:
         losses: mean training loss of each epoch.
@@ -112,7 +113,7 @@ class FitResult:
 
 
 def adam(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """The paper's optimizer (Kingma & Ba 2015) in its fused form."""
+    """Return the paper's optimizer, Adam (Kingma & Ba 2015), in its fused form."""
     return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
 
 
@@ -132,7 +133,7 @@ def fit(
 
     Args:
         model: trained in place, on the device where the examples' batches are wanted.
-        examples: what it is trained on.
+        examples: the images, masks and, for Eq. 5, teacher logits.
         loss: see `Loss`.
         epochs: passes of the examples.
         batch_size: images a step.
@@ -163,8 +164,8 @@ def fit(
             optimizer.step()
             total += value.detach() * len(images)
         means.append(total / len(examples))
-    found = torch.stack(means).tolist() if means else []  # the only wait for the device
-    return FitResult(found, epochs * len(examples), clock() - started)
+    losses_by_epoch = torch.stack(means).tolist() if means else []  # the only wait for the device
+    return FitResult(losses_by_epoch, epochs * len(examples), clock() - started)
 
 
 def predict(
@@ -175,12 +176,12 @@ def predict(
     batch_size: int | None = None,
     precision: str = "float32",
 ) -> Tensor:
-    """Logits of chosen images, without augmentation; on a CPU a batch a core, whose sums have one order.
+    """Return the logits of chosen images, without augmentation; on a CPU one batch a core.
 
     Args:
         images: [N, 1, H, W] uint8.
         indices: [n] int64, where the images are.
-        batch_size: None: what the device is fast with, 16 on a CPU and 64 elsewhere.
+        batch_size: None: 16 on a CPU and 64 elsewhere, at which the device is fast.
 
     Returns:
         [n, 1, H, W] float32 on the model's device.
@@ -194,12 +195,12 @@ def predict(
             return model(x).float()
 
     batches = indices.split(batch_size or (16 if device.type == "cpu" else 64)) if len(indices) else []
-    found = side_by_side(answer, batches, device)
-    return torch.cat(found) if found else torch.empty((0, 1, *images.shape[2:]), device=device)
+    logits = side_by_side(answer, batches, device)
+    return torch.cat(logits) if logits else torch.empty((0, 1, *images.shape[2:]), device=device)
 
 
 def proximal(loss: Loss, model: nn.Module, mu: float) -> Loss:
-    """FedProx (Li et al. 2020, arXiv 1812.06127): a loss that also holds the weights near where they are now.
+    """Add to a loss the term of FedProx (Li et al. 2020, arXiv 1812.06127), which holds the weights in place.
 
         loss + mu / 2 * ||w - w_now||^2
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fmfl import config, paths, split
 from fmfl.analysis import statistics
@@ -18,7 +19,7 @@ NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("0*.ipynb"))
 def refused(name, value) -> str:
     """The sentence with which a value is refused: one, and it names the parameter."""
     with pytest.raises(UserError) as caught:
-        config.checked(name, value)
+        config.validate(name, value)
     sentence = str(caught.value)
     assert name in sentence
     assert "\n" not in sentence
@@ -38,8 +39,8 @@ def test_an_unknown_parameter_is_named_with_the_likely_one(given, meant):
     assert f"did you mean {meant}?" in refused(given, 3)
 
 
-def test_an_unknown_parameter_like_no_other_gets_the_place_where_all_stand():
-    assert "fmfl/config.py" in refused("zzzz", 3)
+def test_an_unknown_parameter_like_no_other_gets_the_command_that_lists_all():
+    assert "`fmfl params` lists them all" in refused("zzzz", 3)
 
 
 @pytest.mark.parametrize(
@@ -60,8 +61,25 @@ def test_a_value_of_another_type_is_refused(name, value, what):
     assert f"must be {what}" in refused(name, value)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [("learning_rate", "1e-3", 1e-3), ("dirichlet_concentration", "5E-1", 0.5), ("num_rounds", "1e2", 100)],
+)
+def test_a_number_that_yaml_reads_as_text_is_the_number(name, text, value):
+    """YAML 1.1, which papermill reads, asks for a point in a number with an exponent."""
+    assert yaml.safe_load(text) == text
+    assert config.validate(name, text) == value
+    assert type(config.validate(name, text)) is type(value)
+
+
+@pytest.mark.parametrize("text", ["1e", "one", "e-3", "1e-3.5", "1e400", "1e-1000000 m"])
+def test_a_text_that_is_no_such_number_is_refused(text):
+    refused("learning_rate", text)
+    refused("num_rounds", "1e-3")
+
+
 def test_a_whole_number_serves_as_a_number():
-    value = config.checked("alpha", 1)
+    value = config.validate("alpha", 1)
     assert value == 1.0
     assert type(value) is float
 
@@ -89,7 +107,7 @@ def test_a_value_out_of_range_is_refused_with_the_range(name, value):
     ("name", "value"), [("alpha", 0.0), ("alpha", 1.0), ("num_clients", 1), ("size", 32)]
 )
 def test_the_ends_of_a_range_are_inside(name, value):
-    assert config.checked(name, value) == value
+    assert config.validate(name, value) == value
 
 
 def test_a_size_that_no_unet_can_halve_five_times_is_refused():
@@ -103,21 +121,21 @@ def test_choices_are_listed_where_the_choice_is_unknown():
 
 @pytest.mark.parametrize("value", ["random,fm", "random, fm", "fm"])
 def test_several_choices_are_joined_by_commas(value):
-    assert set(config.split_list(config.checked("inits", value))) <= set(config.INITS)
+    assert set(config.split_list(config.validate("inits", value))) <= set(config.INITS)
 
 
 def test_a_list_serves_as_its_comma_separated_text():
-    assert config.checked("inits", ["random", "fm"]) == "random,fm"
-    assert config.checked("data", [Path("a"), "phantom"]) == "a,phantom"
-    assert config.checked("checkpoint", Path("w.safetensors")) == "w.safetensors"
+    assert config.validate("inits", ["random", "fm"]) == "random,fm"
+    assert config.validate("data", [Path("a"), "phantom"]) == "a,phantom"
+    assert config.validate("checkpoint", Path("w.safetensors")) == "w.safetensors"
 
 
 def test_numbers_are_joined_by_commas_and_may_be_none():
     for value in ("", "0,0.6,1", "0.5", "1e-1, 1"):
-        assert config.checked("alpha_sweep", value) == value
+        assert config.validate("alpha_sweep", value) == value
     assert config.float_list("0, 0.6,1") == [0, 0.6, 1]
-    assert config.checked("alpha_sweep", 0.5) == "0.5", "as papermill reads a list of one"
-    assert config.checked("temperature_sweep", [1, 2.5]) == "1,2.5"
+    assert config.validate("alpha_sweep", 0.5) == "0.5", "as papermill reads a list of one"
+    assert config.validate("temperature_sweep", [1, 2.5]) == "1,2.5"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +158,7 @@ def test_a_wrong_sweep_is_refused(name, value, says):
 
 
 def test_no_variant_may_be_chosen():
-    assert config.checked("variants", "") == ""
+    assert config.validate("variants", "") == ""
 
 
 @pytest.mark.parametrize("value", ["", " , ", "random,magic", "random,random", "fm, fm"])
@@ -192,17 +210,41 @@ def test_text_that_cannot_be_the_parameter_is_refused(name, text):
 def test_names_are_unique_over_the_stages():
     """Else a parameter in a notebook would mean two things."""
     names = [name for kind in config.STAGES.values() for name in kind.__dataclass_fields__]
-    assert len(names) == len(set(names)) == len(config.defaults())
-    assert config.stage_of()["seed"] == "federate"
+    assert len(names) == len(set(names)) == len(config.PARAMETERS)
+    assert config.PARAMETERS["seed"].stage == "federate"
+
+
+def test_every_parameter_says_what_it_means_in_one_line_and_who_takes_it():
+    for name, about in config.PARAMETERS.items():
+        assert about.meaning and "\n" not in about.meaning and not about.meaning.endswith("."), name
+        assert set(about.by) <= set(config.ALL) and set(about.by) & set("12345"), name
+        assert set(about.tags.split()) <= set(config.TAGS), name
+    assert set(config.TAGS) == {tag for about in config.PARAMETERS.values() for tag in about.tags.split()}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("size", "a whole number from 32 to 1024, a multiple of 32"),
+        ("proxy", "a number from 0"),
+        ("strict", "True or False"),
+        ("mask_class", "a text"),
+        ("split", "one of iid, age, quantity, site, dirichlet"),
+        ("inits", "some of random, pretraining, fm, imagenet, file"),
+        ("alpha_sweep", "numbers from 0 to 1, joined by commas"),
+    ],
+)
+def test_a_range_is_said_in_words(name, words):
+    assert config.PARAMETERS[name].range == words
 
 
 def test_every_default_and_every_profile_is_valid():
     for name, value in config.defaults().items():
-        assert config.checked(name, value) == value
-        assert type(config.checked(name, value)) is type(value), "an int as the default of a float"
+        assert config.validate(name, value) == value
+        assert type(config.validate(name, value)) is type(value), "an int as the default of a float"
     for profile, changes in config.PROFILES.items():
         for name, value in changes.items():
-            assert config.checked(name, value) == value
+            assert config.validate(name, value) == value
             assert type(value) is type(config.defaults()[name])
         assert config.settings(profile=profile).flat() == config.defaults() | changes
 
@@ -214,6 +256,14 @@ def test_the_paper_profile_has_the_papers_numbers():
     federate = cfg.federate
     assert (federate.num_clients, federate.num_rounds, federate.local_epochs) == (3, 100, 5)
     assert (federate.learning_rate, federate.loss, cfg.distill.temperature) == (1e-4, "dice", 1.0)
+
+
+def test_the_papers_values_are_those_that_its_profile_sets():
+    """All but the teacher, whose weights do not come with the package."""
+    stated = {name: about.paper for name, about in config.PARAMETERS.items() if about.paper is not None}
+    assert stated.pop("teacher") == "sam-med2d"
+    for name, value in stated.items():
+        assert config.validate(name, value) == value == config.settings(profile="paper").flat()[name]
 
 
 def test_what_is_given_goes_before_the_profile():
@@ -252,6 +302,12 @@ def notebook(*cells: str) -> dict:
 def test_the_injected_cell_goes_before_the_notebooks_own():
     cfg = config.from_notebook(notebook(OWN_CELL, '# Parameters\nseed = 4\nproxy = 0.5\nsplit = "iid"\n'))
     assert cfg.changed() == {"seed": 4, "proxy": 0.5, "split": "iid"}
+
+
+def test_parameters_may_have_types():
+    typed = '# Parameters: the quick run\nseed: int = 3\nsplit: str = "iid"\n'
+    assert config.from_notebook(notebook(typed)).changed() == {"seed": 3, "split": "iid"}
+    assert config.from_notebook(notebook(typed, "# Parameters\nseed = 4\n")).changed()["seed"] == 4
 
 
 def test_names_of_other_cells_are_no_parameters():
@@ -295,10 +351,11 @@ def test_a_notebooks_parameters_are_the_defaults_as_literals(notebook):
     assert source.startswith(config.PARAMETERS_COMMENT)
     found = {}
     for node in ast.parse(source).body:
-        assert isinstance(node, ast.Assign) and len(node.targets) == 1, f"line {node.lineno}"
-        found[node.targets[0].id] = ast.literal_eval(node.value)
+        assert isinstance(node, ast.AnnAssign), f"line {node.lineno}"
+        assert ast.unparse(node.annotation) == config.PARAMETERS[node.target.id].kind.__name__
+        found[node.target.id] = ast.literal_eval(node.value)
     assert "run_name" in found
-    assert set(found) <= set(config.defaults())
+    assert set(found) <= config.taken_by(notebook.stem)
     for name, value in found.items():
         assert (name, value, type(value)) == (
             name,

@@ -10,6 +10,7 @@ from PIL import Image
 
 from fmfl import data
 from fmfl.errors import UserError
+from fmfl.sources import contents
 
 # ------------------------------------------------------------------------------------------ the cohort
 
@@ -105,13 +106,13 @@ def test_the_fingerprint_changes_with(part, tmp_path):
 def decoded(monkeypatch):
     """The names of the images decoded so far."""
     names = []
-    decode = data.decode
+    decode = contents.decode
 
     def counting(record, size):
         names.append(record.image.name)
         return decode(record, size)
 
-    monkeypatch.setattr(data, "decode", counting)
+    monkeypatch.setattr(contents, "decode", counting)
     return names
 
 
@@ -141,7 +142,7 @@ def test_the_second_load_decodes_nothing_and_gives_the_same(tmp_path, decoded):
 
 def test_the_synthetic_source_is_cached_too(tmp_path, monkeypatch):
     first = load("phantom", num_phantoms=2, size=16, cache=tmp_path)
-    monkeypatch.setattr(data.phantom, "generate", None)
+    monkeypatch.setattr(contents.phantom, "generate", None)
     assert same(first, load("phantom", num_phantoms=2, size=16, cache=tmp_path))
 
 

@@ -462,9 +462,8 @@ def test_a_server_that_is_killed_and_started_again_finds_its_clients(tmp_path):
         again = start("server", server)
         assert again.wait(300) == 0, (tmp_path / "server.log").read_text()[-3000:]
         assert before < 3 and [client.poll() for client in clients] == [None, None]
-        for client, name in zip(
-            clients, (signal.SIGTERM, signal.SIGHUP), strict=True
-        ):  # HUP: a closed terminal
+        # SIGHUP: a terminal was closed.
+        for client, name in zip(clients, (signal.SIGTERM, signal.SIGHUP), strict=True):
             client.send_signal(name)
             wait_for(lambda process=client: not alive(process), 60, "the SuperNode and its helpers to end")
     finally:

@@ -21,7 +21,7 @@ from fmfl.errors import UserError
 from fmfl.flower import client, deploy, engine, messages, server
 from fmfl.flower.nodes import Nodes, train_round
 from fmfl.runs import Run
-from fmfl.study import grid, stages
+from fmfl.study import execute, grid, stages
 from fmfl.train import FitResult
 
 SIZE = 32
@@ -171,7 +171,7 @@ def test_the_notebook_gives_the_same_results_with_either_engine(tmp_path):
         )
         (cell,) = [c for c in grid.plan(cfg, [0], ["iid"]) if c.notebook == "04_federate"]
         assert cell.parameters["engine"] == name and "min_clients" in cell.parameters
-        grid.execute_plain(cell, tmp_path / name / "out.ipynb")
+        execute.plain(cell, tmp_path / name / "out.ipynb")
         tables[name] = pd.read_csv(tmp_path / name / "cells" / cell.name / "results.csv")
     measured = ["seconds", "bytes_up", "bytes_down"]
     local, flowers = tables["local"], tables["flower"]

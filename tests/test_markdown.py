@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from fmfl.analysis import markdown, tables
+from fmfl.analysis import claims, tables, words
 
 
 def said(*, gain=3.0, spread=0.3, seeds=3, patients=40, start=(0.5, 0.7), then=(0.95, 0.95), level=90):
@@ -11,7 +11,7 @@ def said(*, gain=3.0, spread=0.3, seeds=3, patients=40, start=(0.5, 0.7), then=(
     rng = np.random.default_rng(0)
     hard = rng.normal(0, 1, patients)
     runs, scores = [], []
-    for init in tables.INITS:
+    for init in tables.PAPER_INITS:
         for seed in range(seeds):
             dice = (level + gain * (init == "fm") + hard + rng.normal(0, spread, patients)) / 100
             base = {"arm": "federated", "init": init, "split": "age", "seed": seed}
@@ -22,8 +22,8 @@ def said(*, gain=3.0, spread=0.3, seeds=3, patients=40, start=(0.5, 0.7), then=(
                 spent = {"seconds": 1.0, "bytes_up": 0, "bytes_down": 0, "images_seen": 10 * number + paid}
                 runs.append(base | {"round": number, "dice": value} | spent)
     results, per_image = pd.DataFrame(runs), pd.concat(scores)
-    found = tables.paired_differences(per_image), tables.claims(results, per_image)
-    return " ".join(markdown.headline(results, *found))
+    found = tables.paired_differences(per_image), claims.ledger(results, per_image)
+    return " ".join(words.headline(results, *found))
 
 
 def test_a_difference_under_one_point_has_two_decimals_and_its_sign():

@@ -7,6 +7,9 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
+from itertools import pairwise
+from statistics import median
 
 import nbformat
 import papermill
@@ -30,7 +33,7 @@ def prose(name: str) -> list[str]:
 
 
 def test_these_are_all_notebooks():
-    assert sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb")) == NAMES == list(grid.DEPENDS)
+    assert sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb")) == NAMES == list(config.NOTEBOOKS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,11 +48,84 @@ def test_a_notebook_has_the_rhythm_of_all(name):
     assert tagged == [notebook.cells[1]]
     assert sum("config.from_notebook(globals())" in source for source in cells) == 1
     assert "config.from_notebook(globals())" in cells[1]
-    assert any(source.startswith("assert ") or "\nassert " in source for source in cells)
     assert sum(source.startswith("# NBVAL_CHECK_OUTPUT\n") for source in cells) >= 1
-    assert "**Check**" in "".join(texts) or "**Check.**" in "".join(texts)
-    assert "**What you should see.**" in texts[-1] and "**Exercise.**" in texts[-1]
-    assert all(len(source.splitlines()) <= 25 for source in cells), "a cell is a thought long"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_headings_tell_the_story_in_jupyterlabs_contents(name):
+    """One title, sections below it, no level skipped, and no bold line in a heading's place."""
+    headings = re.findall(r"^(#+) (.+)$", "\n".join(prose(name)), re.M)
+    levels = [len(marks) for marks, _ in headings]
+    assert levels[0] == 1 and levels.count(1) == 1 and levels.count(2) >= 7
+    assert all(below <= above + 1 for above, below in pairwise(levels))
+    sections = [title for marks, title in headings if marks == "##"]
+    assert sections[:2] == ["Parameters", "Set up"]
+    assert sections[-4:] == ["Checks", "Save", "What you should see", "Exercise"]
+    assert len(set(sections)) == len(sections)
+    assert not re.search(r"^\*\*[^*]+\.\*\*( |$)", "\n".join(prose(name)), re.M)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_code_follows_prose_and_a_cell_is_a_thought_long(name):
+    cells = NOTEBOOKS[name].cells
+    after_prose = [a.cell_type == "markdown" for a, b in pairwise(cells) if b.cell_type == "code"]
+    assert sum(after_prose) >= 0.88 * len(after_prose)
+    lengths = [len(source.splitlines()) for source in code(name)[1:]]
+    assert max(lengths) <= 12 and 2 <= median(lengths) <= 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_links_to_its_neighbours_and_every_link_resolves(name):
+    texts, place = prose(name), NAMES.index(name)
+    neighbours = [f"({other}.ipynb)" for other in NAMES[max(0, place - 1) : place + 2] if other != name]
+    for end in (texts[0], texts[-1]):
+        assert all(link in end for link in neighbours), "at the top and at the bottom"
+    for link in re.findall(r"\]\(([^)]+)\)", "\n".join(texts)):
+        assert (paths.NOTEBOOKS / link).exists(), link
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_show_their_type_and_meaning_in_papermills_help(name):
+    """Read as `papermill --help-notebook` does."""
+    shown = papermill.inspect_notebook(paths.NOTEBOOKS / f"{name}.ipynb")
+    assert shown.keys() == {node.target.id for node in ast.parse(code(name)[0]).body}
+    for parameter, about in shown.items():
+        kind = type(config.defaults()[parameter]).__name__
+        assert (about["inferred_type_name"], parameter) == (kind, parameter)
+        assert ast.literal_eval(about["default"]) == config.defaults()[parameter]
+        assert len(about["help"]) > 5, f"{parameter} has no comment"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checks_are_folded_and_run_all_the_same(name):
+    """JupyterLab hides their source; the assertions are under the heading Checks."""
+    cells = NOTEBOOKS[name].cells
+    first, last = (
+        next(k for k, cell in enumerate(cells) if cell.source.startswith(heading))
+        for heading in ("## Checks", "## Save")
+    )
+    checks = [cell for cell in cells[first:last] if cell.cell_type == "code" and "assert" in cell.source]
+    assert len(checks) >= 2
+    hidden = [cell for cell in cells if cell.metadata.get("jupyter", {}).get("source_hidden")]
+    assert all(cell in hidden for cell in checks) and all(cell in cells[first:last] for cell in hidden)
+
+
+def calls(name: str) -> Counter:
+    """A notebook's calls of module functions: of the science, `fmfl.split.holdout`, and of the study's."""
+    helpers = {"stages", "outputs", "provenance", "manifest", "report"}
+    count = Counter()
+    for node in ast.walk(ast.parse("\n".join(code(name)))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            function = ast.unparse(node.func)
+            count["science"] += function.startswith("fmfl.")
+            count["study"] += function.split(".")[0] in helpers
+    return count
+
+
+@pytest.mark.parametrize("name", NAMES[:4])
+def test_a_notebook_calls_the_science_more_than_the_study(name):
+    count = calls(name)
+    assert count["science"] > count["study"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,7 +153,7 @@ def test_the_study_gives_a_notebook_all_that_it_depends_on(tmp_path, name):
     (given,) = [set(cell.parameters) for cell in cells if cell.notebook == name]
     source = "\n".join(code(name))
     read = {field for stage, field in re.findall(r"\bcfg\.(\w+)\.(\w+)", source) if stage in config.STAGES}
-    own = {n.id for n in ast.walk(ast.parse(code(name)[0])) if isinstance(n, ast.Name)}
+    own = {node.target.id for node in ast.parse(code(name)[0]).body}
     assert own | read <= given
     assert own >= {"run_name"}
 
@@ -144,7 +220,7 @@ def test_papermill_with_an_unknown_parameter_ends_in_the_sentence(tmp_path):
 @pytest.mark.slow
 def test_papermill_runs_a_notebook_with_changed_parameters(tmp_path):
     found = by_papermill(tmp_path, num_clients=4, seed=3)
-    (checked,) = [cell for cell in found.cells if cell.source.startswith("# NBVAL_CHECK_OUTPUT")]
+    *_, checked = [cell for cell in found.cells if cell.source.startswith("# NBVAL_CHECK_OUTPUT")]
     assert checked.outputs[0].text == "True [4, 4, 4]\n", "clients under each split"
     assert (tmp_path / "run" / "cells" / "01_data" / "skew.csv").exists()
     assert len(list((tmp_path / "run" / "figures").glob("*.png"))) == 5

@@ -28,7 +28,7 @@ def _style():
     plt.close("all")
 
 
-def results(inits=tables.INITS, splits=("iid", "age"), seeds=2, rounds=4, centralised=True):
+def results(inits=tables.PAPER_INITS, splits=("iid", "age"), seeds=2, rounds=4, centralised=True):
     """Dice that climbs from 40 % in equal steps; each later start ends 4 points higher, seed 1 one point."""
     rows = []
     cells = [("federated", init, split) for init in inits for split in splits]
@@ -464,10 +464,10 @@ def _every_figure():
     scores = per_image(results(splits=("iid", "age", "quantity")))
     ends = results(splits=("iid", "age", "quantity"))
     drift = pd.DataFrame(
-        [(init, "age", 0, n, 1.0 * n, 0.5, 1.2, 3.0) for init in tables.INITS for n in range(11)],
+        [(init, "age", 0, n, 1.0 * n, 0.5, 1.2, 3.0) for init in tables.PAPER_INITS for n in range(11)],
         columns=["init", "split", "seed", "round", *plots.DRIFT],
     )
-    starts = pd.DataFrame({"init": tables.INITS, "sharpness": [5.0, 2, 1], "barrier": [0.3, 0.1, 0]})
+    starts = pd.DataFrame({"init": tables.PAPER_INITS, "sharpness": [5.0, 2, 1], "barrier": [0.3, 0.1, 0]})
     rules = [f"{rule}, per_lung" for rule in ("ground_truth", "ground_truth_jitter", "predicted")]
     by_rule = pd.DataFrame({"rule": rules * 2, "dice": np.linspace(0.8, 0.9, 6), "hd95": np.arange(6.0)})
     by_pixels = {"pixels": [0, 0, 5, 5], "dice": [0.9, 1.0, 0.6, 0.8], "hd95": [1.0, 2.0, 4.0, 8.0]}

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from fmfl import paths
-from fmfl.analysis import markdown
+from fmfl.analysis import claims, markdown, statistics, tables, words
 from fmfl.errors import UserError
 
 RESULTS = paths.ROOT / "docs" / "results"
@@ -81,25 +81,23 @@ def test_the_rule_of_the_verdicts_is_one_click_away():
 
 
 def test_the_rule_of_the_verdicts_names_the_numbers_that_the_code_uses():
-    from fmfl.analysis import tables
-
     text = (paths.ROOT / "docs" / "verdicts.md").read_text(encoding="utf-8")
     for said in (
-        f"Fewer than {tables.MIN_PATIENTS} test patients",
-        f"**{tables.EQUIVALENCE:g} points**",
-        f"a margin of {tables.MARGIN:g} points",
-        f"a margin of {tables.GAP_MARGIN:g} %",
+        f"Fewer than {statistics.MIN_PATIENTS} test patients",
+        f"**{statistics.EQUIVALENCE:g} points**",
+        f"a margin of {claims.MARGIN:g} points",
+        f"a margin of {claims.GAP_MARGIN:g} %",
         f"({100 * tables.TARGETS[0]:g} %;",
         f"from {tables.GROUP_PATIENTS} test patients and {tables.GROUP_IMAGES} test images on",
     ):
         assert said in text, said
-    assert all(f"| {verdict} |" in text for verdict in tables.VERDICTS)
+    assert all(f"| {verdict} |" in text for verdict in claims.VERDICTS)
 
 
 def test_small_numbers_keep_two_decimals_and_zero_has_no_sign():
-    assert markdown.estimate(-0.0511, -0.1471, 0.045, sign=True) == "−0.05 (−0.15 to +0.04)"
-    assert markdown.number(-0.001, sign=True) == "0.00" == markdown.number(0.001, sign=True)
-    assert markdown.number(float("nan")) == "–" and markdown.interval(float("nan"), 1) == ""
+    assert words.estimate(-0.0511, -0.1471, 0.045, sign=True) == "−0.05 (−0.15 to +0.04)"
+    assert words.number(-0.001, sign=True) == "0.00" == words.number(0.001, sign=True)
+    assert words.number(float("nan")) == "–" and words.interval(float("nan"), 1) == ""
 
 
 def test_a_mark_that_stands_alone_or_twice_is_an_error(tmp_path):

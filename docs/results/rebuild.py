@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import scipy
 
-from fmfl.analysis import markdown, plots, statistics, tables
+from fmfl.analysis import claims, markdown, plots, statistics, tables, words
 from fmfl.study import report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +20,6 @@ STUDIES = ("v7-cpu", "v7-labels")  # all tables
 REPORTED = "v7-cpu"
 VARIED = ("v7-labels", "v7-choices")  # the map
 ROUNDS = {"v7-labels": "before_any_round", "v7-choices": "by_round"}  # every choice's and seed's scores
-NAMES = {"fm": "the teacher's student", "pretraining": "pre-training", "random": "random"}
 
 
 def main(root: Path = ROOT, *, figures: bool = True) -> None:
@@ -45,7 +44,7 @@ def analyse(folder: Path) -> None:
     informed = [init for init in tables.ordered_inits(results) if init != "random"]
     written = {
         "table1": tables.table1(results, per_image),
-        "claims": tables.claims(results, per_image),
+        "claims": claims.ledger(results, per_image),
         "differences": tables.paired_differences(per_image),
         "cost": tables.cost(results, tables.TARGETS[0]),
         "gap": tables.gap(per_image, informed, tables.reference_split(results)),
@@ -141,7 +140,7 @@ def end(study: markdown.Folder) -> list[str]:
     """The last epoch's Dice with its interval."""
     found = statistics.contrast(study["per_image"], {tables.CENTRALISED: 1})
     hd95 = tables.final(study["results"]).hd95.iloc[0]
-    within = markdown.interval(found["low"], found["high"])
+    within = words.interval(found["low"], found["high"])
     return [
         f"At the end: **{found['value']:.2f} %** (95 % interval over patients {within}; one seed, so the "
         f"noise between runs is unknown), HD95 {hd95:.1f} pixels."
@@ -153,7 +152,7 @@ def starts(study: markdown.Folder) -> list[str]:
     real, synthetic = (study[name].set_index("init") for name in ("v7", "phantom"))
     rows = []
     for init in real.index:
-        cells = [NAMES.get(init, "the teacher itself, told the true boxes")]
+        cells = [words.INITS.get(init, "the teacher itself, told the true boxes")]
         for table in (real, synthetic):
             row = table.loc[init]
             cells += [f"{row.dice:.3f}", f"{row.hd95:.1f}", f"{row['calibration error']:.3f}"]
@@ -168,7 +167,7 @@ def mixes(study: markdown.Folder) -> list[str]:
     rows = []
     for row in study["v7_variants"].to_dict("records"):
         paper = row["alpha"] == 0.6 and row["temperature"] == 1
-        gain = markdown.estimate(*(100 * row[name] for name in ("gain", "low", "high")), sign=True)
+        gain = words.estimate(*(100 * row[name] for name in ("gain", "low", "high")), sign=True)
         rows.append(
             (
                 f"{row['alpha']:g}",
@@ -204,8 +203,8 @@ def by_round(study: markdown.Folder) -> list[str]:
                 continue
             means = 100 * runs.groupby("round").dice.mean()
             ends = 100 * runs[runs["round"] == last].dice
-            through = [markdown.number(means[number]) for number in (0, 1, 2, last)]
-            cells = [choice, NAMES[init], *through, markdown.interval(ends.min(), ends.max())]
+            through = [words.number(means[number]) for number in (0, 1, 2, last)]
+            cells = [choice, words.INITS[init], *through, words.interval(ends.min(), ends.max())]
             rows.append([*cells, f"{runs[runs['round'] == 0].hd95.mean():.1f}"])
     columns = [
         "start",
@@ -231,7 +230,7 @@ def _over_seeds(changes: dict[tuple[str, str], pd.Series]) -> list[tuple[str, st
     rows = []
     for name, values in changes.items():
         within = statistics.seed_interval(values)
-        size = markdown.estimate(values.mean(), *within, sign=True)
+        size = words.estimate(values.mean(), *within, sign=True)
         rows.append((*name, size, f"{corrected[name]:.2f}"))
     return rows
 
@@ -245,7 +244,7 @@ def changes(study: markdown.Folder) -> list[str]:
     found = {}
     for choice in [c for c in sorted(table.choice.unique(), key=_order) if c != "default"]:
         for init in ("random", "fm"):
-            found[choice, NAMES[init]] = 100 * (ends[choice, init] - ends["default", init])
+            found[choice, words.INITS[init]] = 100 * (ends[choice, init] - ends["default", init])
     columns = ["choice", "start", "points (95 % over three seeds alone)", "p, corrected for twelve"]
     return markdown.table(columns, _over_seeds(found))
 
@@ -262,8 +261,8 @@ def head_start(study: markdown.Folder) -> list[str]:
     rows = []
     for choice in masks:
         row = ends.loc[choice]
-        size = markdown.estimate(row.gain, row.low, row.high, sign=True)
-        rows.append((choice, *of_round0[choice], size, markdown.largest_p(row), markdown.reading(row)))
+        size = words.estimate(row.gain, row.low, row.high, sign=True)
+        rows.append((choice, *of_round0[choice], size, words.largest_p(row), words.reading(row)))
     columns = ["masks", "before any round (95 % over seeds alone)", "p, corrected for four"]
     columns += ["after 4 rounds (95 %)", "p, corrected for eight", "reading of the last"]
     return markdown.table(columns, rows)

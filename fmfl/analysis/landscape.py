@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fmfl import augment, models, parallel, runs, train
+from fmfl import augment, federate, models, parallel, runs, train
 from fmfl.data import Cohort
 from fmfl.federate import ClientUpdate
 from fmfl.runs import Run
@@ -90,7 +90,7 @@ def watched(train_round: Callable[[Run], Iterable[ClientUpdate]]) -> Callable[[R
         if run.arm != "federated":
             yield from train_round(run)
             return
-        drift = Drift(run.theta, run.trained_keys)
+        drift = Drift(run.theta, federate.trained_keys(run.model, run.cfg))
         for update in train_round(run):
             drift.add(update.state, update.num_examples)
             yield update
@@ -226,9 +226,9 @@ def of_starts(begun: Iterable[Run], cohort: Cohort, *, images: int = 16, clients
         One row a run: init; sharpness at the initial state; barrier between two clients' models, in units of
         the Dice loss (mean over pairs; NaN with one client).
     """
-    federated = [run for run in begun if run.arm == "federated"]
+    chosen_runs = [run for run in begun if run.arm == "federated"]
     trained = []  # each run's clients beside each other, as in its own first round
-    for run in federated:
+    for run in chosen_runs:
         fresh = replace(run, theta=run.initial, round_number=0, memory={})
         chosen = list(run.clients)[:: math.ceil(len(run.clients) / clients)]
         trained.append([update.state for update in runs.train_clients(fresh, chosen)])
@@ -248,4 +248,4 @@ def of_starts(begun: Iterable[Run], cohort: Cohort, *, images: int = 16, clients
             "barrier": float(pd.Series([barrier(along) for along in lines], dtype=float).mean()),
         }
 
-    return pd.DataFrame(parallel.side_by_side(measure, zip(federated, trained, strict=True), cohort.device))
+    return pd.DataFrame(parallel.side_by_side(measure, zip(chosen_runs, trained, strict=True), cohort.device))

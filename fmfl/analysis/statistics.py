@@ -6,24 +6,19 @@ Two kinds of noise are told apart, and then taken together:
   independent evidence, so whole patients count.
 - between training runs: another seed would give another network.
 
-The two-way interval holds both: with V_patients and V_seeds the squared standard errors of the mean by
-patients and by seeds, its squared standard error is their sum, and Student's t has Satterthwaite's degrees of
-freedom. The noise of single runs on single patients is in both terms, so the sum is a little too large
-rather than too small. A pigeonhole bootstrap (Owen 2007), which draws patients and seeds anew, covers too
-rarely with three seeds: tests/test_statistics.py compares the two. With one seed the interval is over
-patients alone.
-
-Every function that draws at random takes `resamples` (draws) and `seed` (of the draws) and gives the same
-numbers for the same seed.
+The two-way interval holds both: its squared standard error is the sum of those by patients and by seeds, and
+Student's t has Satterthwaite's degrees of freedom. The noise of single runs on single patients is in both
+terms, so the sum is a little too large rather than too small. A pigeonhole bootstrap (Owen 2007), which draws
+patients and seeds anew, covers too rarely with three seeds: tests/test_statistics.py compares the two. With
+one seed the interval is over patients alone.
 
 References: variance components and their degrees of freedom: Satterthwaite 1946, Biometrics Bulletin 2(6);
 Searle, Casella & McCulloch 1992, Variance Components, section 4.3. Bootstrap of crossed factors: Owen 2007,
-Annals of Applied Statistics 1(2); Owen & Eckles 2012, Annals of Applied Statistics 6(3). Bootstrap of
-clusters: Davison & Hinkley 1997, section 3.8; the widened percentile interval: Hesterberg 2015, The American
-Statistician 69(4). Holm 1979, Scandinavian Journal of Statistics 6(2). Permutation by signs: Good 2005,
-Permutation, Parametric and Bootstrap Tests of Hypotheses, section 3.2. Two one-sided tests of equivalence:
-Schuirmann 1987, Journal of Pharmacokinetics and Biopharmaceutics 15(6). The effect size d_z: Cohen 1988,
-section 2.3.5.
+Annals of Applied Statistics 1(2). Bootstrap of clusters: Davison & Hinkley 1997, section 3.8; the widened
+percentile interval: Hesterberg 2015, The American Statistician 69(4). Holm 1979, Scandinavian Journal of
+Statistics 6(2). Permutation by signs: Good 2005, Permutation, Parametric and Bootstrap Tests of Hypotheses,
+section 3.2. Two one-sided tests of equivalence: Schuirmann 1987, Journal of Pharmacokinetics and
+Biopharmaceutics 15(6). The effect size d_z: Cohen 1988, section 2.3.5.
 """
 
 import itertools
@@ -37,15 +32,20 @@ import scipy
 Cell = tuple[str, str, str]  # arm, init, split
 
 ALPHA = 0.05
-MIN_PATIENTS = 20  # test patients below which there is no interval and no test
-EQUIVALENCE = 0.5  # points of Dice: a third of the smallest difference that the paper reports (1.46)
+#: Test patients below which there is no interval and no test.
+MIN_PATIENTS = 20
 TOO_FEW = "too few test patients to say"
+#: Points of Dice: a third of the smallest difference that the paper reports (1.46).
+EQUIVALENCE = 0.5
+#: The numbers of a contrast, NaN where there is none.
+CONTRAST = ("value", "low", "high", "p", "p_permutation", "p_two_way", "p_equivalence", "effect", "error",
+            "df", "patient_low", "patient_high", "seed_low", "seed_high")  # fmt: skip
 
 
 def bootstrap_mean(
     values: np.ndarray, patients: Iterable, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Interval of the mean of `values` when whole patients are drawn again.
+    """Return the interval of the mean of `values` when whole patients are drawn again.
 
     The percentile interval is too short for few clusters; it is widened to the level at which it has the
     t interval's width on normal data (Hesterberg 2015, the expanded percentile interval).
@@ -77,7 +77,7 @@ def bootstrap_mean(
 
 
 def seed_interval(values: Iterable[float], *, level: float = 0.95) -> tuple[float, float]:
-    """Student's t interval of the mean over seeds; NaN, NaN for a single one."""
+    """Return Student's t interval of the mean over seeds; NaN, NaN for a single one."""
     values = np.asarray(list(values), dtype=float)
     if len(values) < 2:
         return np.nan, np.nan
@@ -86,7 +86,7 @@ def seed_interval(values: Iterable[float], *, level: float = 0.95) -> tuple[floa
 
 
 def holm(p: Iterable[float]) -> np.ndarray:
-    """p-values corrected for being a family (Holm 1979); NaN stays NaN and does not count."""
+    """Return p-values corrected for being a family (Holm 1979); NaN stays NaN and does not count."""
     p = np.asarray(list(p), dtype=float)
     corrected = np.full_like(p, np.nan)
     known = np.flatnonzero(~np.isnan(p))
@@ -96,7 +96,7 @@ def holm(p: Iterable[float]) -> np.ndarray:
 
 
 def sign_permutation(values: np.ndarray, *, resamples: int = 9999, seed: int = 0) -> float:
-    """Two-sided p that the mean of paired differences is zero, from signs that could as well be the other.
+    """Return the two-sided p that the mean of paired differences is zero, by changing their signs at random.
 
     All 2^n signs for up to 13 differences, else `resamples` draws with the one observed counted in.
 
@@ -107,13 +107,13 @@ def sign_permutation(values: np.ndarray, *, resamples: int = 9999, seed: int = 0
     """
     # SciPy's permutation_test gives the same at ten times the time, which the map's many points would feel.
     values = np.asarray(values, dtype=float)
-    if len(values) <= 13:
-        signs = np.array(list(itertools.product((-1, 1), repeat=len(values))), dtype=float)
-        as_far = np.abs(signs @ values) >= abs(values.sum()) * (1 - 1e-12)
-        return float(as_far.mean())
-    signs = 1.0 - 2.0 * np.random.default_rng(seed).integers(0, 2, (resamples, len(values)), dtype=np.int8)
+    number = len(values)
+    if number <= 13:
+        signs = np.array(list(itertools.product((-1, 1), repeat=number)), dtype=float)
+    else:
+        signs = 1.0 - 2.0 * np.random.default_rng(seed).integers(0, 2, (resamples, number), dtype=np.int8)
     as_far = np.abs(signs @ values) >= abs(values.sum()) * (1 - 1e-12)
-    return float((as_far.sum() + 1) / (resamples + 1))
+    return float(as_far.mean() if number <= 13 else (as_far.sum() + 1) / (resamples + 1))
 
 
 class TwoWay(NamedTuple):
@@ -130,18 +130,18 @@ class TwoWay(NamedTuple):
     df: float
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Give low and high; both are the value where there is no spread at all."""
+        """Return low and high; both are the value where there is no spread at all."""
         half = scipy.stats.t.ppf((1 + level) / 2, self.df) * self.error if self.error > 0 else 0.0
         return float(self.value - half), float(self.value + half)
 
     def p_different(self) -> float:
-        """Give the two-sided p that the true mean is zero."""
+        """Return the two-sided p that the true mean is zero."""
         if not self.error > 0:
             return 1.0 if self.value == 0 else 0.0
         return float(2 * scipy.stats.t.sf(abs(self.value) / self.error, self.df))
 
     def p_equivalent(self, margin: float, to: float = 0.0) -> float:
-        """Give the p of two one-sided tests: small where the true mean is within `margin` of `to`."""
+        """Return the p of two one-sided tests: small where the true mean is within `margin` of `to`."""
         inside = margin - abs(self.value - to)
         if not self.error > 0:
             return 0.0 if inside > 0 else 1.0
@@ -149,7 +149,7 @@ class TwoWay(NamedTuple):
 
 
 def two_way(scores: np.ndarray, patients: Iterable) -> TwoWay:
-    """Take the noise of patients and of seeds together.
+    """Return a mean with the noise of patients and of seeds together.
 
     With r the images' means over seeds less the overall mean, R_p their sum over patient p's images, P
     patients, N images and S seeds:
@@ -162,7 +162,7 @@ def two_way(scores: np.ndarray, patients: Iterable) -> TwoWay:
         patients: (images,) whose image it is.
 
     Returns:
-        value, error, df; error and df NaN with fewer than two patients.
+        value, and error and df, which are NaN with fewer than two patients.
     """
     codes, _ = pd.factorize(np.asarray(patients))
     number, seeds = codes.max(initial=-1) + 1, scores.shape[1]
@@ -176,19 +176,14 @@ def two_way(scores: np.ndarray, patients: Iterable) -> TwoWay:
 
 
 def joined(by_patients: float, patients: int, by_seeds: float, seeds: int) -> tuple[float, float]:
-    """Add squared standard errors by patients and by seeds: the error of both, and Satterthwaite's df."""
+    """Return the error of two squared standard errors together, and Satterthwaite's degrees of freedom."""
     total = by_patients + by_seeds
     spread = by_patients**2 / (patients - 1) + (by_seeds**2 / (seeds - 1) if seeds > 1 else 0.0)
     return float(np.sqrt(total)), float(total**2 / spread) if spread > 0 else np.inf
 
 
-CONTRAST = ("value", "low", "high", "p", "p_permutation", "p_two_way", "p_equivalence", "effect", "error",
-            "df", "patient_low", "patient_high", "seed_low", "seed_high")  # fmt: skip
-"""The numbers of a contrast, NaN where there is none."""
-
-
 def paired_scores(per_image: pd.DataFrame, cells: Mapping[Cell, float]) -> tuple[pd.DataFrame, str]:
-    """Give the weighted sum of cells' Dice in points by image and seed, and why there is none.
+    """Return the weighted sum of cells' Dice in points by image and seed, and the reason if there is none.
 
     A standalone image's score is its mean over clients. Only images and seeds that every cell has are kept.
 
@@ -205,10 +200,13 @@ def paired_scores(per_image: pd.DataFrame, cells: Mapping[Cell, float]) -> tuple
     return total, "the runs to be compared share no seed and test image" if total.empty else ""
 
 
-def contrast(
-    per_image: pd.DataFrame, cells: Mapping[Cell, float], *, resamples: int = 2000, seed: int = 0
-) -> dict[str, object]:
-    """Give a weighted sum of cells' Dice, image by image on the same test images and seeds, and its noise.
+def patients_of(per_image: pd.DataFrame, images: pd.Index) -> pd.Series:
+    """Return the patient of each image."""
+    return per_image.drop_duplicates("image_id").set_index("image_id").patient_id.reindex(images)
+
+
+def contrast(per_image: pd.DataFrame, cells: Mapping[Cell, float]) -> dict[str, object]:
+    """Return a weighted sum of cells' Dice, image by image on the same test images and seeds, and its noise.
 
     One cell with weight 1 is its mean; {fm: 1, random: -1} is their difference; four cells make the
     difference of two losses from IID to skew. With fewer than MIN_PATIENTS test patients the value stands
@@ -221,69 +219,58 @@ def contrast(
         p_equivalence (within EQUIVALENCE points of zero, NaN with one seed) by the two-way error; effect
         (d_z: the patients' mean over their standard deviation); patient_low, patient_high (95 % bootstrap
         over patients alone); seed_low, seed_high (95 % t interval over seeds alone); images, patients,
-        seeds; and missing: why there is no value ("" if there is one).
+        seeds; and missing: the reason if there is no value ("" if there is one).
     """
-    empty = dict.fromkeys(CONTRAST, np.nan) | {"images": 0, "patients": 0, "seeds": 0, "missing": ""}
+    result = dict.fromkeys(CONTRAST, np.nan) | {"images": 0, "patients": 0, "seeds": 0, "missing": ""}
     total, missing = paired_scores(per_image, cells)
     if missing:
-        return empty | {"missing": missing}
-    patients = per_image.drop_duplicates("image_id").set_index("image_id").patient_id.reindex(total.index)
+        return result | {"missing": missing}
+    patients = patients_of(per_image, total.index)
     by_image, by_seed = total.mean(axis=1), total.mean()
     by_patient = by_image.groupby(patients.to_numpy()).mean().to_numpy()
-    found = empty | {
-        "value": float(by_image.mean()),
-        "images": len(by_image),
-        "patients": len(by_patient),
-        "seeds": len(by_seed),
-    }
+    result |= {"value": float(by_image.mean()), "images": len(by_image)}
+    result |= {"patients": len(by_patient), "seeds": len(by_seed)}
     if len(by_patient) < MIN_PATIENTS:
-        return found
+        return result
     whole = two_way(total.to_numpy(), patients)
-    by_patients = bootstrap_mean(by_image.to_numpy(), patients, resamples=resamples, seed=seed)
+    over_patients, over_seeds = bootstrap_mean(by_image.to_numpy(), patients), seed_interval(by_seed)
+    several = len(by_seed) > 1
     lowest = sum(min(0.0, 100 * weight) for weight in cells.values())
     highest = sum(max(0.0, 100 * weight) for weight in cells.values())
-    low, high = np.clip(whole.interval() if len(by_seed) > 1 else by_patients, lowest, highest)
+    low, high = np.clip(whole.interval() if several else over_patients, lowest, highest)
     spread = by_patient.std(ddof=1)
-    return found | {
+    return result | {
         "low": float(low),
         "high": float(high),
         "p": float(scipy.stats.wilcoxon(by_patient).pvalue) if np.any(by_patient) else 1.0,
-        "p_permutation": sign_permutation(by_patient, seed=seed),
+        "p_permutation": sign_permutation(by_patient),
         "p_two_way": whole.p_different(),
-        "p_equivalence": whole.p_equivalent(EQUIVALENCE) if len(by_seed) > 1 else np.nan,
+        "p_equivalence": whole.p_equivalent(EQUIVALENCE) if several else np.nan,
         "effect": by_patient.mean() / spread if spread > 0 else np.nan,
         "error": whole.error,
         "df": whole.df,
-        **dict(zip(("patient_low", "patient_high"), by_patients, strict=True)),
-        **dict(zip(("seed_low", "seed_high"), seed_interval(by_seed), strict=True)),
+        **dict(zip(("patient_low", "patient_high"), over_patients, strict=True)),
+        **dict(zip(("seed_low", "seed_high"), over_seeds, strict=True)),
     }
 
 
-def compare(
-    per_image: pd.DataFrame,
-    family: Mapping[object, Mapping[Cell, float]],
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Give the contrasts of a family, corrected for being several. A contrast named twice counts once.
+def compare(per_image: pd.DataFrame, family: Mapping[object, Mapping[Cell, float]]) -> pd.DataFrame:
+    """Return the contrasts of a family, corrected for being several. A contrast named twice counts once.
 
     Returns:
         A table indexed by the family's names: `contrast`'s columns, then `corrected`'s.
     """
-    once: dict[frozenset, dict[str, object]] = {}
+    once: dict[frozenset, Mapping[Cell, float]] = {}
     for cells in family.values():
-        key = frozenset(cells.items())
-        if key not in once:
-            once[key] = contrast(per_image, cells, resamples=resamples, seed=seed)
-    table = corrected(pd.DataFrame(once.values(), index=pd.Index(range(len(once)))))
+        once.setdefault(frozenset(cells.items()), cells)
+    table = corrected(pd.DataFrame([contrast(per_image, cells) for cells in once.values()]))
     place = {key: number for number, key in enumerate(once)}
     rows = table.loc[[place[frozenset(cells.items())] for cells in family.values()]]
     return rows.set_axis(pd.Index(list(family), tupleize_cols=False))
 
 
 def corrected(table: pd.DataFrame) -> pd.DataFrame:
-    """Correct a family of contrasts by Holm's method and read each.
+    """Return a family of contrasts corrected by Holm's method, each with its reading.
 
     Args:
         table: one row a contrast, each once, with `contrast`'s columns.

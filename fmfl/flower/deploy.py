@@ -38,10 +38,6 @@ ENVIRONMENT = {
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
 }
 
-#: Stages of settings that a run on Flower's nodes depends on, and parameters of them that it does not.
-STAGES = ("run", "data", "federate", "flower")
-ELSEWHERE = ("engine", "arms", "inits")
-
 #: The app's project file; its parameters follow.
 PROJECT = """[project]
 name = "fmfl-study"
@@ -105,12 +101,7 @@ def flwr(home: Path, *arguments: str) -> str:
 
 def run_config() -> dict[str, Any]:
     """Return every parameter of a run on Flower's nodes, at its default."""
-    stages = config.stage_of()
-    return {
-        name: value
-        for name, value in config.defaults().items()
-        if (stages[name] in STAGES or name == "student") and name not in ELSEWHERE
-    }
+    return {name: value for name, value in config.defaults().items() if name in config.taken_by("F")}
 
 
 def write_app(folder: Path, given: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""One page that answers the question: DIR/report.html from the tables, figures and manifest in DIR.
+"""DIR/report.html: one page that answers the question, from the tables, figures and manifest in DIR.
 
 The page stands alone: figures and data are inside it as data URIs, and its security policy forbids the
 browser to fetch anything. Every sentence of the methods is made of the manifest's values; a value that is
@@ -21,53 +21,33 @@ import pandas as pd
 from PIL import Image
 
 from fmfl import states
-from fmfl.analysis import statistics, tables
-from fmfl.analysis.markdown import decimals, estimate, headline, largest_p, number, reading
-from fmfl.analysis.plots import NAMES, SPLITS
+from fmfl.analysis import claims, statistics, tables, words
+from fmfl.analysis.words import DASH, counted, estimate, init_name, percent, split_name
+from fmfl.config import ARMS
 from fmfl.errors import UserError
 
-TITLE = "Where should federated segmentation begin?"
-DASH = "–"  # stands in a table where there is no number; a line below the table says why
-PAGE_BYTES = 3_000_000  # what a phone on a slow line still takes
-FIGURE_BYTES = 150_000  # a heavier picture is reduced to 256 colours
-FIGURE_WIDTH = 1600  # pixels, two for each that is shown
-FIGURE_SCALE = 120  # pixels of the page for an inch of a figure
-READABLE_SCALE = 72  # the fewest: 9 points of text are 9 pixels; a wider figure is scrolled on a phone
-PHONE_WIDTH = 358  # pixels that a page of 390 leaves for a figure
-CSV_BYTES = 200_000  # longer data go in compressed, and stay beside the page if they are as long even so
+#: Bytes that a phone on a slow line still takes.
+PAGE_BYTES = 3_000_000
+#: Longer data go in compressed, and stay beside the page if they are as long even so.
+CSV_BYTES = 200_000
+#: A heavier picture is reduced to 256 colours and to so many pixels across, two for each that is shown.
+FIGURE_BYTES, FIGURE_WIDTH = 150_000, 1600
+#: Pixels of the page for an inch of a figure, and the fewest at which 9 points of text are 9 pixels: a figure
+#: that is wider than the 358 pixels that a phone's page leaves it is scrolled.
+FIGURE_SCALE, READABLE_SCALE, PHONE_WIDTH = 120, 72, 358
 
+#: The tables that the page needs, with the columns that it reads.
 TABLES = {
     "results.csv": [*tables.RUN, "round", "dice"],
     "per_image.csv": [*tables.RUN, "image_id", "patient_id", "dice"],
-    "table1.csv": ["init", "split", *tables.ARMS],
+    "table1.csv": ["init", "split", *ARMS],
     "claims.csv": ["claim", "paper", "ours", "low", "high", "n", "seeds", "verdict", "why"],
 }
 
-#: Tables that a study may have besides, each shown in a section of its own with the data beside it:
-#: title, caption, and what a dash in it means.
-MORE_TABLES = {
-    "speed.csv": (
-        "How soon",
-        "Rounds until the mean Dice of the test images is at the target: mean over seeds, with 95 % interval "
-        "where there are several. Seconds, images and megabytes are those spent until then. A run that does "
-        "not get there counts with its whole length, so that the numbers are at least (≥) what it takes. "
-        "Curve: mean Dice in % over all rounds.",
-        "the target was not reached",
-    ),
-    "gap.csv": (
-        "The gap closed",
-        "Share of the way from the random start to centralised training, with 95 % interval where there is "
-        "a share.",
-        "no share, for the reason beside it",
-    ),
-    "weakest.csv": (
-        "Who fares worst",
-        "Final Dice in %: all test images, the tenth with the lowest, and, where groups have at least "
-        f"{tables.GROUP_PATIENTS} test patients, the worst age band and the mixture of the worst client. "
-        "Below 0.8: share of the images with a Dice under 0.8. HD95 and ASSD in pixels.",
-        "not measured, or no group with enough patients",
-    ),
-}
+#: Tables that a study may have besides, with the writers of their rows.
+MORE_TABLES = {"speed": words.speed_row, "gap": words.gap_row, "weakest": words.weakest_row}
+#: Columns that hold words, and so stand at the left.
+TEXT_COLUMNS = {"start", "partition", "arm", "why there is none", "reading", "difference", "worst age band"}
 
 #: Captions of the figures by stage, in the order of the story. A figure's name begins with one of these
 #: names, and the longest that fits is its own.
@@ -105,70 +85,70 @@ STORY = {
     },
 }
 CAPTIONS = {name: caption for captions in STORY.values() for name, caption in captions.items()}
+#: Figures with a section of their own.
+PLACED = ("fig2", "fig3", "when_it_pays")
 
-METHODS = (
-    # Paragraphs of sentences. {a.b} is the manifest's value, {a.b|image} a number of images; a sentence needs
-    # all of its values.
-    (
-        "Images: {data.source}.",
-        "{data.images|image} with a mask, of {data.patients|patient}.",
-        "Left out: {data.left_out}.",
-        "Each is grey, {settings.size} × {settings.size} pixels.",
-        "Parts: {data.proxy|proxy image}, {data.test|test image} and {data.federated|image} of the clients; "
-        "no patient is in two parts.",
-    ),
-    (
-        "Teacher: {teacher.name}, {teacher.parameters|parameter}, frozen.",
-        "Its box prompts: rule {settings.box_rule}.",
-        "Its mean Dice on the proxy images: {teacher.percent} %.",
-        "{teacher.note}",
-        "The student is {settings.student}; the clients train the same network.",
-        "The fm start is the student after {settings.proxy_epochs|epoch} on the proxy images (Eq. 5).",
-        "Eq. 5 gives weight {settings.alpha} to the divergence from the teacher's mask (Eq. 4, "
-        "temperature {settings.temperature}) and the rest to the true mask.",
-    ),
-    (
-        "{settings.num_clients|client} trained for {settings.num_rounds|round} of "
-        "{settings.local_epochs|local epoch} (Eq. 2).",
-        "The server averaged their weights (Eq. 3), weighted by: {settings.client_weights}.",
-        "A local step of Adam: {settings.batch_size|image}, learning rate {settings.learning_rate}.",
-        "Partitions: {settings.splits}.",
-        "Starts: {settings.inits}.",
-        "Seeds: {settings.seeds}.",
-    ),
-)
-STATISTICS = (
-    "Scores are those of the last round; the test images select nothing. Intervals are 95 % over seeds "
-    "and test patients together; with one seed, over patients alone. All seeds share one draw of proxy,"
-    " test and client images: what another draw would give is in no interval. Differences are paired by"
-    " image and seed. They are tested on patients' means by Wilcoxon's signed-rank test and by "
-    "permutation of signs, and by the two-way t test, each with Holm's correction. Two starts are "
-    f"equivalent where two one-sided tests place their difference within {tables.EQUIVALENCE:g} "
-    f"points. With fewer than {tables.MIN_PATIENTS} test patients there is no interval and no test. "
-    "The effect size is d_z, the patients' mean over their standard deviation."
-)
-VERDICTS = (
-    f"Reproduced: a number within {tables.MARGIN:g} points of the paper's, noise included; or a "
-    "difference in the paper's direction, outside the noise and at least half the paper's size. "
-    "Direction only: outside the noise, but smaller. Not reproduced: outside the noise the other way, "
-    "or alike, or another number. Not testable here: an arm is missing, one seed, fewer than "
-    f"{tables.MIN_PATIENTS} test patients, a skew by which the random start does not lose outside the "
-    "noise, or an interval too wide to say, be it by the correction for several tests alone."
-)
+#: Paragraphs with a sentence a line. {a.b} is the manifest's value, {a.b|image} a number of images; a
+#: sentence needs all of its values.
+METHODS = """\
+Images: {data.source}.
+{data.images|image} with a mask, of {data.patients|patient}.
+Left out: {data.left_out}.
+Each is grey, {settings.size} × {settings.size} pixels.
+Parts: {data.proxy|proxy image}, {data.test|test image} and {data.federated|image} of the clients; \
+no patient is in two parts.
+
+Teacher: {teacher.name}, {teacher.parameters|parameter}, frozen.
+Its box prompts: rule {settings.box_rule}.
+Its mean Dice on the proxy images: {teacher.percent} %.
+{teacher.note}
+The student is {settings.student}; the clients train the same network.
+The fm start is the student after {settings.proxy_epochs|epoch} on the proxy images (Eq. 5).
+Eq. 5 gives weight {settings.alpha} to the divergence from the teacher's mask (Eq. 4, temperature \
+{settings.temperature}) and the rest to the true mask.
+
+{settings.num_clients|client} trained for {settings.num_rounds|round} of \
+{settings.local_epochs|local epoch} (Eq. 2).
+The server averaged their weights (Eq. 3), weighted by: {settings.client_weights}.
+A local step of Adam: {settings.batch_size|image}, learning rate {settings.learning_rate}.
+Partitions: {settings.splits}.
+Starts: {settings.inits}.
+Seeds: {settings.seeds}."""
+#: The numbers that the page's prose names.
+LIMITS = {
+    "margin": f"{claims.MARGIN:g}",
+    "equivalence": f"{statistics.EQUIVALENCE:g}",
+    "patients": statistics.MIN_PATIENTS,
+    "group_patients": tables.GROUP_PATIENTS,
+}
+#: Values of the manifest that "This run" names.
+RUN = {
+    "fmfl": "fmfl",
+    "commit": "Commit",
+    "created": "Made",
+    "settings.seeds": "Seeds",
+    "device.name": "Device",
+    "device.kind": "Kind of device",
+    "device.cores": "Cores",
+    "device.memory_gib": "Memory, GiB",
+    "data.fingerprint": "Fingerprint of the data",
+    "teacher.sha256": "Teacher's weights, SHA-256",
+    "versions": "Versions",
+}
 
 
 def write(directory: str | Path) -> Path:
     """Build DIR/report.html from the tables, the manifest and the figures in DIR.
 
     It reads the files of TABLES, manifest.json and figures/*.png: those that the manifest lists, or else
-    those of STORY. Figures fig2.png and fig3.png have their places; the others follow in the story's order,
-    each with the data beside it if figures/NAME.csv exists. The page appears whole or not at all.
+    those of STORY. The figures of PLACED have their sections; the others follow in the story's order, each
+    with the data beside it if figures/NAME.csv exists. The page appears whole or not at all.
 
     Raises:
         UserError: one of these files is missing or cannot be read.
     """
     directory = Path(directory)
-    main = {name: _table(directory / name, columns) for name, columns in TABLES.items()}
+    read = {name: _table(directory / name, columns) for name, columns in TABLES.items()}
     manifest = _manifest(directory / "manifest.json")
     for name in ("fig2.png", "fig3.png"):
         _required(directory / "figures" / name)
@@ -177,14 +157,14 @@ def write(directory: str | Path) -> Path:
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    page = environment.get_template("report.html.j2").render(_contents(directory, main, manifest))
+    page = environment.get_template("report.html.j2").render(_contents(directory, read, manifest))
     path = directory / "report.html"
     states.write_bytes(path, page.encode("utf-8"))
     return path
 
 
 def methods(manifest: Mapping) -> list[str]:
-    """Paragraphs of METHODS with the manifest's values in place, without the sentences that lack one."""
+    """Return the paragraphs of METHODS with the manifest's values, without sentences that lack one."""
     values = _flat(manifest)
     settings, teacher, data = (manifest.get(name) or {} for name in ("settings", "teacher", "data"))
     if settings.get("data"):
@@ -192,38 +172,38 @@ def methods(manifest: Mapping) -> list[str]:
     if isinstance(left_out := data.get("left_out"), Mapping):
         values["data.left_out"] = ", ".join(f"{name} ({_text(count)})" for name, count in left_out.items())
     if isinstance(dice := teacher.get("dice"), int | float):
-        values["teacher.percent"] = number(100 * dice, 1)
+        values["teacher.percent"] = words.number(100 * dice, 1)
+    place = r"\{([\w.]+)(?:\|([\w ]+))?\}"
 
     def word(match: re.Match) -> str:
         value, noun = values[match[1]], match[2]
         return value if noun is None else f"{value} {noun}{'s' * (value != '1')}"
 
-    def said(sentence: str) -> str:
-        if any(values.get(name, "") == "" for name, _ in re.findall(_PLACE, sentence)):
-            return ""
-        return re.sub(_PLACE, word, sentence)
+    paragraphs = [
+        " ".join(
+            re.sub(place, word, sentence)
+            for sentence in paragraph.splitlines()
+            if all(values.get(name) for name, _ in re.findall(place, sentence))
+        )
+        for paragraph in METHODS.split("\n\n")
+    ]
+    return list(filter(None, paragraphs))
 
-    paragraphs = [" ".join(filter(None, map(said, sentences))) for sentences in METHODS]
-    return [*filter(None, paragraphs), STATISTICS]
 
-
-_PLACE = r"\{([\w.]+)(?:\|([\w ]+))?\}"
-
-
-# What is read
+# Reading
 
 
 def _required(path: Path) -> Path:
     if not path.is_file():
-        raise UserError(f"{path} is missing: the report is made from it; run the study to its end first.")
+        raise UserError(f"{path} is missing: the report is made from it; run the study to its end first")
     return path
 
 
-def _table(path: Path, columns: Iterable[str]) -> pd.DataFrame:
+def _table(path: Path, columns: Iterable[str] = ()) -> pd.DataFrame:
     table = tables.read_table(_required(path), ("paper",))
     missing = [name for name in columns if name not in table]
     if missing:
-        raise UserError(f"{path} has no column {', '.join(missing)}: run the study again to rewrite it.")
+        raise UserError(f"{path} has no column {', '.join(missing)}: run the study again to rewrite it")
     return table
 
 
@@ -231,452 +211,269 @@ def _manifest(path: Path) -> dict:
     try:
         manifest = json.loads(_required(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): run the study again to rewrite it.") from error
+        raise UserError(f"{path} is not JSON ({error}): run the study again to rewrite it") from error
     if not isinstance(manifest, dict):
-        raise UserError(f"{path} holds no JSON object: run the study again to rewrite it.")
+        raise UserError(f"{path} holds no JSON object: run the study again to rewrite it")
     return manifest
 
 
-# What is shown
+# Contents
 
 
-def _contents(directory: Path, main: Mapping[str, pd.DataFrame], manifest: Mapping) -> dict[str, object]:
-    results, per_image, table1, claims = (main[name] for name in TABLES)
+def _contents(directory: Path, read: Mapping[str, pd.DataFrame], manifest: Mapping) -> dict[str, object]:
+    """Return all that the template shows, by name."""
+    results, per_image, table1, ledger = (read[name] for name in TABLES)
     subject = _subject(manifest)
     differences = tables.paired_differences(per_image)
-    last = tables.final(results)
     names = [name for name in TABLES if subject["compared"] or name != "claims.csv"]
     files = {name: _download(name, (directory / name).read_bytes()) for name in [*names, "manifest.json"]}
     files["differences.csv"] = _download("differences.csv", _csv(differences))
+    # Verdicts are counted where the organ is the paper's. Older ledgers have no kinds.
+    counted_here = subject["compared"] and "kind" in ledger
+    counted_claims = ledger if counted_here else ledger.head(0).assign(kind="")
     split = str(table1.split.iloc[0]) if len(table1) else ""
-    shown, others, left_out = _figures(directory, results, manifest, subject, files)
+    figures, left_out = _figures(directory, results, manifest, files)
+    further = {name: figure for name, figure in figures.items() if name not in PLACED}
+    tested = {_tested_on(row) for row in ledger.to_dict("records")} - {""}
+    values = _flat(manifest)
     return {
-        "title": TITLE,
         "subject": subject,
-        "answer": _answer(results, differences, claims, split or None, subject),
-        "note": _text((manifest.get("teacher") or {}).get("note")),
-        "facts": _facts(per_image, last, manifest, subject),
-        "table1": _table1(table1, per_image, subject, files["table1.csv"]),
-        "differences": _differences(differences, per_image, files["differences.csv"]),
-        "ledger": _ledger(claims) if subject["compared"] else [],
-        "tested": _tested(claims),
-        "verdicts": VERDICTS,
-        **shown,
-        "tables": _more_tables(directory, manifest),
-        "stages": others,
+        "answer": words.headline(results, differences, counted_claims, split or None),
+        "note": values.get("teacher.note"),
+        "facts": _facts(results, per_image, manifest, subject),
+        "split": split_name(split),
+        "tested_on": words.tested_on(per_image),
+        "tables": {
+            "table1": _rows(_table1(table1, per_image, split, subject), files["table1.csv"]),
+            "differences": _rows(_differences(differences), files["differences.csv"]),
+            **_more_tables(directory),
+        },
+        "text_columns": TEXT_COLUMNS,
+        "limits": LIMITS,
+        "ledger": _ledger(ledger) if subject["compared"] else [],
+        "tested": tested.pop() if len(tested) == 1 else "",
+        "figures": figures,
+        "stages": {
+            stage: [figure for name, figure in further.items() if _stage(name) == stage] for stage in STORY
+        },
         "left_out": left_out,
         "methods": methods(manifest),
-        "run": _run(manifest),
+        "run": {label: values[name] for name, label in RUN.items() if values.get(name)},
         "details": _details(manifest),
         "files": files,
     }
 
 
 def _subject(manifest: Mapping) -> dict[str, object]:
-    """What the images are: of which organ, from where, synthetic or not, and so beside whose numbers."""
+    """Return the images' organ and source, and which of them are synthetic ("", "all" or "some")."""
     settings, data = manifest.get("settings") or {}, manifest.get("data") or {}
     organ = str(data.get("organ") or settings.get("mask_class") or "lung")
     sources = [source.strip() for source in str(settings.get("data") or "").split(",") if source.strip()]
     drawn = [source == "phantom" for source in sources]
     synthetic = data.get("kind") == "synthetic" or (bool(drawn) and all(drawn))
     phantoms = "the built-in synthetic chest X-rays"
-    named = ", ".join(phantoms if source == "phantom" else source for source in sources)
-    lungs = organ.lower() in ("lung", "lungs")
-    warning = "these X-rays were drawn by a program. The numbers say nothing about patients"
-    if any(drawn) and not synthetic:
-        warning = "some of these X-rays were drawn by a program. The numbers say little about patients"
+    names = ", ".join(phantoms if source == "phantom" else source for source in sources)
     return {
         "organ": organ,
-        "images": named or (phantoms if synthetic else "not stated"),
-        "compared": lungs,
-        "synthetic": synthetic or any(drawn),
-        "banner": "SYNTHETIC IMAGES" if synthetic else "PARTLY SYNTHETIC IMAGES",
-        "warning": warning + (" and cannot be compared with the paper's." if lungs else "."),
+        "images": names or (phantoms if synthetic else "not stated"),
+        "compared": organ.lower() in ("lung", "lungs"),
+        "synthetic": "all" if synthetic else "some" if any(drawn) else "",
     }
 
 
-def _answer(results, differences, claims, split: str | None, subject: Mapping) -> list[str]:
-    """The headline, which counts the paper's claims only where they are about the same organ."""
-    if not subject["compared"] or "kind" not in claims:  # which older ledgers lack
-        claims = claims.head(0).assign(kind="")
-    return headline(results, differences, claims, split)
-
-
 def _facts(
-    per_image: pd.DataFrame, last: pd.DataFrame, manifest: Mapping, subject: Mapping
+    results: pd.DataFrame, per_image: pd.DataFrame, manifest: Mapping, subject: Mapping
 ) -> dict[str, str]:
     teacher = manifest.get("teacher") or {}
     name = {"builtin": "built-in"}.get(teacher.get("name"), _text(teacher.get("name")))
     dice = teacher.get("dice")
     measured = isinstance(dice, int | float) and math.isfinite(dice)
-    rounds = last.loc[last.arm == "federated", "round"]
+    rounds = results["round"][results.arm == "federated"]
+    images, patients, seeds = (per_image[name].nunique() for name in ("image_id", "patient_id", "seed"))
     facts = {
         "Images": subject["images"],
         "Organ": subject["organ"],
-        "Test set": _many(per_image.image_id.nunique(), "image")
-        + f" of {_many(per_image.patient_id.nunique(), 'patient')}",
+        "Test set": f"{counted(images, 'image')} of {counted(patients, 'patient')}",
         "Teacher": name + (f", mean Dice {100 * dice:.1f} % on the proxy images" if measured else ""),
-        "Runs": _many(per_image.seed.nunique(), "seed")
-        + (f", {_many(int(rounds.max()), 'round')}" if len(rounds) else ""),
+        "Runs": counted(seeds, "seed") + (f", {counted(rounds.max(), 'round')}" if len(rounds) else ""),
     }
     return {label: value for label, value in facts.items() if value}
-
-
-def _counted(per_image: pd.DataFrame) -> str:
-    people, seeds, images = (per_image[name].nunique() for name in ("patient_id", "seed", "image_id"))
-    few = f" Fewer than {tables.MIN_PATIENTS} patients: no intervals and no tests."
-    counts = f"{_many(images, 'test image')} of {_many(people, 'patient')}, {_many(seeds, 'seed')}."
-    return counts + few * (people < statistics.MIN_PATIENTS)
-
-
-def _with_interval(per_image: pd.DataFrame) -> str:
-    few = per_image.patient_id.nunique() < statistics.MIN_PATIENTS
-    return "" if few else ", with 95 % interval"
 
 
 # Tables
 
 
-def _section(name: str, title: str, caption: str, rows: list[dict], file: Mapping, dash: str) -> dict:
-    """A table as the page shows it: without columns that say nothing, and no cell empty."""
-    said = [
+def _rows(rows: list[dict[str, str]], file: Mapping) -> dict[str, object]:
+    """Return a table as the page shows it: no empty cell, and no column without content."""
+    columns = [
         column for column in (rows[0] if rows else ()) if any(row[column] not in ("", DASH) for row in rows)
     ]
-    rows = [{column: row[column] or DASH for column in said} for row in rows]
+    rows = [{column: row[column] or DASH for column in columns} for row in rows]
     return {
-        "id": name,
-        "title": title,
-        "caption": caption,
-        "columns": said,
-        "words": {"start", "split", "arm", "why", "reading", "difference", "worst age band"},
+        "columns": columns,
         "rows": rows,
-        "dash": f"{DASH}: {dash}." if any(DASH in row.values() for row in rows) else "",
+        "dashes": any(DASH in row.values() for row in rows),
         "file": file,
     }
 
 
-def _start(init: str) -> str:
-    return NAMES.get(init, init)
+def _table1(table: pd.DataFrame, per_image: pd.DataFrame, split: str, subject: Mapping) -> list[dict]:
+    gap = tables.gap(per_image, table.init.drop_duplicates(), split).set_index("init").gap_closed
+    paper = {(arm, init): words.number(value) for (arm, init, _), value in claims.PAPER.items()}
+    paper |= {("gap closed", init): percent(share) for init, share in claims.PAPER_GAP.items()}
+    rows = []
+    for row in table.to_dict("records"):
+        cells = {arm: _arm(row, arm) for arm in ARMS if table[arm].notna().any()}
+        cells["gap closed"] = percent(gap.get(row["init"], np.nan))
+        for name, cell in cells.items():
+            if subject["compared"] and (name, row["init"]) in paper:
+                cells[name] = f"{cell}\npaper {paper[name, row['init']]}"
+        rows.append({"start": init_name(row["init"])} | cells)
+    return rows
 
 
-def _paper(arm: str, init: str) -> str:
-    found = [value for (known, start, _), value in tables.PAPER.items() if (known, start) == (arm, init)]
-    return number(found[0]) if found else ""
-
-
-def _table1_cell(row: Mapping, arm: str) -> str:
+def _arm(row: Mapping, arm: str) -> str:
     if pd.isna(row[arm]):
         return "not run"
     return estimate(row[arm], row.get(f"{arm}_low", np.nan), row.get(f"{arm}_high", np.nan))
 
 
-def _table1(table: pd.DataFrame, per_image: pd.DataFrame, subject: Mapping, file: Mapping) -> dict:
-    split = str(table.split.iloc[0]) if len(table) else ""
-    # From the scores by image, as the ledger has it: none where it would be a number over nothing.
-    gap = tables.gap(per_image, table.init.drop_duplicates(), split).set_index("init").gap_closed
-    arms = [arm for arm in tables.ARMS if table[arm].notna().any()]
-    rows = []
-    for row in table.to_dict("records"):
-        init, paper = row["init"], {arm: _paper(arm, row["init"]) for arm in tables.ARMS}
-        cells = {arm: _table1_cell(row, arm) for arm in arms} | {
-            "gap closed": _percent(gap.get(init, np.nan))
-        }
-        paper["gap closed"] = _percent(tables.PAPER_GAP[init]) if init in tables.PAPER_GAP else ""
-        if subject["compared"]:
-            cells = {k: f"{cell}\npaper {paper[k]}" if paper[k] else cell for k, cell in cells.items()}
-        rows.append({"start": _start(init)} | cells)
-    caption = (
-        f"Final Dice on the test images in % under {SPLITS.get(split, split)}{_with_interval(per_image)}. "
-        f"{_counted(per_image)} "
-    )
-    caption += "Gap closed: the share of the way from the random start to centralised training."
-    if subject["compared"]:
-        caption += " Below each number the paper's, from other images, under age skew."
-    title = "Table 1: starts compared" if subject["compared"] else "Starts compared"
-    return _section("table1", title, caption, rows, file, "no share of a gap")
+def _differences(differences: pd.DataFrame) -> list[dict[str, str]]:
+    rows = [words.difference_row(row) for row in differences.to_dict("records")]
+    return [{name: cell for name, cell in row.items() if "alone" not in name} for row in rows]
 
 
-def _differences(table: pd.DataFrame, per_image: pd.DataFrame, file: Mapping) -> dict[str, object]:
-    caption = (
-        f"Points of final Dice, paired by image and seed{_with_interval(per_image)}. “Higher” and "
-        "“lower” only outside the noise: the interval excludes zero and each test, corrected by Holm, stays "
-        "below 5 %. p is the largest of the tests'; d is the effect size d_z."
-    )
-    rows = [_difference_row(row) for row in table.itertuples()]
-    return _section("differences", "Differences between starts", caption, rows, file, "not tested")
-
-
-def _difference_row(row) -> dict[str, str]:
-    return {
-        "split": SPLITS.get(row.split, row.split),
-        "difference": f"{_start(row.higher)} less {_start(row.lower)}",
-        "points": _points(row.value, row.low, row.high),
-        "p": largest_p(row),
-        "d": number(row.effect),
-        "reading": reading(row) or "not compared",
-    }
-
-
-def _more_tables(directory: Path, manifest: Mapping) -> list[dict[str, object]]:
-    found = []
-    for name, (title, caption, dash) in MORE_TABLES.items():
-        path = directory / name
+def _more_tables(directory: Path) -> dict[str, dict[str, object]]:
+    sections = {}
+    for name, row_of in MORE_TABLES.items():
+        path = directory / f"{name}.csv"
         if not path.is_file():
             continue
-        table = _table(path, ())
-        if name == "speed.csv" and "target" not in table:
-            target = (manifest.get("settings") or {}).get("target_dice", np.nan)
-            table = table.assign(target=target if target else np.nan)
-        rows = [_MORE_ROWS[name](row) for row in table.to_dict("records")]
-        found.append(_section(path.stem, title, caption, rows, _download(name, path.read_bytes()), dash))
-    return found
-
-
-def _who(row: Mapping) -> dict[str, str]:
-    return {"start": _start(row["init"]), "arm": row["arm"], "split": SPLITS.get(row["split"], row["split"])}
-
-
-def _speed_row(row: Mapping) -> dict[str, str]:
-    some = row["reached"] > 0
-    rounds = estimate(row["rounds"], max(row["rounds_low"], 0), row["rounds_high"], 1)
-    least = "≥ " if row.get("capped") else ""  # older tables have no such column, nor such rows
-    rounds = f"{least}{number(row['rounds'], 1)}" if least else rounds
-
-    def spent(value: float, digits: int = 0) -> str:
-        return f"{least}{value:,.{digits}f}" if some and pd.notna(value) else DASH
-
-    return _who(row) | {
-        "target, %": number(100 * row["target"], 0),
-        "seeds that reach it": f"{row['reached']} of {row['seeds']}",
-        "rounds": rounds if some else DASH,
-        "seconds": spent(row["seconds"], 1),
-        "images seen": spent(row.get("images_seen", np.nan)),
-        "MB": spent(row["bytes"] / 1e6),
-        "curve": estimate(row["curve"], row["curve_low"], row["curve_high"], 1),
-    }
-
-
-def _gap_row(row: Mapping) -> dict[str, str]:
-    low, high = _percent(row["low"]), _percent(row["high"])
-    share = _percent(row["gap_closed"])
-    return {
-        "start": _start(row["init"]),
-        "split": SPLITS.get(row.get("split"), row.get("split")) or "",
-        "gap closed": share if DASH in (low, high) else f"{share} ({low} to {high})",
-        "why": row["why"] if isinstance(row["why"], str) else "",
-    }
-
-
-def _weakest_row(row: Mapping) -> dict[str, str]:
-    band = row["worst_band"]
-    band = f"{band} years: {number(row['worst_band_dice'], 1)}" if isinstance(band, str) and band else ""
-    if band and pd.notna(row.get("worst_band_images", np.nan)):
-        people = _many(int(row["worst_band_patients"]), "patient")
-        band += f"\n{_many(int(row['worst_band_images']), 'image')} of {people}"
-    return _who(row) | {
-        "all": number(row["dice"], 1),
-        "worst tenth": number(row["worst_tenth"], 1),
-        "worst age band": band,
-        "worst client": number(row["worst_client_dice"], 1),
-        "below 0.8": f"{number(row['failures'], 1)} %",
-        "HD95": number(row.get("hd95", np.nan), 1),
-        "ASSD": number(row.get("assd", np.nan), 1),
-    }
-
-
-_MORE_ROWS = {"speed.csv": _speed_row, "gap.csv": _gap_row, "weakest.csv": _weakest_row}
+        rows = [row_of(row) for row in _table(path).to_dict("records")]
+        for row in rows:
+            row.pop("paper", None)  # the paper's share of the gap stands in Table 1
+        rows = [{"start": row["start"]} | row for row in rows]  # the title of a card on a phone
+        sections[name] = _rows(rows, _download(path.name, path.read_bytes()))
+    return sections
 
 
 # The ledger
 
 
-def _ledger(claims: pd.DataFrame) -> list[dict[str, object]]:
-    """The claims by group ("Claim 1", "Table 1"); in each group a reason that several rows share stands once.
+def _ledger(ledger: pd.DataFrame) -> list[dict[str, object]]:
+    """Return the claims by group ("Claim 1", "Table 1"); a reason that rows of a group share stands once.
 
     Returns:
-        One dict a group: name, and parts of rows with their shared reason (why, "" where each has its own).
+        One dict a group: name, and parts: {shared reason, "" where each row has its own: rows}.
     """
     groups: dict[str, list[dict[str, str]]] = {}
-    for row in claims.to_dict("records"):
+    for row in ledger.to_dict("records"):
         name, rest = re.match(r"([^,:]*)[,:]?\s*(.*)", str(row["claim"]), re.DOTALL).groups()
-        groups.setdefault(name, []).append(_claim_row(row, rest or name))
-    ledger = []
+        rest = rest or name
+        shown = words.claim_row(row) | {"claim": rest[:1].upper() + rest[1:], "tested": _tested_on(row)}
+        groups.setdefault(name, []).append(shown)
+    sections = []
     for name, rows in groups.items():
         reasons = [row["why"] for row in rows]
         parts: dict[str, list[dict[str, str]]] = {}
         for row in rows:
             parts.setdefault(row["why"] if reasons.count(row["why"]) > 1 else "", []).append(row)
-        ledger.append({"name": name, "parts": [{"why": why, "rows": found} for why, found in parts.items()]})
-    return ledger
+        sections.append({"name": name, "parts": parts})
+    return sections
 
 
-def _claim_row(row: Mapping, name: str) -> dict[str, str]:
-    kinds = {"reproduced": "reproduced", "direction only": "direction", "not reproduced": "not"}
-    ours, low, high = row["ours"], row["low"], row["high"]
-    if "points" in name:
-        shown = _points(ours, low, high)
-    else:
-        digits = 0 if name.startswith("%") else 1 if "rounds" in name else 2
-        shown = estimate(ours, low, high, digits)
-    return {
-        "claim": name[:1].upper() + name[1:],
-        "paper": DASH if pd.isna(row["paper"]) else str(row["paper"]).replace("-", "−"),
-        "ours": shown if pd.notna(ours) else DASH if row["n"] > 0 else "not run",
-        "tested": _on(row),
-        "verdict": row["verdict"],
-        "kind": kinds.get(row["verdict"], "untested"),
-        "why": "" if pd.isna(row["why"]) else row["why"],
-    }
-
-
-def _on(row: Mapping) -> str:
-    """On how much a claim was tested: images, patients where they are known, seeds."""
+def _tested_on(row: Mapping) -> str:
+    """Return the numbers of images, patients where they are known, and seeds behind a claim."""
     counts = {"image": row["n"], "patient": row.get("patients", np.nan), "seed": row["seeds"]}
-    if (
-        "patients" not in row and row["n"] == row["seeds"]
-    ):  # so older studies count what was tested over seeds
-        del counts["image"]
-    return ", ".join(
-        _many(int(count), noun) for noun, count in counts.items() if pd.notna(count) and count > 0
-    )
-
-
-def _tested(claims: pd.DataFrame) -> str:
-    """What all claims were tested on, "" where it differs: then each row says it."""
-    found = {_on(row) for row in claims.to_dict("records")} - {""}
-    return found.pop() if len(found) == 1 else ""
-
-
-def _run(manifest: Mapping) -> list[tuple[str, str]]:
-    """Who computed what, with what: the manifest's own words, without what the methods already say."""
-    values = _flat(manifest)
-    names = {
-        "fmfl": "fmfl",
-        "commit": "Commit",
-        "created": "Made",
-        "settings.seeds": "Seeds",
-        "device.name": "Device",
-        "device.kind": "Kind of device",
-        "device.cores": "Cores",
-        "device.memory_gib": "Memory, GiB",
-        "data.fingerprint": "Fingerprint of the data",
-        "teacher.sha256": "Teacher's weights, SHA-256",
-        "versions": "Versions",
-    }
-    return [(label, values[name]) for name, label in names.items() if values.get(name, "") != ""]
-
-
-def _details(manifest: Mapping) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Long lists that the page shows when they are asked for: title, and pairs of a name and its value."""
-    weights = [(name, str(digest)) for name, digest in (manifest.get("weights") or {}).items()]
-    settings = [(name, _text(value) or "none") for name, value in (manifest.get("settings") or {}).items()]
-    found = [(f"SHA-256 of {_many(len(weights), 'weights file')}", weights), ("All settings", settings)]
-    return [(title, rows) for title, rows in found if rows]
+    return ", ".join(counted(int(count), noun) for noun, count in counts.items() if count > 0)
 
 
 # Figures and files inside the page
 
 
 def _figures(
-    directory: Path, results: pd.DataFrame, manifest: Mapping, subject: Mapping, files: Mapping
-) -> tuple[dict, list[dict], list[str]]:
-    """The figures with a place of their own, the others by stage, and the names of those that do not fit."""
+    directory: Path, results: pd.DataFrame, manifest: Mapping, files: Mapping
+) -> tuple[dict[str, dict], list[str]]:
+    """Return figures by name in the story's order, those of PLACED first, and the names of the others."""
     last = tables.final(results)
     data = {"fig2": _csv(last), "fig3": _csv(results[results.arm == "federated"])}
-    beside = {"when_it_pays": "gains.csv", "why": "drift.csv"}
-    data |= {
-        stem: (directory / name).read_bytes() for stem, name in beside.items() if (directory / name).exists()
-    }
-    listed = _story(directory, results, manifest)
-    placed = {"fig2": "fig2", "fig3": "fig3", "when_it_pays": "map"}
-    shown = {"map": None}
-    used = sum(len(file["uri"]) for file in files.values()) + 50_000  # the page itself
-    for stem in [stem for stem in placed if stem in listed]:
+    for stem, name in (("when_it_pays", "gains.csv"), ("why", "drift.csv")):
+        if (directory / name).is_file():
+            data[stem] = (directory / name).read_bytes()
+    stems = _story(directory, results, manifest)
+    spent = sum(len(file["uri"]) for file in files.values()) + 50_000  # the page itself
+    figures, left_out = {}, []
+    for stem in sorted(stems, key=lambda stem: stem not in PLACED):
         path = directory / "figures" / f"{stem}.png"
-        shown[placed[stem]] = item = _figure(path, last, data.get(stem))
-        used += _weight(item)
-    stages: dict[str, list[dict]] = {stage: [] for stage in STORY}
-    left_out = []
-    for stem in [stem for stem in listed if stem not in placed]:
-        path = directory / "figures" / f"{stem}.png"
-        item = None if stem in _repeated(listed) else _figure(path, last, data.get(stem))
-        if item is None or used + _weight(item) > PAGE_BYTES:
+        figure = None if _repeated(stem, stems) else _figure(path, last, data.get(stem))
+        if figure is None or (stem not in PLACED and spent + figure["weight"] > PAGE_BYTES):
             left_out.append(path.name)
-        elif not item["blank"]:
-            stages[_stage(stem)].append(item)
-            used += _weight(item)
-    return shown, [{"title": name, "figures": found} for name, found in stages.items() if found], left_out
-
-
-def _known(stem: str) -> str:
-    """The name in STORY that a figure's name begins with, "" if none does."""
-    return max((name for name in CAPTIONS if re.match(rf"{name}(_|\d|$)", stem)), key=len, default="")
-
-
-def _stage(stem: str) -> str:
-    return next((stage for stage, names in STORY.items() if _known(stem) in names), list(STORY)[-1])
+        elif stem in PLACED or not figure["blank"]:
+            figures[stem] = figure
+            spent += figure["weight"]
+    return figures, left_out
 
 
 def _story(directory: Path, results: pd.DataFrame, manifest: Mapping) -> list[str]:
-    """Stems of the study's figures in the story's order: of the manifest's, or else of STORY's names.
+    """Return the names of the study's figures in the story's order: the manifest's, or else those of STORY.
 
     Left out: partitions that no run of the study used, and a sweep that holds one student.
     """
     there = {path.stem for path in (directory / "figures").glob("*.png")}
-    listed = manifest.get("figures")
-    if isinstance(listed, list):
-        stems = [Path(str(name)).stem for name in listed]
-        stems += [stem for stem in ("fig2", "fig3") if stem not in stems]
+    if isinstance(listed := manifest.get("figures"), list):
+        stems = [*(Path(str(name)).stem for name in listed), "fig2", "fig3"]
     else:
-        order = {name: place for place, name in enumerate(CAPTIONS)}
-        stems = sorted((s for s in there if _known(s)), key=lambda s: (order[_known(s)], s))
-    splits = {f"clients_{split}" for split in results.split}
+        order = list(CAPTIONS)
+        stems = sorted(filter(_kind, there), key=lambda stem: (order.index(_kind(stem)), stem))
     settings = manifest.get("settings") or {}
-    sweeps = [settings.get(name, "?") for name in ("alpha_sweep", "temperature_sweep", "variants")]
-    return [
-        stem
-        for stem in dict.fromkeys(stems)
-        if stem in there
-        and not (stem.startswith("clients_") and stem not in splits)
-        and not (stem.startswith("dice_by_alpha") and not any(sweeps))
-    ]
+    sweeps = any(settings.get(name, "?") for name in ("alpha_sweep", "temperature_sweep", "variants"))
+    unused = {stem for stem in there if stem.startswith("clients_")}
+    unused -= {f"clients_{split}" for split in results.split}
+    unused |= {stem for stem in there if stem.startswith("dice_by_alpha") and not sweeps}
+    return [stem for stem in dict.fromkeys(stems) if stem in there - unused]
 
 
-def _repeated(stems: list[str]) -> set[str]:
-    """Figures that another seed's already shows: NAME_seed1 beside NAME_seed0."""
-    first: dict[str, str] = {}
-    parts = {stem: re.fullmatch(r"(.*)_seed(\d+)", stem) for stem in stems}
-    for stem, match in sorted(parts.items(), key=lambda item: int(item[1][2]) if item[1] else 0):
-        if match:
-            first.setdefault(match[1], stem)
-    return {stem for stem, match in parts.items() if match and first[match[1]] != stem}
+def _kind(stem: str) -> str:
+    """Return the name in STORY that a figure's name begins with, "" if none does."""
+    return max((name for name in CAPTIONS if re.match(rf"{name}(_|\d|$)", stem)), key=len, default="")
+
+
+def _stage(stem: str) -> str:
+    return next((stage for stage, names in STORY.items() if _kind(stem) in names), list(STORY)[-1])
+
+
+def _repeated(stem: str, stems: Iterable[str]) -> bool:
+    """Return true for a figure that an earlier seed's already shows: NAME_seed1 beside NAME_seed0."""
+    name, _, seed = stem.rpartition("_seed")
+    seeds = [other.rpartition("_seed")[2] for other in stems if other.startswith(f"{name}_seed")]
+    return bool(name) and int(seed) > min(map(int, seeds))
 
 
 def _figure(path: Path, last: pd.DataFrame, data: bytes | None) -> dict[str, object]:
-    name = _known(path.stem)
-    caption = CAPTIONS.get(name, path.stem.replace("_", " ").capitalize() + ".")
-    if name and path.stem != name:
-        detail = path.stem[len(name) :].strip("_").replace("_", ", ").replace("seed", "seed ")
-        caption = f"{caption[:-1]} ({', '.join(SPLITS.get(part, part) for part in detail.split(', '))})."
+    """Return a figure with its name, caption, alternative text, data and weight in bytes."""
+    kind = _kind(path.stem)
+    caption = CAPTIONS.get(kind, path.stem.replace("_", " ").capitalize() + ".")
+    if kind and path.stem != kind:
+        details = path.stem[len(kind) :].strip("_").replace("seed", "seed ").split("_")
+        caption = f"{caption[:-1]} ({', '.join(map(split_name, details))})."
     alt = caption
     if path.stem in ("fig2", "fig3"):
         means = last[last.arm == "federated"].groupby(["split", "init"], sort=False).dice.mean()
-        ends = means.mul(100).round(1).items()
-        alt += (
-            " Final Dice: " + "; ".join(f"{SPLITS.get(s, s)}, {_start(i)} {d} %" for (s, i), d in ends) + "."
-        )
+        ends = [
+            f"{split_name(split)}, {init_name(init)} {100 * dice:.1f} %"
+            for (split, init), dice in means.items()
+        ]
+        alt += f" Final Dice: {'; '.join(ends)}."
     if data is None and path.with_suffix(".csv").is_file():
         data = path.with_suffix(".csv").read_bytes()
-    return _png(path) | {
-        "stem": path.stem,
-        "alt": alt,
-        "caption": caption,
-        "data": _download(f"{path.stem}.csv", data) if data is not None else None,
-    }
+    figure = _picture(path) | {"stem": path.stem, "alt": alt, "caption": caption, "data": None}
+    if data is not None:
+        figure["data"] = _download(f"{path.stem}.csv", data)
+    return figure | {"weight": len(figure["uri"]) + len(figure["data"]["uri"] if figure["data"] else "")}
 
 
-def _png(path: Path) -> dict[str, object]:
-    """A figure's uri, reduced where it is heavy.
+def _picture(path: Path) -> dict[str, object]:
+    """Return a picture, reduced where it is heavy.
 
     Returns:
         uri; width and height in pixels of the page; least, the width below which its text would be too small
@@ -686,29 +483,29 @@ def _png(path: Path) -> dict[str, object]:
         with Image.open(path) as image:
             image.load()
             inches = image.width / (image.info.get("dpi") or (FIGURE_SCALE,))[0]
-            size = round(FIGURE_SCALE * inches), round(FIGURE_SCALE * inches * image.height / image.width)
+            height = round(FIGURE_SCALE * inches * image.height / image.width)
             blank = all(low == high for low, high in np.atleast_2d(image.convert("RGB").getextrema()))
-            picture = path.read_bytes()
-            if len(picture) > FIGURE_BYTES:
+            content = path.read_bytes()
+            if len(content) > FIGURE_BYTES:
                 image = image.convert("RGB")
                 image.thumbnail((FIGURE_WIDTH, 2 * FIGURE_WIDTH))
                 buffer = io.BytesIO()
                 image.quantize(256).save(buffer, "PNG", optimize=True)
-                picture = min(picture, buffer.getvalue(), key=len)
+                content = min(content, buffer.getvalue(), key=len)
     except OSError as error:
-        raise UserError(f"{path} cannot be read as a picture ({error}): draw it again.") from error
+        raise UserError(f"{path} cannot be read as a picture ({error}): draw it again") from error
     least = round(READABLE_SCALE * inches)
     return {
-        "uri": _uri("image/png", picture),
-        "width": size[0],
-        "height": size[1],
+        "uri": _uri("image/png", content),
+        "width": round(FIGURE_SCALE * inches),
+        "height": height,
         "least": least if least > PHONE_WIDTH else 0,
         "blank": blank,
     }
 
 
 def _download(name: str, content: bytes) -> dict[str, str]:
-    """A file inside the page, compressed where it is long; without a URI where it is too long even so."""
+    """Return a file for the page, compressed where it is long, without a URI where that is still too long."""
     if len(content) > CSV_BYTES:
         packed = gzip.compress(content, mtime=0)
         if len(packed) > CSV_BYTES:
@@ -721,19 +518,25 @@ def _uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _weight(item: Mapping) -> int:
-    return len(item["uri"]) + (len(item["data"]["uri"]) if item["data"] else 0)
-
-
 def _csv(table: pd.DataFrame) -> bytes:
     return table.to_csv(index=False).encode()
 
 
-# Words for values
+# The manifest in words
+
+
+def _details(manifest: Mapping) -> dict[str, dict[str, str]]:
+    """Return the long lists that the page shows on demand: {title: {name: value}}."""
+    weights, settings = manifest.get("weights") or {}, manifest.get("settings") or {}
+    details = {
+        f"SHA-256 of {counted(len(weights), 'weights file')}": weights,
+        "All settings": {name: _text(value) or "none" for name, value in settings.items()},
+    }
+    return {title: rows for title, rows in details.items() if rows}
 
 
 def _flat(manifest: Mapping, prefix: str = "") -> dict[str, str]:
-    """{"settings.size": "96", ...}; a nested object also stands as a whole, "settings": "size 96, ..."."""
+    """Return {"settings.size": "96", ...}; a nested object also as a whole, "settings": "size 96, ..."."""
     flat = {}
     for name, value in manifest.items():
         if isinstance(value, Mapping):
@@ -754,16 +557,3 @@ def _text(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
         return f"{value:,}"
     return str(value)
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
-def _points(value: float, low: float, high: float) -> str:
-    """A difference with its interval."""
-    return estimate(value, low, high, decimals(value, low, high), sign=True)
-
-
-def _percent(share: float) -> str:
-    return DASH if pd.isna(share) else f"{100 * share:.0f} %".replace("-", "−")

@@ -116,18 +116,14 @@ def partition(
     return split.partition(cohort.table, federated, scheme, cfg.num_clients, cfg.seed, **options)
 
 
-def load_teacher(cfg: Settings, **other: Any) -> Teacher:
-    """The teacher of `cfg.teacher` on the run's device; `other` replaces arguments of its loading."""
-    wanted = cfg.teacher
-    options: dict[str, Any] = dict(
-        adapter=wanted.adapter,
-        size=wanted.teacher_size or None,
-        allow=split_list(wanted.passed_over),
-        precision=devices.precision_of(cfg.run),
-        noise=wanted.teacher_noise,
-    )
+def load_teacher(cfg: Settings) -> Teacher:
+    """Return the teacher of `cfg.teacher` on the run's device."""
     return teacher.load(
-        wanted.teacher, wanted.checkpoint or None, devices.device_of(cfg.run), **options | other
+        cfg.teacher.teacher,
+        cfg.teacher.checkpoint or None,
+        devices.device_of(cfg.run),
+        size=cfg.teacher.teacher_size or None,
+        precision=devices.precision_of(cfg.run),
     )
 
 
@@ -258,9 +254,7 @@ def taught(cfg: Settings, cohort: Cohort, proxy: Tensor) -> Taught:
         )
         return who.logits(images, boxes).clone()  # outside inference mode, so that gradients can pass by
 
-    code = states.code_digest(
-        ("teacher.py", "teachers/sam.py", "teachers/checkpoints.py", "study/stages.py")
-    )  # makes the answers
+    code = states.code_digest((*teacher.CODE, "study/stages.py"))  # makes the answers
     key = states.fingerprint("fresh", code, who.about(), asdict(rule), cfg.data.holdout_seed)
     return Taught(Examples(cohort.images, cohort.masks, proxy, ask=ask, device=cohort.device), key, 0.0)
 
@@ -441,9 +435,9 @@ def images_a_second(cfg: Settings, cohort: Cohort, steps: int = 4) -> float:
 def compositions(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> pd.DataFrame:
     """What the clients held: `split.composition` of each split and seed that was run."""
     federated = holdout(cfg, cohort).federated
-    runs = results.loc[results.split != "pooled", ["split", "seed"]].drop_duplicates()
+    dealt = results.loc[results.split != "pooled", ["split", "seed"]].drop_duplicates()
     held_by = []
-    for scheme, seed in runs.itertuples(index=False):
+    for scheme, seed in dealt.itertuples(index=False):
         held = partition(cohort, federated, replace(cfg.federate, seed=int(seed)), scheme)
         held_by.append(split.composition(cohort.table, held).assign(split=scheme, seed=seed))
     return pd.concat(held_by, ignore_index=True)

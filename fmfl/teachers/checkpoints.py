@@ -1,29 +1,24 @@
 """Weights from elsewhere: fetched on request, read as tensors only, compared key by key, known by SHA-256."""
 
 import hashlib
-import os
 import pickle
-import shutil
-import urllib.error
-import urllib.request
 import zipfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fmfl import paths
 from fmfl.errors import UserError
+from fmfl.states import State
 
-State = dict[str, Tensor]
-
-#: The parts of a network by what their keys hold, the first that fits, and what is wrong without them.
+#: The parts of a network by a text in their keys, the first that fits, and the harm of loading without them.
 PARTS = {
     ".Adapter.": ("adapters", "the image encoder would see X-rays as the photographs of plain SAM"),
     "image_encoder.": ("image encoder", "images would be turned into noise"),
@@ -32,43 +27,31 @@ PARTS = {
 }
 
 
-class _Ignored:
-    """Takes the place of an optimizer beside the weights: made and forgotten, none of its code runs."""
-
-    def __init__(self, *args: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def _plain_dict(*args: object) -> dict:
-    """Takes the place of `defaultdict(dict)`, which an optimizer keeps its state in."""
+def _empty_dict(*args: object) -> dict:
+    """Stand for `defaultdict(dict)`, in which an optimizer keeps its state."""
     return {}
 
 
-#: What may stand for a name in a checkpoint, besides what PyTorch itself takes for data: an optimizer that a
-#: training script saved whole beside the model is skipped.
-STAND_INS = [
-    (_Ignored, "torch.optim.adam.Adam"),
-    (_Ignored, "torch.optim.adamw.AdamW"),
-    (_Ignored, "torch.optim.sgd.SGD"),
-    (_plain_dict, "collections.defaultdict"),
-    (dict, "builtins.dict"),
+#: Names that a checkpoint may hold besides those that PyTorch takes for data. An optimizer that a training
+#: script saved whole beside the model is read as bare attributes: none of its code runs.
+DATA_TYPES = [
+    dict,
+    (_empty_dict, "collections.defaultdict"),
+    *((SimpleNamespace, f"torch.optim.{name}") for name in ("adam.Adam", "adamw.AdamW", "sgd.SGD")),
 ]
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file that may be larger than memory."""
+    """Return the SHA-256 of a file that may be larger than memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(path: str | Path) -> State:
-    """The tensors of a checkpoint as its authors publish it, on the CPU.
+    """Return the tensors of a checkpoint as its authors publish it, on the CPU.
 
-    A bare state dict, or one under `model` or `state_dict` with others beside it, in PyTorch's format
-    or in safetensors; the format is told from the content, not from the name. Code in a file is never run.
+    The file holds a bare state dict, or one under `model` or `state_dict`, in PyTorch's format or in
+    safetensors; its content tells which, not its name. Code in a file is never run.
 
     Raises:
         UserError: there is no such file, or it holds no named tensors.
@@ -118,7 +101,7 @@ def _pytorch(path: Path, head: bytes) -> object:
     if not is_zip and head[:1] != b"\x80":
         raise UserError(f"{path} is no checkpoint: neither PyTorch's format nor safetensors")
     try:
-        with torch.serialization.safe_globals(STAND_INS):
+        with torch.serialization.safe_globals(DATA_TYPES):
             # Mapped, an optimizer of twice the model's size is never read from the disk.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
@@ -134,115 +117,61 @@ def _pytorch(path: Path, head: bytes) -> object:
         ) from None
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How a checkpoint's tensors compare with a network's.
+def differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Say part by part where keys and shapes of a checkpoint differ from a network's, and the harm.
 
-    Attributes:
-        missing: keys of the network that the checkpoint lacks.
-        unexpected: keys of the checkpoint that the network lacks.
-        reshaped: key -> shape in the checkpoint and in the network, where they differ.
-        matched: keys that agree.
+    Returns:
+        One sentence; empty where all agree.
     """
-
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-    matched: list[str] = field(default_factory=list)
-
-    @property
-    def problems(self) -> list[str]:
-        """Keys that do not agree."""
-        return [*self.missing, *self.unexpected, *self.reshaped]
-
-    def without(self, patterns: Iterable[str]) -> "Fit":
-        """What is left when keys that match a pattern (`*` stands for anything) are passed over."""
-        patterns = tuple(patterns)
-
-        def left(keys: Iterable[str]) -> list[str]:
-            return [key for key in keys if not any(fnmatchcase(key, pattern) for pattern in patterns)]
-
-        reshaped = {key: self.reshaped[key] for key in left(self.reshaped)}
-        return Fit(left(self.missing), left(self.unexpected), reshaped, self.matched)
-
-    def sentence(self) -> str:
-        """What is wrong, part by part, and what it would have meant; empty where nothing is."""
-        said = []
-        for what, keys in (
-            ("missing", self.missing),
-            ("unexpected", self.unexpected),
-            ("of another shape", list(self.reshaped)),
-        ):
-            by_part: dict[str, list[str]] = {}
-            for key in keys:
-                by_part.setdefault(part_of(key), []).append(key)
-            for part, found in by_part.items():
-                harm = dict(PARTS.values()).get(part)
-                harm = f": {harm}" if harm and what != "unexpected" else ""
-                said.append(f"{len(found)} keys of the {part} {what} (such as {found[0]}){harm}")
-        return "; ".join(said)
-
-
-def part_of(key: str) -> str:
-    """The part of a Segment Anything network that a key belongs to."""
-    return next((part for prefix, (part, _) in PARTS.items() if prefix in f".{key}"), "rest")
-
-
-def compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Fit:
-    """A checkpoint's keys and shapes against a network's."""
     both = [key for key in expected if key in state]
-    reshaped = {
-        key: (tuple(state[key].shape), tuple(expected[key].shape))
-        for key in both
-        if state[key].shape != expected[key].shape
+    problems = {
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [key for key in state if key not in expected],
+        "of another shape": [key for key in both if state[key].shape != expected[key].shape],
     }
-    return Fit(
-        missing=[key for key in expected if key not in state],
-        unexpected=[key for key in state if key not in expected],
-        reshaped=reshaped,
-        matched=[key for key in both if key not in reshaped],
-    )
+    texts = []
+    for problem, keys in problems.items():
+        for (part, harm), (first, *others) in groupby(sorted(keys, key=_part_of), _part_of):
+            harm = f": {harm}" if harm and problem != "unexpected" else ""
+            texts.append(f"{1 + len(others)} keys of the {part} {problem} (such as {first}){harm}")
+    return "; ".join(texts)
 
 
-def not_finite(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """The first of a network's weights that a checkpoint does not hold as finite numbers; empty for none."""
-    for key, wanted in expected.items():
-        if key not in state or not wanted.is_floating_point():
-            continue
-        if not state[key].is_floating_point():
-            kind = str(state[key].dtype).removeprefix("torch.")
-            return f"{key} holds {kind} instead of floating point, as quantised weights do"
-        if not state[key].float().isfinite().all():
-            return f"{key} holds NaN or infinity"
-    return ""
-
-
-def constant(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """The first matrix of a checkpoint in which no matrix has two different numbers; empty where one has."""
-    matrices = [key for key, wanted in expected.items() if key in state and wanted.ndim > 1]
-    if any((state[key] != state[key].flatten()[0]).any() for key in matrices if state[key].numel() > 1):
-        return ""
-    return f"{matrices[0]} and every other matrix hold one number each" if matrices else ""
+def _part_of(key: str) -> tuple[str, str]:
+    """Return the part of a Segment Anything network that a key belongs to, and the harm without it."""
+    return next((part for text, part in PARTS.items() if text in f".{key}"), ("rest", ""))
 
 
 def usable(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise a UserError where a checkpoint's numbers cannot be a trained network's."""
-    if wrong := not_finite(state, expected) or constant(state, expected):
-        raise UserError(f"{path} is no trained network: {wrong}; fetch the weights again or choose others")
+    if reason := _fault({key: value for key, value in state.items() if key in expected}, expected):
+        raise UserError(f"{path} is no trained network: {reason}; fetch the weights again or choose others")
 
 
-# ------------------------------------------------------------------------------------------ published files
+def _fault(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Say why numbers cannot be a trained network's; empty where they can."""
+    for key, value in state.items():
+        if not expected[key].is_floating_point():
+            continue
+        if not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            return f"{key} holds {kind} instead of floating point, as quantised weights do"
+        if not value.float().isfinite().all():
+            return f"{key} holds NaN or infinity"
+    matrices = {key: value for key, value in state.items() if value.ndim > 1 and value.numel() > 1}
+    if not matrices or any((value != value.flatten()[0]).any() for value in matrices.values()):
+        return ""
+    return f"{next(iter(matrices))} and every other matrix hold one number each"
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """A teacher's weights where its authors publish them.
 
     Attributes:
-        file_name: as its authors call it.
+        file_name: the authors' own.
+        page: address of the authors' description.
         sha256: of the file; None where its authors and public registries name none.
-        url: an address that gives the file itself; None where a person has to fetch it.
-        page: where its authors say more.
+        url: address of the file itself; None where a person has to fetch it.
     """
 
     file_name: str
@@ -252,41 +181,38 @@ class Published:
 
     @property
     def file(self) -> Path:
-        """Where `download` puts it."""
+        """The place of the downloaded file."""
         return paths.WEIGHTS / self.file_name
 
 
-_SAM_PAGE = "https://github.com/facebookresearch/segment-anything#model-checkpoints"
-_SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
-
-
-def _of_sam(file_name: str, sha256: str) -> Published:
-    return Published(file_name, _SAM_PAGE, sha256, _SAM_URL + file_name)
+def _of_sam(model: str, sha256: str) -> Published:
+    page = "https://github.com/facebookresearch/segment-anything#model-checkpoints"
+    url = f"https://dl.fbaipublicfiles.com/segment_anything/sam_{model}.pth"
+    return Published(f"sam_{model}.pth", page, sha256, url)
 
 
 #: SAM's checksums are those of public model registries (micro-sam's, for one): Meta names none.
 PUBLISHED = {
     "sam-med2d": Published("sam-med2d_b.pth", "https://github.com/OpenGVLab/SAM-Med2D"),
-    "sam_vit_b": _of_sam(
-        "sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"
-    ),
-    "sam_vit_l": _of_sam(
-        "sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"
-    ),
-    "sam_vit_h": _of_sam(
-        "sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"
-    ),
+    "sam_vit_b": _of_sam("vit_b_01ec64", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
+    "sam_vit_l": _of_sam("vit_l_0b3195", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
+    "sam_vit_h": _of_sam("vit_h_4b8939", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
     "medsam": Published("medsam_vit_b.pth", "https://github.com/bowang-lab/MedSAM"),
 }
 
 
+#: SHA-256 of the built-in teacher's weights, which this project ships.
+BUILTIN_SHA256 = "33d406f61d46e79f77cab95818fcdb1c2f82c17c2cd11488ea72055b5179131e"
+
+
 def published_as(sha256: str) -> str | None:
-    """The teacher whose published checksum this is; None for any other file."""
-    return next((name for name, known in PUBLISHED.items() if known.sha256 == sha256), None)
+    """Return the teacher whose shipped or published file has this SHA-256; None for any other file."""
+    known = {file.sha256: name for name, file in PUBLISHED.items() if file.sha256}
+    return (known | {BUILTIN_SHA256: "builtin"}).get(sha256)
 
 
 def download(name: str, *, progress: bool = True) -> Path:
-    """Fetch a teacher's published weights; what an earlier try has left is continued.
+    """Fetch a teacher's published weights, once.
 
     Args:
         name: one of `PUBLISHED`.
@@ -310,46 +236,15 @@ def download(name: str, *, progress: bool = True) -> Path:
         if sha256_of(known.file) == known.sha256:
             return known.file
         raise UserError(f"{known.file} is not the published file (other SHA-256): move it away or delete it")
-    # Pooch and torch.hub begin a file of gigabytes anew after each broken line; this one goes on.
-    unfinished = known.file.with_name(f"{known.file.name}.part")
     try:
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(known.url, unfinished, progress=progress)
-    except (OSError, urllib.error.URLError) as error:
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        known.file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(known.url, str(known.file), known.sha256, progress)
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error.strerror or error
+        raise UserError(f"{known.url} could not be fetched ({reason}): try again") from None
+    except RuntimeError:  # of PyTorch's for another checksum
         raise UserError(
-            f"{known.url} could not be fetched ({reason}): the same command continues where it stopped"
+            f"{known.url} was cut off or gave another file than the published one (other SHA-256): try again "
+            f"or save it by hand as {known.file}"
         ) from None
-    if (found := sha256_of(unfinished)) != known.sha256:
-        unfinished.unlink()
-        raise UserError(
-            f"{known.url} gave another file than the published one (SHA-256 {found[:16]}...): it was deleted"
-        )
-    os.replace(unfinished, known.file)
     return known.file
-
-
-def _fetch(url: str, file: Path, *, progress: bool) -> None:
-    """Append to a file what it lacks of an address's content."""
-    there = file.stat().st_size if file.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={there}-"} if there else {})
-    try:
-        answer = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and there:  # nothing is left to send
-            return
-        raise
-    with answer:
-        if answer.status != 206:  # a server that knows no ranges sends all
-            there = 0
-        size = answer.headers.get("Content-Length")
-        total = there + int(size) if size else None
-        with (
-            file.open("ab" if there else "wb") as out,
-            tqdm.wrapattr(
-                answer, "read", total=total, initial=there, desc=file.stem, unit="B", disable=not progress
-            ) as body,
-        ):
-            shutil.copyfileobj(body, out, 2**20)
-    if total is not None and file.stat().st_size < total:
-        raise OSError("the connection was cut")

@@ -2,12 +2,13 @@
 
 SAM (Kirillov et al. 2023, arXiv 2304.02643) and MedSAM (Ma et al. 2024, arXiv 2304.12306) are the
 `segment-anything` package's own networks. SAM-Med2D (Cheng et al. 2023, arXiv 2308.16184) is that package's
-ViT-B at 256 pixels with an adapter in each block of the image encoder. The three differ as much in what is
-done to an image, a box and a mask on the way: a network that is called as its relative is, answers worse.
+ViT-B at 256 pixels with an adapter in each block of the image encoder. Each prepares images, boxes and masks
+in its own way, and answers worse when it is called in another's.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,34 +16,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fmfl.errors import UserError
+from fmfl.teachers import checkpoints
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
+    from segment_anything.utils.transforms import ResizeLongestSide
 
-#: What SAM and SAM-Med2D subtract from red, green and blue (0..255), and divide them by.
+#: Mean and standard deviation of red, green and blue (0..255), by which SAM and SAM-Med2D normalise.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 
-# ------------------------------------------------------------------------------------------ networks
-
-
 class Adapter(nn.Module):
-    """SAM-Med2D's addition to a transformer block: a gate on channels, then a look at the neighbours.
+    """SAM-Med2D's addition to a transformer block of `width` channels.
 
-    Channels are weighted by what they hold on average over the image; a convolution of stride 2 and a
-    transposed one mix them in space; both are a correction of the input, which is added again and normalised.
-
-    The attributes are named as in the authors' checkpoints.
-
-    Args:
-        width: channels of the block.
-        ratio: channels inside the gate as a fraction of `width`.
+    A gate weights channels by their mean over the image. Convolutions of stride 2, down and up, mix
+    neighbours. The result is added to the input and normalised. Attributes are named as in the authors'
+    checkpoints.
     """
 
-    def __init__(self, width: int, ratio: float = 0.25) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        inside = int(width * ratio)
+        inside = width // 4
         self.norm = nn.LayerNorm(width)
         self.channel = nn.Sequential(
             nn.Linear(width, inside, bias=False),
@@ -58,7 +53,7 @@ class Adapter(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, h, w, width) to the same shape; h and w are even."""
+        """Return [B, h, w, width] for [B, h, w, width] with even h and w."""
         gated = x * self.channel(x.mean((1, 2)))[:, None, None]
         correction = self.spatial(gated.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.norm(x + correction)
@@ -75,14 +70,13 @@ def add_adapters(sam: "Sam") -> None:
 
 
 def resize(sam: "Sam", size: int) -> None:
-    """Make a network answer at another input size, in place: its positions are interpolated.
+    """Interpolate a network's positions to an input of `size` pixels a side, in place.
 
-    Absolute positions are resized bilinearly. Relative ones reach as far as a block attends: those of the
-    blocks with windows stay, those of the global blocks are resized linearly, as the package's own
-    `get_rel_pos` does.
+    Absolute positions are resized bilinearly. Relative ones of blocks with windows stay; those of global
+    blocks are resized linearly, as the package's own `get_rel_pos` does.
 
-    Args:
-        size: side of the input in pixels, a multiple of the patch's.
+    Raises:
+        UserError: `size` is no multiple of the patch's side.
     """
     encoder, prompts = sam.image_encoder, sam.prompt_encoder
     patch = encoder.patch_embed.proj.kernel_size[0]
@@ -109,19 +103,15 @@ def resize(sam: "Sam", size: int) -> None:
     prompts.mask_input_size = (4 * grid, 4 * grid)
 
 
-# ------------------------------------------------------------------------------------------ conventions
-
-
 @dataclass(frozen=True)
 class Convention:
-    """How a network is called by its authors.
+    """The authors' way from images and boxes into a network, and from its masks out.
 
     Attributes:
-        image: [B, 1, H, W] uint8 and the network's size to what the image encoder takes, (B, C, size, size).
-        boxes: [..., 4] x0 y0 x1 y1 or [..., 2] x y in pixels of the images, size, H and W to pixels of the
-            network's input.
-        mask: (P, 1, h, w) low-resolution logits, size, H and W to (P, 1, H, W) logits.
-        multimask: whether the best of three masks by predicted IoU is taken, or the single one.
+        image: [B, 1, H, W] uint8 and the network's size to the image encoder's input, [B, C, size, size].
+        boxes: [..., 4] x0 y0 x1 y1 in pixels of the images, size, H and W to pixels of the network's input.
+        mask: [P, 1, h, w] low-resolution logits, size, H and W to [P, 1, H, W] logits.
+        multimask: take the best of three masks by predicted IoU instead of the single mask.
     """
 
     image: Callable[[Tensor, int], Tensor]
@@ -131,52 +121,48 @@ class Convention:
 
 
 def bilinear(x: Tensor, height: int, width: int) -> Tensor:
-    """[B, C, h, w] resized to (B, C, height, width) by pixel centres."""
+    """Resize [B, C, h, w] to [B, C, height, width] by pixel centres."""
     return F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
 
 
 def scaled_by_sides(boxes: Tensor, size: int, height: int, width: int) -> Tensor:
-    """Coordinates times new side over old, the convention of SAM's relatives, without a half pixel."""
-    return boxes * boxes.new_tensor([size / width, size / height]).repeat(boxes.shape[-1] // 2)
+    """Multiply coordinates by new side over old, the convention of SAM's relatives, without a half pixel."""
+    return boxes * boxes.new_tensor([size / width, size / height] * 2)
 
 
 def _normalised(images: Tensor) -> Tensor:
-    """[B, 1, H, W] in 0..255 to [B, 3, H, W] with SAM's mean and standard deviation taken out."""
+    """Return [B, 3, H, W] for [B, 1, H, W] in 0..255, with SAM's mean and standard deviation taken out."""
     mean, std = (images.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
     return (images.float() - mean) / std
 
 
-def _sam_image(images: Tensor, size: int) -> Tensor:
-    """The longest side to `size` as the package does it (Pillow, uint8), normalised, padded with zeros."""
+def _longest_side(size: int) -> "ResizeLongestSide":
+    """Return the package's own resizing of images and boxes, which keeps the aspect ratio."""
     from segment_anything.utils.transforms import ResizeLongestSide
 
-    transform = ResizeLongestSide(size)
+    return ResizeLongestSide(size)
+
+
+def _sam_image(images: Tensor, size: int) -> Tensor:
+    """Resize the longest side as the package does (Pillow, uint8), normalise, pad with zeros."""
     arrays = images.cpu().numpy()[:, 0, ..., None]
-    small = torch.stack([torch.from_numpy(transform.apply_image(array)) for array in arrays])
-    x = _normalised(small[:, None].to(images.device))
+    resized = [torch.from_numpy(_longest_side(size).apply_image(array)) for array in arrays]
+    x = _normalised(torch.stack(resized)[:, None].to(images.device))
     return F.pad(x, (0, size - x.shape[-1], 0, size - x.shape[-2]))
 
 
-def _sam_sides(size: int, height: int, width: int) -> tuple[int, int]:
-    """Height and width of the image inside SAM's padded square."""
-    from segment_anything.utils.transforms import ResizeLongestSide
-
-    return ResizeLongestSide.get_preprocess_shape(height, width, size)
-
-
 def _sam_boxes(boxes: Tensor, size: int, height: int, width: int) -> Tensor:
-    inner_height, inner_width = _sam_sides(size, height, width)
-    return boxes * boxes.new_tensor([inner_width / width, inner_height / height]).repeat(boxes.shape[-1] // 2)
+    return _longest_side(size).apply_boxes_torch(boxes, (height, width)).reshape(boxes.shape)
 
 
 def _sam_mask(low: Tensor, size: int, height: int, width: int) -> Tensor:
-    """Up to the padded square, the padding cut off, then to the image."""
-    inner_height, inner_width = _sam_sides(size, height, width)
+    """Resize to the padded square, cut the padding off, resize to the image."""
+    inner_height, inner_width = _longest_side(size).get_preprocess_shape(height, width, size)
     return bilinear(bilinear(low, size, size)[..., :inner_height, :inner_width], height, width)
 
 
 def _sam_med2d_image(images: Tensor, size: int) -> Tensor:
-    """Normalised first, then squeezed to the square by nearest neighbour."""
+    """Normalise first, then squeeze to the square by nearest neighbour."""
     return F.interpolate(_normalised(images), (size, size), mode="nearest")
 
 
@@ -185,7 +171,7 @@ def _sam_med2d_mask(low: Tensor, size: int, height: int, width: int) -> Tensor:
 
 
 def _medsam_image(images: Tensor, size: int) -> Tensor:
-    """Squeezed to the square (bicubic, antialiased), then by its own minimum and maximum to 0..1."""
+    """Squeeze to the square (bicubic, antialiased), then scale by its own minimum and maximum to 0..1."""
     x = images.float()
     if x.shape[-2:] != (size, size):
         low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
@@ -196,13 +182,13 @@ def _medsam_image(images: Tensor, size: int) -> Tensor:
 
 
 def _medsam_mask(low: Tensor, size: int, height: int, width: int) -> Tensor:
-    """MedSAM resizes probabilities, not logits: the logit of the result keeps them and their mask."""
+    """Resize probabilities, as MedSAM does, and return their logits."""
     return bilinear(low.sigmoid(), height, width).logit(eps=1e-6)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A published network: which of the package's it is, at which size, and how it is called."""
+    """A published network: the package's builder, the side of its input in pixels, and its convention."""
 
     builder: str
     size: int
@@ -211,28 +197,25 @@ class Family:
 
 
 _SAM = Convention(_sam_image, _sam_boxes, _sam_mask)
+_MEDSAM = Convention(_medsam_image, scaled_by_sides, _medsam_mask)
+_SAM_MED2D = Convention(_sam_med2d_image, scaled_by_sides, _sam_med2d_mask, multimask=True)
 
+#: The published teachers by name.
 FAMILIES = {
-    "sam-med2d": Family(
-        "vit_b",
-        256,
-        Convention(_sam_med2d_image, scaled_by_sides, _sam_med2d_mask, multimask=True),
-        adapters=True,
-    ),
+    "sam-med2d": Family("vit_b", 256, _SAM_MED2D, adapters=True),
     "sam_vit_b": Family("vit_b", 1024, _SAM),
     "sam_vit_l": Family("vit_l", 1024, _SAM),
     "sam_vit_h": Family("vit_h", 1024, _SAM),
-    "medsam": Family("vit_b", 1024, Convention(_medsam_image, scaled_by_sides, _medsam_mask)),
+    "medsam": Family("vit_b", 1024, _MEDSAM),
 }
 
 
-def network(name: str, *, size: int | None = None, adapters: bool | None = None) -> "Sam":
-    """A family's network, untrained, from the package's own builder.
+def network(name: str, *, size: int | None = None) -> "Sam":
+    """Return a family's network, untrained, from the package's own builder.
 
     Args:
         name: one of `FAMILIES`.
         size: side of its input in pixels; None for the family's own.
-        adapters: whether the image encoder has adapters; None for the family's own.
     """
     # Imported here: it takes seconds, which a notebook without a teacher need not wait for.
     from segment_anything import sam_model_registry
@@ -240,6 +223,25 @@ def network(name: str, *, size: int | None = None, adapters: bool | None = None)
     family = FAMILIES[name]
     sam = sam_model_registry[family.builder]()
     resize(sam, size or family.size)
-    if family.adapters if adapters is None else adapters:
+    if family.adapters:
         add_adapters(sam)
+    return sam
+
+
+def load(name: str, path: Path, size: int | None = None) -> "Sam":
+    """Return a family's network with a checkpoint's weights, its positions interpolated to `size`.
+
+    Raises:
+        UserError: a key is missing, unexpected or of another shape, or `size` is no multiple of the patch's.
+    """
+    state = checkpoints.read(path)
+    position = state.get("image_encoder.pos_embed")  # [1, size / 16, size / 16, C]
+    made_for = None if position is None or position.ndim != 4 else 16 * position.shape[1]
+    with torch.random.fork_rng(devices=[]):
+        sam = network(name, size=made_for)
+    if problems := checkpoints.differences(state, sam.state_dict()):
+        raise UserError(f"{path} does not fit teacher {name!r}: {problems}")
+    checkpoints.usable(path, state, sam.state_dict())
+    sam.load_state_dict(state)
+    resize(sam, size or FAMILIES[name].size)
     return sam

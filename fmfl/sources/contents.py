@@ -1,0 +1,207 @@
+"""Content of one source: images decoded, checked and resized, with a row of the table for each."""
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from fmfl.errors import UserError, first_few
+from fmfl.sources import metadata, phantom, readers
+from fmfl.sources.files import IMAGE_SUFFIXES, Found, SkippedFile, list_files
+from fmfl.sources.pixels import read_image, resize
+from fmfl.sources.readers import Record
+
+SIZES = (16, 2048)  # pixels a side
+
+
+class Content(NamedTuple):
+    """Images of one source with their masks and rows, and the files that are not used."""
+
+    images: np.ndarray  # [N, H, W] uint8
+    masks: np.ndarray  # [N, H, W] uint8, 0 or 1
+    rows: list[dict[str, Any]]  # site and patient_id as given, or empty
+    digest: str  # SHA-256 of images, masks and rows
+    left_out: Sequence[dict[str, Any]] = ()  # file, reason, detail, defect
+    remarks: Sequence[str] = ()
+
+
+class Plan(NamedTuple):
+    """How to read one source, and all that its content depends on."""
+
+    read: Callable[[], Content]
+    settings: Mapping[str, Any]
+    files: Sequence[Found] = ()
+
+
+def sha256(*pieces: Any) -> str:
+    """Return the SHA-256 of bytes and arrays, one after another."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _digest(images: np.ndarray, masks: np.ndarray, rows: list[dict[str, Any]]) -> str:
+    text = json.dumps([images.shape, rows], sort_keys=True)
+    return sha256(text.encode(), images, np.packbits(masks))
+
+
+def of_phantoms(num_images: int, seed: int, size: int) -> Plan:
+    """Plan the drawing of synthetic X-rays."""
+    if num_images < 1:
+        raise UserError(f"num_phantoms is {num_images!r}: give the number of synthetic X-rays, at least 1")
+    settings = {"size": size, "num_images": num_images, "seed": seed, "numpy": np.__version__}
+    # Their drawing is this project's own code, which changes without a file of the user's changing.
+    settings["code"] = sha256(Path(phantom.__file__).read_bytes())
+    return Plan(partial(_draw_phantoms, num_images, seed, size), settings)
+
+
+def _draw_phantoms(num_images: int, seed: int, size: int) -> Content:
+    images, masks, table = phantom.generate(num_images, size, seed)
+    rows = table.to_dict("records")
+    return Content(images, masks, rows, _digest(images, masks, rows))
+
+
+def of_folder(folder: Path, size: int, mask_class: str, workers: int | None, title: str) -> Plan:
+    """Plan the reading of a folder on `workers` threads, with a bar of that title, "" for no bar."""
+    files = list_files(folder)
+    if not files:
+        raise UserError(f"{folder}: this folder is empty; give a folder with chest X-rays and masks")
+    settings = {"folder": str(folder.resolve()), "size": size, "mask_class": mask_class}
+    settings["pydicom"] = importlib.util.find_spec("pydicom") is not None
+    return Plan(partial(_read_folder, folder, size, mask_class, workers, title), settings, files)
+
+
+def _read_folder(folder: Path, size: int, mask_class: str, workers: int | None, title: str) -> Content:
+    records, skipped = _records(folder, mask_class)
+    images = np.empty((len(records), size, size), np.uint8)
+    masks = np.empty_like(images)
+    rows: list[dict[str, Any]] = []
+    remarks: dict[str, list[str]] = defaultdict(list)
+    # Threads, since Pillow gives the lock back while it decodes and resizes.
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        results = pool.map(partial(_decode_or_skip, size=size), records)
+        bar = tqdm(results, title, len(records), unit="image", disable=not title, leave=False)
+        for result in bar:
+            if isinstance(result, SkippedFile):
+                skipped.append(result)
+                continue
+            images[len(rows)], masks[len(rows)] = result.image, result.mask
+            rows.append(result.row)
+            for remark in result.remarks:
+                remarks[remark].append(result.row["image_id"])
+    if not rows:
+        raise UserError(_nothing_usable(folder, skipped))
+    images, masks = images[: len(rows)], masks[: len(rows)]
+    left_out = [one.entry(folder) for one in skipped]
+    left_out.sort(key=lambda entry: (entry["file"], entry["reason"]))
+    sentences = [f"{len(ids)} images with {what}: {first_few(ids)}" for what, ids in remarks.items()]
+    return Content(images, masks, rows, _digest(images, masks, rows), left_out, sentences)
+
+
+def _records(folder: Path, mask_class: str) -> tuple[list[Record], list[SkippedFile]]:
+    """Return the records of a folder by image_id, and the files skipped: images of one id among them."""
+    records: dict[str, list[Record]] = defaultdict(list)
+    skipped: list[SkippedFile] = []
+    for result in readers.reader(folder)(folder, mask_class):
+        if isinstance(result, SkippedFile):
+            skipped.append(result)
+        else:
+            records[result.row["image_id"]].append(result)
+    for image_id, several in records.items():
+        if len(several) > 1:
+            detail = f"{len(several)} images have the image_id {image_id}, and whose mask it is, is not told"
+            skipped += [SkippedFile(record.image, "image_id twice", detail) for record in several]
+    return [records[image_id][0] for image_id in sorted(records) if len(records[image_id]) == 1], skipped
+
+
+def _nothing_usable(folder: Path, skipped: list[SkippedFile]) -> str:
+    if all(one.reason == "not an image" and not one.defect for one in skipped):
+        return f"{folder}: there is no image file in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
+    reasons = Counter(one.reason for one in skipped).most_common()
+    counted = ", ".join(f"{count} x {reason}" for reason, count in reasons)
+    first = next(one for one in skipped if one.reason == reasons[0][0])
+    file = first.file.relative_to(folder)
+    return f"{folder}: no usable image ({counted}); the first is {file}: {first.detail}"
+
+
+class Decoded(NamedTuple):
+    """One image of a cohort."""
+
+    image: np.ndarray  # [H, W] uint8, 0..255
+    mask: np.ndarray  # [H, W] uint8, 0 or 1
+    row: dict[str, Any]
+    remarks: tuple[str, ...]  # to look at
+
+
+def _decode_or_skip(record: Record, size: int) -> Decoded | SkippedFile:
+    try:
+        return decode(record, size)
+    except SkippedFile as reason:
+        return reason
+
+
+def decode(record: Record, size: int) -> Decoded:
+    """Decode one image and its mask, and finish its row by what only the file knows.
+
+    That is its own size where no other is given, and a DICOM header's age, sex, patient and view where no
+    table has them.
+
+    Raises:
+        SkippedFile: the image cannot be read or shows nothing, its mask is empty, or the two do not fit
+            together.
+    """
+    no_mask = partial(SkippedFile, record.image, record.without_mask, defect=False)
+    if record.mask is None:
+        raise no_mask("nothing of the mask class is annotated")
+    grey, header = read_image(record.image)
+    height, width = grey.shape
+    if grey.min() == grey.max():
+        raise SkippedFile(record.image, "constant image", "all its pixels are the same: it shows nothing")
+    if min(height, width) < SIZES[0]:
+        detail = f"it has {width} x {height} pixels: an X-ray has at least {SIZES[0]} a side"
+        raise SkippedFile(record.image, "image too small", detail)
+    mask, remark = record.mask(grey)
+    if not mask.any():
+        raise no_mask("its mask is empty")
+    small = resize(mask.astype(np.uint8) * 255, size) >= 128
+    if not small.any():
+        detail = f"its mask has {mask.sum()} pixels, of which nothing is left at a size of {size}"
+        raise SkippedFile(record.image, "mask too small", detail)
+    row, aged = _with_header(record.image, record.row, header)
+    row["original_width"] = row["original_width"] or width
+    row["original_height"] = row["original_height"] or height
+    remarks = tuple(filter(None, (remark, aged)))
+    return Decoded(resize(grey, size), small.astype(np.uint8), row, remarks)
+
+
+def _with_header(
+    image: Path, row: Mapping[str, Any], header: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Return a row with what a DICOM header adds to it, and a remark.
+
+    Raises:
+        SkippedFile: the age or patient_id that the row takes from the header is not valid.
+    """
+    row, remark = dict(row), ""
+    if math.isnan(row["age"]):
+        if "age" in header:
+            row |= {"age": header["age"], "age_source": "record"}
+            remark = "a DICOM age without its unit, taken as years" if header["age_without_unit"] else ""
+        elif "age_not_valid" in header:
+            raise metadata.age_not_valid(image, header["age_not_valid"])
+    row["patient_id"] = row["patient_id"] or metadata.patient(image, header.get("patient_id", ""))
+    row["patient_id"] = row["patient_id"] or row["image_id"]
+    for column in ("sex", "view"):
+        row[column] = row[column] or header.get(column, "")
+    return row, remark
