@@ -6,6 +6,7 @@ import csv
 import os
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -23,6 +24,8 @@ import pytest
 import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from bench.deployment import end_group
 from fmfl import config, data, federate, models, parallel, paths, runs, states
@@ -377,6 +380,22 @@ def test_the_bytes_in_the_results_are_those_that_crossed(deployment):
 
 
 @pytest.mark.slow
+def test_keys_are_registered_once_and_a_key_that_is_taken_away_is_unknown(tmp_path):
+    keyring.make(tmp_path / "keys", ["localhost"], 2)
+    server = tmp_path / "keys/server"
+
+    def nodes(file: Path) -> list[bytes]:
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            return [key for (key,) in database.execute("SELECT public_key FROM node")]
+
+    both = deploy.registry(server)
+    assert len(set(nodes(both))) == 2 and deploy.registry(server) == both
+    (server / "client-1.pub").unlink()
+    (left,) = nodes(deploy.registry(server))
+    assert left == public_key_to_bytes(load_ssh_public_key((server / "client-0.pub").read_bytes()))
+
+
+@pytest.mark.slow
 def test_a_plain_text_connection_is_refused(tmp_path):
     keyring.make(tmp_path / "keys", ["localhost"], 1)
     port = free_port()
@@ -443,11 +462,10 @@ def test_a_server_that_is_killed_and_started_again_finds_its_clients(tmp_path):
         again = start("server", server)
         assert again.wait(300) == 0, (tmp_path / "server.log").read_text()[-3000:]
         assert before < 3 and [client.poll() for client in clients] == [None, None]
-        for client, name in zip(
-            clients, (signal.SIGTERM, signal.SIGHUP), strict=True
-        ):  # HUP: a closed terminal
+        # SIGHUP: a terminal was closed.
+        for client, name in zip(clients, (signal.SIGTERM, signal.SIGHUP), strict=True):
             client.send_signal(name)
-            wait_for(lambda client=client: not alive(client), 60, "the SuperNode and its helpers to end")
+            wait_for(lambda process=client: not alive(process), 60, "the SuperNode and its helpers to end")
     finally:
         for process in processes[::-1]:
             end_group(process)

@@ -414,7 +414,7 @@ def test_a_client_that_joins_late_takes_part_from_then_on_and_one_that_leaves_is
     ("number", "code", "says"),
     [
         (7, None, "client 7, and there is none of that number"),
-        (0, None, "client 0, who is there already"),
+        (0, None, "client 0, which is there already"),
         (1, "other code", "another version of fmfl"),
     ],
 )

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fmfl import config, paths
+from fmfl import config, paths, states
 from fmfl.errors import UserError
 from fmfl.flower import keys as keyring
 
@@ -117,8 +117,8 @@ def write_app(folder: Path, given: dict[str, Any]) -> None:
     """
     defaults = run_config()
     config.settings(given)
-    for name in sorted(set(given) - set(defaults)):
-        raise UserError(f"parameter {name!r} is not one of a run on Flower: leave it out")
+    if unknown := sorted(set(given) - set(defaults)):
+        raise UserError(f"parameter {unknown[0]!r} is not one of a run on Flower: leave it out")
     listed = [f"{name} = {json.dumps(value)}\n" for name, value in (defaults | given).items()]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pyproject.toml").write_text(PROJECT + "".join(listed), encoding="utf-8")
@@ -164,17 +164,18 @@ def run_status(home: Path, number: str) -> str:
 
 
 def registry(keys: Path) -> Path:
-    """Return the SuperLink's database in which the clients' public keys are registered; made once.
+    """Return the SuperLink's database in which these public keys are registered; made once for the same keys.
 
     Each start of a server begins with a copy: it knows its clients from the first moment and after a restart,
     and no message of an older run is left.
     """
-    file, partial = keys / "registry.db", keys / "registry.db.partial"
-    if file.exists():
-        return file
     publics = sorted(keys.glob("client-*.pub"))
     if not publics:
         raise UserError(f"{keys} holds no client's public key (client-*.pub): nobody could join")
+    file = keys / f"registry-{states.fingerprint([public.read_text() for public in publics])[:8]}.db"
+    if file.exists():
+        return file
+    partial = file.with_suffix(".partial")
     partial.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as probe:
         home, port = Path(folder), probe.getsockname()[1]

@@ -5,14 +5,12 @@ rounds end in the same bytes. docs/hospitals.md goes from here to several machin
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as MessageProto
-from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fmfl import runs
@@ -59,10 +57,11 @@ def simulated(cfg: Settings, run: Run) -> Nodes:
     return Nodes(InProcess(make_client_app(data_of), contexts), cfg)
 
 
-class InProcess(Grid):
+class InProcess:
     """A Flower grid whose nodes live in this process: messages are serialised, delivered and answered.
 
-    Flower's own simulation needs Ray; for a study on one machine this gives the same bytes without it.
+    It has the methods of `flwr.serverapp.Grid` that `Nodes` calls. Flower's own simulation needs Ray; on
+    one machine this gives the same bytes without it.
     """
 
     def __init__(self, app: ClientApp, contexts: Iterable[Context]):
@@ -71,16 +70,6 @@ class InProcess(Grid):
         self.posted: dict[str, bytes] = {}
         # A message takes its sender from here, where Flower's own processes have it.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
-
-    def set_run(self, run: object) -> None:
-        """Do nothing: there is one run."""
-
-    @property
-    def run(self) -> Any:
-        """Refuse: the run has no record."""
-        raise NotImplementedError
-
-    create_message = None
 
     def get_node_ids(self) -> list[int]:
         """Return all nodes, which never leave."""
@@ -109,7 +98,3 @@ class InProcess(Grid):
             sent = message_to_proto(reply).SerializeToString()
             replies.append(message_from_proto(MessageProto.FromString(sent)))
         return replies
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Post messages and let the nodes answer."""
-        return self.pull_messages(self.push_messages(messages))

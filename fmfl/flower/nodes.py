@@ -110,7 +110,7 @@ class Nodes:
         if not isinstance(k, int) or not 0 <= k < self.cfg.federate.num_clients:
             return f"it says that it is client {k!r}, and there is none of that number"
         if k in self.node_of:
-            return f"it says that it is client {k}, who is there already"
+            return f"it says that it is client {k}, which is there already"
         if about.get("code") != node_code():
             return f"client {k} has another version of fmfl: install the server's"
         self.node_of[k], self.images_of[k] = node, about.get("images")

@@ -49,7 +49,7 @@ def serve(grid: Grid, cfg: Settings) -> Run:
         with parallel.one_thread(cohort.device):
             run.finish_round(theta, cohort, test)
         _write(cfg, run)
-        log.info("round %d: %s", number, _summary(run))
+        log.info("round %d: clients %s, %s", number, run.rounds[-1]["clients"], _dice(run))
     if len(test):
         outputs.write_text(cfg.run_dir / "per_image.csv", run.per_image(cohort, test).to_csv(index=False))
     return run
@@ -83,10 +83,9 @@ def _check_folder(cfg: Settings, init: str) -> None:
             raise UserError(f"{file} is of another run than {own}: name another folder with --out")
 
 
-def _summary(run: Run) -> str:
-    clients, scored = run.rounds[-1]["clients"], run.history[-1]
-    dice = f", Dice {scored['dice']:.4f}" if scored["round"] == run.round_number else ""
-    return f"{len(clients)} clients ({', '.join(map(str, clients))}){dice}"
+def _dice(run: Run) -> str:
+    scored = run.history[-1]
+    return f"Dice {scored['dice']:.4f}" if scored["round"] == run.round_number else "not scored"
 
 
 def _write(cfg: Settings, run: Run, stopped: int = 0) -> None:
