@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-from fmfl.analysis.markdown import estimate, number
+from fmfl.analysis.words import estimate, number
 
 
 class Table:

@@ -19,7 +19,7 @@ NO_NUMBERS = (
     "__main__.py",
     "flower/deploy.py",
     *(f"study/{name}.py" for name in ("cli", "execute", "grid", "inspection", "interrupt", "locks")),
-    *(f"study/{name}.py" for name in ("preflight", "verify")),
+    *(f"study/{name}.py" for name in ("options", "preflight", "verify")),
 )
 
 #: Files of a finished study, besides figures, weights and executed notebooks.
