@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fmfl import config, federate, split
+from fmfl import config, runs, split
 from fmfl.errors import UserError
 from fmfl.study import grid, outputs, preflight, stages
 
@@ -96,7 +96,7 @@ def test_a_study_may_add_a_split_by_age_and_trains_nothing_again_where_all_image
     before, after = (grid.plan(cfg, [0], splits) for splits in (["iid"], ["iid", "age"]))
     was, now = (cells[0].cfg.federate for cells in (before, after))
     assert (was.images_without_age, now.images_without_age) == ("keep", "leave_out")
-    assert federate.run_settings(was, "federated") == federate.run_settings(now, "federated")
+    assert runs.run_settings(was, "federated") == runs.run_settings(now, "federated")
     outputs.save(before[0].cfg, "01_data", {"fingerprint": "x"})
     inputs = {"data": "x", "teacher": "y"}
     assert preflight.other_study(after, inputs) == {}

@@ -361,7 +361,7 @@ def test_masks_outside_the_budget_are_never_looked_at(tmp_path, monkeypatch, box
     for init in inits:
         assert not one[init].reused and not other[init].reused
         assert states.state_digest(one[init].state) == states.state_digest(other[init].state)
-    seen = [one[init].fitted.images_seen for init in inits]
+    seen = [one[init].fit.images_seen for init in inits]
     n = len(parts.proxy)
     assert seen[0] == 0 and seen[2] == n and abs(seen[1] - n) < 4, "as many images as the other start"
 
@@ -759,28 +759,6 @@ def test_without_masks_there_is_no_student_of_masks_alone(tmp_path):
     cohort = stages.load_cohort(cfg)
     found = stages.distilled(cfg, cohort, stages.holdout(cfg, cohort).proxy)
     assert [how.alpha for how, _ in found] == [0.6, 1]
-
-
-# ------------------------------------------------------------------------------------------ memory
-
-
-def test_a_tasks_memory_is_what_it_takes_and_gives_back():
-    """64 MiB, written so that they are really there; twice, because freed memory may be kept."""
-    device = torch.device("cpu")
-    for _ in range(2):
-        found = stages.working_memory(lambda: torch.ones(2**24), device)
-        if found is None:
-            pytest.skip("this system does not tell")
-        assert 0.9 * 2**26 < found < 2 * 2**26
-    assert stages.working_memory(lambda: None, device) < 2**24
-
-
-def test_memory_that_is_not_told_is_none(monkeypatch):
-    def refused(what: str) -> int:
-        raise FileNotFoundError(what)
-
-    monkeypatch.setattr(stages, "_of_this_process", refused)
-    assert stages.working_memory(lambda: None, torch.device("cpu")) is None
 
 
 def test_the_machines_memory_is_told_where_the_system_tells_it(monkeypatch):

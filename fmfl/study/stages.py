@@ -1,19 +1,17 @@
-"""What the notebooks share: the inputs of each stage, made or found, and the files that each leaves behind.
+"""Inputs of each stage, built from the settings, and the runs' folders.
 
 A run's folder holds `weights/` (initial and final states), `cells/` (what each notebook measured),
 `figures/`, `notebooks/` (executed), and at the end `results.csv`, `per_image.csv`, `table1.csv`,
 `claims.csv`, `manifest.json` and `report.html`.
 """
 
-import ctypes
 import os
 import pkgutil
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -32,7 +30,6 @@ from fmfl import (
     split,
     states,
     teacher,
-    train,
 )
 from fmfl.analysis import landscape, tables
 from fmfl.config import VARIANTS, DistillConfig, FederateConfig, Settings, float_list, split_list
@@ -45,48 +42,45 @@ from fmfl.split import Holdout
 from fmfl.teacher import CachedLogits, Teacher
 from fmfl.train import Examples
 
-if TYPE_CHECKING:  # a client of Flower imports this module for each message, and draws nothing
-    pass
-
-# ---------------------------------------------------------------------------------------------------
-# The stages' inputs, as the settings name them
-# ---------------------------------------------------------------------------------------------------
-
 
 def show_bars() -> bool:
-    """Whether progress bars are wanted: not where their every state would be kept as a notebook's output.
+    """Return whether progress bars are wanted: in a notebook's outputs their every state would be kept.
 
-    tqdm itself heeds the variable only where a caller leaves `disable` open.
+    tqdm itself reads the variable only where a caller leaves `disable` open.
     """
     return "TQDM_DISABLE" not in os.environ
 
 
+# ---------------------------------------------------------------------------------------------------
+# Images and their parts
+# ---------------------------------------------------------------------------------------------------
+
+
 def load_cohort(cfg: Settings) -> Cohort:
-    """The images of `cfg.data` on the run's device, or beside it where it has no room for them."""
+    """Load the images of `cfg.data` on the run's device, or beside it where it has no room for them."""
     devices.set_determinism(cfg.run)
-    wanted, device = cfg.data, devices.device_of(cfg.run)
+    device, where = devices.device_of(cfg.run), cfg.run.cohort_device
     cohort = data.load(
-        wanted.data,
-        size=wanted.size,
-        num_phantoms=wanted.num_phantoms,
-        phantom_seed=wanted.phantom_seed,
-        mask_class=wanted.mask_class,
-        strict=wanted.strict,
+        cfg.data.data,
+        size=cfg.data.size,
+        num_phantoms=cfg.data.num_phantoms,
+        phantom_seed=cfg.data.phantom_seed,
+        mask_class=cfg.data.mask_class,
+        strict=cfg.data.strict,
         progress=show_bars(),
     )
-    where = cfg.run.cohort_device
     return cohort.to(device, resident=where == "device" or (where == "auto" and _fits(cohort, device)))
 
 
 def _fits(cohort: Cohort, device: torch.device) -> bool:
-    """Whether a cohort takes at most half of a GPU's free memory: training needs the other half."""
+    """Return whether a cohort takes at most half of a GPU's free memory: training needs the other half."""
     if device.type != "cuda":
         return True
     return cohort.images.nbytes + cohort.masks.nbytes <= torch.cuda.mem_get_info(device)[0] / 2
 
 
 def holdout(cfg: Settings, cohort: Cohort) -> Holdout:
-    """Proxy, test and federated images; the same for every seed of a study."""
+    """Return proxy, test and federated images; the same for every seed of a study."""
     return split.holdout(
         cohort.table,
         cfg.data.holdout_seed,
@@ -100,9 +94,9 @@ def holdout(cfg: Settings, cohort: Cohort) -> Holdout:
 def partition(
     cohort: Cohort, federated: Tensor, cfg: FederateConfig, scheme: str | None = None
 ) -> list[Tensor]:
-    """Deal the federated images under `cfg.split` (or the scheme named).
+    """Deal the federated images to clients under `cfg.split` (or the scheme named).
 
-    With `images_without_age` at leave_out every scheme deals those with an age alone, as the schemes by age
+    With `images_without_age` at leave_out every scheme deals only images with an age, as the schemes by age
     have to: then all of them train on the same images.
     """
     scheme = scheme or cfg.split
@@ -114,6 +108,38 @@ def partition(
         "dirichlet": {"concentration": cfg.dirichlet_concentration},
     }.get(scheme, {})
     return split.partition(cohort.table, federated, scheme, cfg.num_clients, cfg.seed, **options)
+
+
+def compositions(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> pd.DataFrame:
+    """Describe the clients' images: `split.composition` of each split and seed that was run."""
+    federated = holdout(cfg, cohort).federated
+    pairs = results.loc[results.split != "pooled", ["split", "seed"]].drop_duplicates()
+    described = []
+    for scheme, seed in pairs.itertuples(index=False):
+        clients = partition(cohort, federated, replace(cfg.federate, seed=int(seed)), scheme)
+        described.append(split.composition(cohort.table, clients).assign(split=scheme, seed=seed))
+    return pd.concat(described, ignore_index=True)
+
+
+def labelled(cfg: Settings, proxy: Tensor) -> Tensor:
+    """Choose the proxy images that have a mask, [n] bool: `cfg.distill.labelled` of them, by the seed.
+
+    A smaller budget's images are among a larger one's.
+
+    Raises:
+        UserError: there are fewer proxy images than that.
+    """
+    budget, n = cfg.distill.labelled, len(proxy)
+    number = round(budget * n) if budget <= 1 else int(budget)
+    if number > n:
+        raise UserError(f"labelled is {number}, but the proxy set has {n} images: name at most as many")
+    order = torch.randperm(n, generator=seeds.generator(cfg.federate.seed, seeds.LABELS))
+    return (order.argsort() < number).to(proxy.device)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The teacher, its prompts and its logits
+# ---------------------------------------------------------------------------------------------------
 
 
 def load_teacher(cfg: Settings) -> Teacher:
@@ -128,26 +154,10 @@ def load_teacher(cfg: Settings) -> Teacher:
 
 
 class Prompts(NamedTuple):
-    """What the teacher is asked with, and what making it has cost."""
+    """Boxes for the teacher, and the seconds that making them has cost."""
 
     boxes: Tensor
     seconds: float
-
-
-def labelled(cfg: Settings, proxy: Tensor) -> Tensor:
-    """Which proxy images have a mask to learn from, [n] bool: `cfg.distill.labelled` of them, by the seed.
-
-    A smaller budget's images are among a larger one's.
-
-    Raises:
-        UserError: there are fewer proxy images than that.
-    """
-    wanted, n = cfg.distill.labelled, len(proxy)
-    number = round(wanted * n) if wanted <= 1 else int(wanted)
-    if number > n:
-        raise UserError(f"labelled is {number}, but the proxy set has {n} images: name at most as many")
-    order = torch.randperm(n, generator=seeds.generator(cfg.federate.seed, seeds.LABELS))
-    return (order.argsort() < number).to(proxy.device)
 
 
 def teacher_prompts(
@@ -158,33 +168,38 @@ def teacher_prompts(
     per_image: str | None = None,
     known: Tensor | None = None,
 ) -> Prompts:
-    """The prompts of chosen images under the run's box rule, or under the rule named.
+    """Return the prompts of chosen images under the run's box rule, or under the rule named.
 
     Args:
-        known: [n] bool, whose masks there are; None for all. A predicted box of the others comes from these.
+        known: [n] bool, images that have a mask; None for all. They teach the predicted boxes of the others.
     """
-    wanted = cfg.teacher
-    rule = rule or wanted.box_rule
+    rule = rule or cfg.teacher.box_rule
     masks, seconds = cohort.masks[indices], 0.0
     if rule == "predicted":
         masks, seconds = _predicted_masks(cfg, cohort, indices, known)
-    boxes = prompts.prompt(
+    per_image = per_image or cfg.teacher.boxes_per_image
+    return Prompts(_boxes(cfg, masks, cfg.data.holdout_seed, rule, per_image), seconds)
+
+
+def _boxes(
+    cfg: Settings, masks: Tensor, seed: int, rule: str | None = None, per_image: str | None = None
+) -> Tensor:
+    return prompts.prompt(
         masks,
-        rule,
-        per_image=per_image or wanted.boxes_per_image,
-        jitter_pixels=wanted.jitter_pixels,
-        seed=cfg.data.holdout_seed,
+        rule or cfg.teacher.box_rule,
+        per_image=per_image or cfg.teacher.boxes_per_image,
+        jitter_pixels=cfg.teacher.jitter_pixels,
+        seed=seed,
     )
-    return Prompts(boxes, seconds)
 
 
 def _predicted_masks(
-    cfg: Settings, cohort: Cohort, indices: Tensor, known: Tensor | None = None
+    cfg: Settings, cohort: Cohort, indices: Tensor, known: Tensor | None
 ) -> tuple[Tensor, float]:
-    """See `distill.predicted_masks`; made once for the same images and settings."""
+    """Call `distill.predicted_masks` once for the same images and settings; later read its masks."""
     examples = Examples(cohort.images, cohort.masks, indices, device=cohort.device)
     patients = cohort.table.patient_id.iloc[indices.tolist()].tolist()
-    how: dict[str, Any] = dict(
+    options: dict[str, Any] = dict(
         batch_size=cfg.federate.batch_size,
         seed=cfg.data.holdout_seed,
         precision=devices.precision_of(cfg.run),
@@ -192,14 +207,13 @@ def _predicted_masks(
     )
     learning = (cfg.distill.student, cfg.distill.proxy_epochs, cfg.distill.proxy_learning_rate)
     seen = [states.tensor_digest(stored[indices]) for stored in (cohort.images, cohort.masks)]
-    if known is not None and known.all():
-        known = None
-    whose = None if known is None else known.tolist()
-    key = states.fingerprint(states.code_digest(), how, learning, seen, patients, whose)
+    known = None if known is None or known.all() else known
+    budget = None if known is None else known.tolist()
+    key = states.fingerprint(states.code_digest(), options, learning, seen, patients, budget)
     file = paths.CACHE / f"predicted-{key}.safetensors"
     if (stored := states.read_state(file, device=cohort.images.device)) is not None:
         return stored[0]["masks"], stored[1]["seconds"]
-    masks, seconds = distill.predicted_masks(examples, patients, cfg.distill, known=known, **how)
+    masks, seconds = distill.predicted_masks(examples, patients, cfg.distill, known=known, **options)
     try:
         states.write_state(file, {"masks": masks}, seconds=seconds)
     except OSError as error:
@@ -208,27 +222,39 @@ def _predicted_masks(
 
 
 def teacher_logits(
-    cfg: Settings, who: Teacher, cohort: Cohort, indices: Tensor, known: Tensor | None = None
+    cfg: Settings, model: Teacher, cohort: Cohort, indices: Tensor, known: Tensor | None = None
 ) -> CachedLogits:
-    """The teacher's [n, 1, H, W] logits of chosen images under the run's box rule, cached."""
+    """Return the teacher's [n, 1, H, W] logits of chosen images under the run's box rule, cached."""
     boxes, seconds = teacher_prompts(cfg, cohort, indices, known=known)
-    found = teacher.cached_logits(who, cohort.images[indices], boxes, progress=show_bars())
-    return CachedLogits(found.logits, found.seconds + seconds)
+    cached = teacher.cached_logits(model, cohort.images[indices], boxes, progress=show_bars())
+    return CachedLogits(cached.logits, cached.seconds + seconds)
 
 
 class Taught(NamedTuple):
-    """The proxy set with a teacher beside it, whose masks stand in where there are none."""
+    """Proxy images with what the teacher says of them.
+
+    Attributes:
+        examples: images, masks, and the teacher's logits or the function that asks it.
+        key: names all that the teacher's answers depend on.
+        seconds: cost of the answers before training.
+    """
 
     examples: Examples
-    key: str  # what the teacher's answers depend on
-    seconds: float  # that they have cost before training
+    key: str
+    seconds: float
 
 
 def taught(cfg: Settings, cohort: Cohort, proxy: Tensor) -> Taught:
-    """The proxy set with the teacher's cached logits or, for fresh views, with a way to ask it."""
-    who, rule, known = load_teacher(cfg), cfg.teacher, labelled(cfg, proxy)
+    """Return the proxy set with the teacher's cached logits or, for fresh views, a function that asks it.
+
+    Images without a mask use the teacher's mask.
+
+    Raises:
+        UserError: fresh views are to be asked without a mask or with a predicted box.
+    """
+    model, known = load_teacher(cfg), labelled(cfg, proxy)
     if cfg.distill.teacher_views == "cached":
-        logits, seconds = teacher_logits(cfg, who, cohort, proxy, known)
+        logits, seconds = teacher_logits(cfg, model, cohort, proxy, known)
         masks = cohort.masks
         if not known.all():
             masks = masks.clone()
@@ -239,108 +265,115 @@ def taught(cfg: Settings, cohort: Cohort, proxy: Tensor) -> Taught:
         raise UserError(
             "teacher_views 'fresh' needs a mask of every proxy image: choose cached, or labelled 1"
         )
-    if rule.box_rule == "predicted":
+    if cfg.teacher.box_rule == "predicted":
         raise UserError("teacher_views 'fresh' has no predicted box for an augmented image: choose cached")
 
     def ask(images: Tensor, masks: Tensor) -> Tensor:
-        # A turn may carry a lung out of the picture: then the whole image is asked about.
+        # A turn may carry a lung out of the picture: then the prompt is the whole image.
         masks = masks.masked_fill(~masks.flatten(1).any(1)[:, None, None, None], 1)
-        boxes = prompts.prompt(
-            masks,
-            rule.box_rule,
-            per_image=rule.boxes_per_image,
-            jitter_pixels=rule.jitter_pixels,
-            seed=cfg.data.holdout_seed + int(masks.sum()),  # another hand for each batch, the same each time
-        )
-        return who.logits(images, boxes).clone()  # outside inference mode, so that gradients can pass by
+        # Each batch has its own jitter, the same each time.
+        boxes = _boxes(cfg, masks, cfg.data.holdout_seed + int(masks.sum()))
+        return model.logits(images, boxes).clone()  # outside inference mode, so that gradients can pass by
 
     code = states.code_digest((*teacher.CODE, "study/stages.py"))  # makes the answers
-    key = states.fingerprint("fresh", code, who.about(), asdict(rule), cfg.data.holdout_seed)
+    key = states.fingerprint("fresh", code, model.about(), asdict(cfg.teacher), cfg.data.holdout_seed)
     return Taught(Examples(cohort.images, cohort.masks, proxy, ask=ask, device=cohort.device), key, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Students: the starts, and the distillations compared with them
+# ---------------------------------------------------------------------------------------------------
 
 
 def initial_states(
     cfg: Settings, cohort: Cohort, proxy: Tensor, inits: Iterable[str]
 ) -> dict[str, InitialState]:
-    """The named initial states, read from `weights/` where 03_distill has left them, else made now.
+    """Return the named initial states, read from `weights/` where 03_distill has left them, else made now.
 
-    Pre-training learns from the proxy images that have masks, and passes over them the more often the fewer
-    they are: it takes as many steps as the other start.
+    Pre-training learns from the proxy images that have masks. It takes as many steps as the other start: the
+    fewer these images are, the more often it sees them.
 
     Raises:
         UserError: pre-training has no mask to learn from.
     """
     inits = list(inits)
-    known = labelled(cfg, proxy)
-    if not known.any() and ("pretraining" in inits or ("fm" in inits and cfg.distill.alpha == 0)):
+    if not labelled(cfg, proxy).any() and (
+        "pretraining" in inits or ("fm" in inits and cfg.distill.alpha == 0)
+    ):
         raise UserError("labelled is 0: leave pretraining out of inits, and alpha above 0, or raise it")
-    alone = Taught(Examples(cohort.images, cohort.masks, proxy[known], device=cohort.device), "", 0.0)
-    lesson = taught(cfg, cohort, proxy) if "fm" in inits and cfg.distill.alpha > 0 else alone
-
-    def make(init: str) -> InitialState:
-        return _begin(cfg, init, lesson if init == "fm" else alone, len(proxy), f"init-{init}")
-
-    return dict(zip(inits, parallel.side_by_side(make, inits, cohort.device), strict=True))
-
-
-def _begin(cfg: Settings, init: str, lesson: Taught, num_proxy: int, kept_as: str) -> InitialState:
-    """See `distill.initial_state`; fewer images than the proxy set has are shown more often."""
-    epochs = distill.epochs_for_equal_steps(cfg.distill.proxy_epochs, num_proxy, len(lesson.examples))
-    return distill.initial_state(
-        init,
-        lesson.examples,
-        replace(cfg.distill, proxy_epochs=epochs),
-        batch_size=cfg.federate.batch_size,
-        seed=cfg.federate.seed,
-        precision=devices.precision_of(cfg.run),
-        augmentation=cfg.federate.augmentation,
-        batch_norm=cfg.federate.batch_norm,
-        file=cfg.run_dir / "weights" / f"{kept_as}-seed{cfg.federate.seed}.safetensors",
-        teacher_key=lesson.key,
-        teacher_seconds=lesson.seconds,
-    )
+    made = _students([(cfg, init, f"init-{init}") for init in inits], cohort, proxy)
+    return dict(zip(inits, made, strict=True))
 
 
 def variants(cfg: Settings) -> list[DistillConfig]:
-    """The run's own distillation, and those that `cfg.sweep` compares with it, each once.
+    """Return the run's own distillation, and those that `cfg.sweep` compares with it, each once.
 
-    Every alpha of the sweep with every temperature, where one of the two lists is empty the run's own value;
-    then the named variants. With alpha = 0 the teacher has no say, so all that would only change him is one.
+    Every alpha of the sweep is combined with every temperature; where one of the two lists is empty, with the
+    run's own value. The named variants follow. With alpha = 0 the teacher does not affect the loss, so
+    variants that differ only in the teacher are merged.
     """
     own, sweep = cfg.distill, cfg.sweep
-    found = [own]
+    compared = [own]
     if sweep.alpha_sweep or sweep.temperature_sweep:
         for temperature in float_list(sweep.temperature_sweep) or [own.temperature]:
             for alpha in float_list(sweep.alpha_sweep) or [own.alpha]:
-                found.append(replace(own, alpha=alpha, temperature=temperature))
-    found += [replace(own, **VARIANTS[name]) for name in split_list(sweep.variants)]
-    return list(dict.fromkeys(one if one.alpha else replace(own, alpha=0.0) for one in found))
+                compared.append(replace(own, alpha=alpha, temperature=temperature))
+    compared += [replace(own, **VARIANTS[name]) for name in split_list(sweep.variants)]
+    return list(dict.fromkeys(how if how.alpha else replace(own, alpha=0.0) for how in compared))
 
 
 def distilled(cfg: Settings, cohort: Cohort, proxy: Tensor) -> list[tuple[DistillConfig, InitialState]]:
-    """A student of each of `variants`, read from `weights/` where it has been made before.
+    """Return a student of each of `variants`, read from `weights/` where it has been made before.
 
-    The teacher's logits are cached, so all students together ask him no more than one does; but for fresh
-    views, which is what these cost. Where no proxy image has a mask, there is no student of masks alone.
+    Cached logits are shared by all students; only `teacher_views="fresh"` runs the teacher again. Where no
+    proxy image has a mask, there is no student of masks alone.
     """
     known = labelled(cfg, proxy)
-    wanted = [replace(cfg, distill=one) for one in variants(cfg) if one.alpha or known.any()]
-    alone = Taught(Examples(cohort.images, cohort.masks, proxy[known], device=cohort.device), "", 0.0)
-    lessons = {
-        views: taught(one, cohort, proxy)
-        for views, one in {one.distill.teacher_views: one for one in wanted if one.distill.alpha}.items()
-    }
-
-    def make(one: Settings) -> InitialState:
-        how = one.distill
-        if how.alpha == 0:
-            return _begin(one, "pretraining", alone, len(proxy), "init-pretraining")
+    plans = []
+    for how in variants(cfg):
         name = f"alpha{how.alpha:g}-temperature{how.temperature:g}-{how.teacher_labels}-{how.teacher_views}"
-        kept_as = "init-fm" if how == cfg.distill else f"variant-{name}"
-        return _begin(one, "fm", lessons[how.teacher_views], len(proxy), kept_as)
+        if how.alpha:
+            file = "init-fm" if how == cfg.distill else f"variant-{name}"
+            plans.append((replace(cfg, distill=how), "fm", file))
+        elif known.any():
+            plans.append((replace(cfg, distill=how), "pretraining", "init-pretraining"))
+    made = _students(plans, cohort, proxy)
+    return [(own.distill, student) for (own, *_), student in zip(plans, made, strict=True)]
 
-    made = parallel.side_by_side(make, wanted, cohort.device)
-    return [(one.distill, start) for one, start in zip(wanted, made, strict=True)]
+
+def _students(plans: list[tuple[Settings, str, str]], cohort: Cohort, proxy: Tensor) -> list[InitialState]:
+    """Make or read students side by side, each planned by its settings, its start's name and its file's."""
+    asking = {cfg.distill.teacher_views: cfg for cfg, init, _ in plans if init == "fm" and cfg.distill.alpha}
+    lessons = {views: taught(cfg, cohort, proxy) for views, cfg in asking.items()}
+
+    def make(plan: tuple[Settings, str, str]) -> InitialState:
+        cfg, init, name = plan
+        if init == "fm" and cfg.distill.alpha:
+            lesson = lessons[cfg.distill.teacher_views]
+        else:  # masks alone
+            known = proxy[labelled(cfg, proxy)]
+            lesson = Taught(Examples(cohort.images, cohort.masks, known, device=cohort.device), "", 0.0)
+        epochs = distill.epochs_for_equal_steps(cfg.distill.proxy_epochs, len(proxy), len(lesson.examples))
+        return distill.initial_state(
+            init,
+            lesson.examples,
+            replace(cfg.distill, proxy_epochs=epochs),
+            batch_size=cfg.federate.batch_size,
+            seed=cfg.federate.seed,
+            precision=devices.precision_of(cfg.run),
+            augmentation=cfg.federate.augmentation,
+            batch_norm=cfg.federate.batch_norm,
+            file=cfg.run_dir / "weights" / f"{name}-seed{cfg.federate.seed}.safetensors",
+            teacher_key=lesson.key,
+            teacher_seconds=lesson.seconds,
+        )
+
+    return parallel.side_by_side(make, plans, cohort.device)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Runs of the three arms
+# ---------------------------------------------------------------------------------------------------
 
 
 def engine(cfg: Settings) -> Callable[[Run], Iterable[ClientUpdate]]:
@@ -390,57 +423,6 @@ def start_runs(
         if arm in split_list(cfg.federate.arms)
         for init, examples in planned
     ]
-
-
-def images_a_second(cfg: Settings, cohort: Cohort, steps: int = 4) -> float:
-    """How fast this device trains the run's student, in images a second over all its cores.
-
-    Args:
-        steps: batches that are timed, after one that warms up.
-    """
-    batch = min(cfg.federate.batch_size, len(cohort))
-
-    def some(number: int, steps: int) -> None:
-        rows = torch.arange(steps * batch, device=cohort.images.device) % len(cohort)
-        model = models.build(cfg.distill.student, device=cohort.device, batch_norm=cfg.federate.batch_norm)
-        train.fit(
-            model,
-            Examples(cohort.images, cohort.masks, rows, device=cohort.device),
-            train.LOSSES[cfg.federate.loss],
-            epochs=1,
-            batch_size=batch,
-            optimizer=train.adam(model, cfg.federate.learning_rate),
-            key=(number,),
-            augmentation=cfg.federate.augmentation,
-            precision=devices.precision_of(cfg.run),
-        )
-
-    trainings = range(torch.get_num_threads() if cohort.device.type == "cpu" else 1)
-    parallel.side_by_side(lambda number: some(number, 1), trainings, cohort.device)
-    started = time.perf_counter()
-    parallel.side_by_side(lambda number: some(number, steps), trainings, cohort.device)
-    return len(trainings) * steps * batch / (time.perf_counter() - started)
-
-
-# ---------------------------------------------------------------------------------------------------
-# What a cell depends on, and what it leaves behind
-# ---------------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------------
-# Bringing the cells together
-# ---------------------------------------------------------------------------------------------------
-
-
-def compositions(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> pd.DataFrame:
-    """What the clients held: `split.composition` of each split and seed that was run."""
-    federated = holdout(cfg, cohort).federated
-    dealt = results.loc[results.split != "pooled", ["split", "seed"]].drop_duplicates()
-    held_by = []
-    for scheme, seed in dealt.itertuples(index=False):
-        held = partition(cohort, federated, replace(cfg.federate, seed=int(seed)), scheme)
-        held_by.append(split.composition(cohort.table, held).assign(split=scheme, seed=seed))
-    return pd.concat(held_by, ignore_index=True)
 
 
 def first_runs(cfg: Settings, cohort: Cohort, results: pd.DataFrame) -> tuple[list[Run], str]:
@@ -497,30 +479,3 @@ def _start_of(start: Path, end: Path, rows: pd.DataFrame, device: torch.device) 
     began = states.state_digest(found[0]) == rounds[0]["sha256"]
     dice = rows.sort_values("round").dice.iloc[-1]
     return found[0] if began and abs(history[-1]["dice"] - dice) < 1e-9 else None
-
-
-def working_memory(task: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes that a task takes beyond what is held when it begins, such as weights.
-
-    Of a GPU's memory, or of this process's on Linux; None where it is not told.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        task()
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        # What earlier work has freed goes back first: else the task would find its memory already there.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = _of_this_process("VmRSS")
-    except (OSError, AttributeError, TypeError):  # another system than Linux, or one that does not allow it
-        return None
-    task()
-    return _of_this_process("VmHWM") - before
-
-
-def _of_this_process(what: str) -> int:
-    """Bytes by their name in Linux' account of this process."""
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(text.split(f"{what}:")[1].split()[0])
