@@ -1,7 +1,9 @@
 """What a round costs behind Flower's messages and in a deployment of real processes, against local rounds."""
 
+import contextlib
 import itertools
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -16,12 +18,12 @@ import torch
 from bench import measure
 from fmfl import config, federate, models
 from fmfl.distill import InitialState
-from fmfl.flower import deploy
+from fmfl.flower import deploy, keys
 from fmfl.states import read_record
 from fmfl.study import stages
 from fmfl.train import FitResult
 
-FMFL = [sys.executable, "-c", "import sys; from fmfl.cli import main; sys.argv[0] = 'fmfl'; main()"]
+FMFL = [sys.executable, "-m", "fmfl"]
 
 
 def in_process(folder: Path, engine: str, given: dict[str, Any]) -> tuple[list[float], list[str]]:
@@ -34,23 +36,19 @@ def in_process(folder: Path, engine: str, given: dict[str, Any]) -> tuple[list[f
     clients = stages.partition(cohort, parts.federated, cfg.federate)
     model = models.build(cfg.distill.student, seed=cfg.federate.seed)
     start = InitialState("random", models.copy_state(model), FitResult())
-    (server,) = stages.servers(cfg, cohort, parts, clients, {"random": start})
-    nodes = stages.nodes(cfg, server)
+    (run,) = stages.start_runs(cfg, cohort, parts, clients, {"random": start})
+    train_round = stages.engine(cfg)
     seconds = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for _ in server.remaining_rounds():
+        for _ in run.remaining_rounds():
             began = time.perf_counter()
-            if nodes:
-                updates = nodes.train(server)
-            else:
-                updates = (federate.train_client(server, k) for k in server.participants())
-            server.finish_round(federate.aggregate(updates), cohort, parts.test)
+            run.finish_round(federate.aggregate(train_round(run)), cohort, parts.test)
             seconds.append(time.perf_counter() - began)
     finally:
         torch.set_num_threads(threads)
-    return seconds, [done["sha256"] for done in server.rounds]
+    return seconds, [done["sha256"] for done in run.rounds]
 
 
 def deployed(
@@ -81,7 +79,7 @@ def deployed(
     """
     clients = given["num_clients"]
     addresses = [server_of(k) for k in range(clients)]
-    deploy.keys(folder / "keys", addresses, clients)
+    keys.make(folder / "keys", addresses, clients)
     options = [part for name, value in given.items() for part in ("-p", f"{name}={value}")]
     server = [*FMFL, "flower", "server", "--keys", folder / "keys" / "server", "--out", folder / "out"]
     server += ["--test-data", "held_out", "--host", host, "--port", port, *options]
@@ -101,13 +99,10 @@ def deployed(
     finished: list[float] = []
     try:
         serving = start("server", server)
-        log = folder / "out" / "flower" / "superlink.log"
         until = time.monotonic() + limit
-        while not (log.exists() and log.read_text().count("Created node_id") == clients):
-            _go_on(serving, until, folder)
         for k in range(clients):
             own = folder / "keys" / f"client-{k}"
-            node = deploy.client_command(None, f"{addresses[k]}:{port}", own, k, clients, port=port + 1 + k)
+            node = deploy.client_command(None, f"{addresses[k]}:{port}", own, port=port + 1 + k)
             start(f"client-{k}", node)
         results = folder / "out" / "results.csv"
         while len(finished) < given["num_rounds"]:
@@ -117,8 +112,22 @@ def deployed(
         serving.wait(60)
     finally:
         for process in running:
-            deploy.end_group(process)
+            end_group(process)
     return finished
+
+
+def end_group(process: subprocess.Popen, *, patience: float = 20.0) -> None:
+    """End a process that was started with a session of its own, and what is left of its group.
+
+    Args:
+        patience: seconds to end by itself; 0: killed at once, as by `kill -9`.
+    """
+    if patience:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _go_on(serving: subprocess.Popen, until: float, folder: Path) -> None:

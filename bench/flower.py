@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bench import measure, rounds
-from fmfl import federate, losses, models, train
+from fmfl import federate, losses, models, runs, train
 from fmfl.config import FederateConfig
 from fmfl.errors import UserError
 from fmfl.states import State, read_state, write_state
@@ -94,16 +94,13 @@ def fmfl_side(how: dict[str, Any], out: str) -> dict[str, float]:
     clock = Clock()
     cohort, parts = cohort_and_parts(how)
     with tempfile.TemporaryDirectory() as folder:
-        server = measure.a_server(
-            Path(folder), cohort, parts, settings(how), how["student"], how["precision"]
-        )
+        run = measure.a_run(Path(folder), cohort, parts, settings(how), how["student"], how["precision"])
         for _ in range(how["rounds"]):
-            state = federate.aggregate(federate.train_clients(server, server.clients))
-            server.finish_round(state, cohort, parts[0][:1])
+            run.finish_round(federate.aggregate(runs.train_clients(run)), cohort, parts[0][:1])
             clock.tick()
-            if server.round_number == 1:
-                write_state(first_round(out), server.state)
-        write_state(Path(out), server.state)
+            if run.round_number == 1:
+                write_state(first_round(out), run.theta)
+        write_state(Path(out), run.theta)
     return clock.found()
 
 
@@ -310,8 +307,8 @@ def run(
             ends = [files[side] for side in ("fmfl", "Flower")]
             found[f"{scenario}_difference_after_one_round"] = apart(*(first_round(str(end)) for end in ends))
             found[f"{scenario}_difference_at_the_end"] = apart(*ends)
-        for side, runs in taken.items():
-            middle = {key: measure.spread(one[key] for one in runs)["median"] for key in runs[0]}
+        for side, takings in taken.items():
+            middle = {key: measure.spread(one[key] for one in takings)["median"] for key in takings[0]}
             rows.append({"scenario": scenario, "side": side, **middle})
         for side in list(SIDES)[1:]:
             for key in ("round", "round_cpu"):

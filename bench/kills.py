@@ -19,7 +19,8 @@ import psutil
 from bench import measure
 from fmfl import paths, states
 from fmfl.errors import UserError
-from fmfl.study import cli, grid, outputs
+from fmfl.study import cli, execute, outputs
+from fmfl.study.cells import Cell
 
 SMALL = (
     *("-p", "size=32", "-p", "num_phantoms=24", "-p", "proxy=6", "-p", "test=4", "-p", "batch_size=4"),
@@ -34,14 +35,14 @@ BEGINS = "begins: "
 def announced() -> None:
     """The command `fmfl`, which also says when a notebook begins: so a kill knows what it has hit."""
 
-    def telling(execute: Callable[..., None]) -> Callable[..., None]:
-        def told(cell: grid.Cell, *how: Any) -> None:
+    def telling(run: Callable[..., None]) -> Callable[..., None]:
+        def told(cell: Cell, *how: Any) -> None:
             print(BEGINS + cell.name, flush=True)
-            execute(cell, *how)
+            run(cell, *how)
 
         return told
 
-    grid.execute, grid.execute_plain = telling(grid.execute), telling(grid.execute_plain)
+    execute.in_kernel, execute.plain = telling(execute.in_kernel), telling(execute.plain)
 
     sys.argv[0] = "fmfl"
     cli.main()

@@ -18,6 +18,8 @@ NOTEBOOKS = ("01_data", "02_teacher", "03_distill", "04_federate", "05_analysis"
 INITS = ("random", "pretraining", "fm", "imagenet", "file")
 ARMS = ("federated", "centralised", "standalone")
 SPLITS = ("iid", "age", "quantity", "site", "dirichlet")
+BOX_RULES = ("ground_truth", "ground_truth_jitter", "whole_image", "predicted")
+BOXES_PER_IMAGE = ("per_lung", "one")
 
 #: `by` of a parameter that all take: the notebooks by their numbers, and F for Flower's nodes.
 ALL = "12345F"
@@ -42,7 +44,11 @@ class RunConfig:
     precision: str = choice("auto", "auto float32 bfloat16", "auto: bfloat16 on a GPU that has it")
     deterministic: bool = param(False, "the same bytes twice also on a GPU, by slower kernels")
     cohort_device: str = choice(
-        "auto", "auto device host", "auto: host if the GPU has no room", by=ALL, tags="where"
+        "auto",
+        "auto device host",
+        "home of the images; auto: host if the GPU has no room",
+        by=ALL,
+        tags="where",
     )
     engine: str = choice("local", "local flower", "flower: the clients behind Flower's messages", by="45")
 
@@ -62,7 +68,7 @@ class DataConfig:
     proxy: float = param(1504 / 6504, "fraction (< 1) or number of proxy images", 0, paper=1504 / 6504)
     test: float = param(500 / 6504, "fraction (< 1) or number of test images", 0, paper=500 / 6504)
     federated: float = param(0.0, "fraction or number of the other images that clients hold; 0: all", 0)
-    holdout_seed: int = param(0, "random seed of the test images, one for all other seeds", 0)
+    holdout_seed: int = param(0, "random seed of proxy and test images; one for all runs", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +81,9 @@ class TeacherConfig:
     checkpoint: str = param("", "file of its weights; empty: the shipped ones of builtin", tags="place")
     teacher_size: int = param(0, "pixels a side of the teacher's input; 0: its family's own", 0, 2048)
     box_rule: str = choice(
-        "ground_truth",
-        "ground_truth ground_truth_jitter whole_image predicted",
-        "where the boxes that prompt the teacher come from",
-        paper="ground_truth",
+        "ground_truth", BOX_RULES, "source of boxes; predicted: another network's masks", paper="ground_truth"
     )
-    boxes_per_image: str = choice("per_lung", "per_lung one", "boxes in a prompt; the paper does not say")
+    boxes_per_image: str = choice("per_lung", BOXES_PER_IMAGE, "one: round both; the paper does not say")
     jitter_pixels: float = param(5.0, "most that each side of a jittered box moves, in pixels", 0, 100)
 
 
@@ -89,11 +92,13 @@ class DistillConfig:
     """How the informed initial states are made from the proxy set (Eq. 4 and 5)."""
 
     student: str = param("mobile_unet", "the student's network, see fmfl/models.py", paper="unet", by="2345F")
-    labelled: float = param(1.0, "fraction (<= 1) or number of proxy images whose mask is used", 0)
+    labelled: float = param(
+        1.0, "fraction (<= 1) or number of proxy masks that are used, else the teacher's", 0
+    )
     alpha: float = param(0.6, "weight of the teacher in Eq. 5; 0: supervised pre-training", 0, 1, paper=0.6)
     temperature: float = param(1.0, "T of Hinton et al. 2015; the paper names none", 0.01, 100)
     teacher_labels: str = choice("soft", "soft hard", "hard: the teacher's mask instead of its logits")
-    teacher_views: str = choice("cached", "cached fresh", "fresh: asked about each augmented image")
+    teacher_views: str = choice("cached", "cached fresh", "fresh: logits of each augmented image")
     proxy_epochs: int = param(15, "passes over the proxy set; the paper names none", 0, 10_000)
     proxy_learning_rate: float = param(1e-3, "learning rate of Adam on the proxy set", 0, 10)
     encoder_file: str = param("", "the encoder's weights for the initial state imagenet", tags="place")
@@ -115,9 +120,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class SweepConfig:
     """Other distillations that 03_distill compares with the run's own; no federated run begins from them."""
 
-    alpha_sweep: str = param("0,0.6,1", "each with each temperature", 0, 1, many=True, tags="free")
-    temperature_sweep: str = param("", "empty: the run's own", 0.01, 100, many=True, tags="free")
-    variants: str = choice("", VARIANTS, "variants that change one thing each", many=True, tags="free")
+    alpha_sweep: str = param("0,0.6,1", "values of alpha to compare", 0, 1, many=True, tags="free")
+    temperature_sweep: str = param("", "to compare; empty: the run's own", 0.01, 100, many=True, tags="free")
+    variants: str = choice("", VARIANTS, "distillations that change one thing", many=True, tags="free")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +131,11 @@ class FederateConfig:
 
     split: str = choice("age", SPLITS, "how the images are dealt to the clients", tags="free partition")
     age_strength: float = param(1.0, "0: as iid; 1: disjoint age ranges", 0, 1, by="145F", tags="partition")
-    quantity_ratio: float = param(9.0, "largest client over smallest", 1, 1000, by="145F", tags="partition")
+    quantity_ratio: float = param(
+        9.0, "images of the largest client over the smallest", 1, 1000, by="145F", tags="partition"
+    )
     dirichlet_concentration: float = param(0.5, "small: few age bands a client", 0.01, 1e6, tags="partition")
-    arms: str = choice(",".join(ARMS), ARMS, "kinds of training", many=True, by="45", tags="free plan")
+    arms: str = choice(",".join(ARMS), ARMS, "ways to train", many=True, by="45", tags="free plan")
     inits: str = choice(
         "random,pretraining,fm", INITS, "initial states", many=True, by="345", tags="free plan"
     )
@@ -141,20 +148,22 @@ class FederateConfig:
     )
     num_clients: int = param(3, "number of clients", 1, 100_000, paper=3, by="145F", tags="partition")
     num_rounds: int = param(5, "rounds of local training and averaging", 1, 100_000, paper=100)
-    local_epochs: int = param(1, "E in McMahan et al. 2017", 1, 1000, paper=5)
+    local_epochs: int = param(1, "E, passes of a client over its images in a round", 1, 1000, paper=5)
     batch_size: int = param(8, "B, images in a local step", 1, 4096, by="345F")
-    learning_rate: float = param(1e-3, "of the clients' Adam", 0, 10, paper=1e-4)
-    proximal: float = param(0.0, "mu of FedProx (Li et al. 2020, arXiv 1812.06127)", 0, 1000, tags="server")
+    learning_rate: float = param(1e-3, "learning rate of the clients' Adam", 0, 10, paper=1e-4)
+    proximal: float = param(0.0, "mu of FedProx (arXiv 1812.06127); 0: FedAvg", 0, 1000, tags="server")
     loss: str = choice("dice", "dice dice_bce", "loss of the clients", paper="dice")
-    optimizer_state: str = choice("reset", "reset keep", "of a client's Adam between rounds")
+    optimizer_state: str = choice("reset", "reset keep", "state of a client's Adam between rounds")
     batch_norm: str = choice(
         "average",
         "average local group",
         "local: a client's own (FedBN, arXiv 2102.07623); group: GroupNorm in its place (arXiv 1910.00189)",
         by="345F",
     )
-    participation: float = param(1.0, "C, fraction of clients in a round", 0, 1, tags="server")
-    client_weights: str = choice("images", "images uniform", "in the average; images: Eq. 3", tags="server")
+    participation: float = param(1.0, "C, fraction of clients in a round; at least one", 0, 1, tags="server")
+    client_weights: str = choice(
+        "images", "images uniform", "weights in the average; images: Eq. 3", tags="server"
+    )
     server: str = choice(
         "average",
         "average momentum adam",
@@ -162,13 +171,13 @@ class FederateConfig:
         paper="average",
         tags="server",
     )
-    server_learning_rate: float = param(0.0, "0: 1 for momentum, 0.01 for adam", 0, 100, tags="server")
+    server_learning_rate: float = param(0.0, "0: 1 for momentum and 0.01 for adam", 0, 100, tags="server")
     server_momentum: float = param(0.9, "beta in FedAvgM, beta_1 in FedAdam", 0, 0.9999, tags="server")
     server_beta2: float = param(0.99, "beta_2 in FedAdam", 0, 0.9999, tags="server")
     server_epsilon: float = param(1e-3, "tau in FedAdam; larger: less adaptive", 1e-12, 1, tags="server")
-    augmentation: str = choice("device", "device albumentations none", "what computes it", by="345F")
+    augmentation: str = choice("device", "device albumentations none", "none: images as they are", by="345F")
     score_every: int = param(1, "rounds between scores; the last round is always scored", 1, 100_000)
-    seed: int = param(0, "random seed of all but the held-out images", 0, 2**31, by="1345F", tags="free")
+    seed: int = param(0, "random seed of partition, weights and training", 0, 2**31, by="1345F", tags="free")
 
 
 @dataclass(frozen=True, kw_only=True)

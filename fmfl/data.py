@@ -1,7 +1,6 @@
 """Chest X-rays and their lung masks: one or several sources become one `Cohort` on a device.
 
-A source is `"phantom"` (the built-in synthetic X-rays) or a folder in one of four layouts, told apart by
-what the folder holds:
+A source is `"phantom"` (the built-in synthetic X-rays) or a folder in one of four layouts:
 
     folder      images/, masks/ (same stem, any image suffix, `_mask` may follow), metadata.csv (optional)
     Darwin 1.0  images/, annotations/*.json with "image": V7's former export format
@@ -9,14 +8,12 @@ what the folder holds:
     COCO        images/, an instances file in annotations/ or at the folder's top; polygons and both RLEs
 
 A `metadata.csv` beside a Darwin or COCO export adds to what the export says. Its one required column is
-`image_id` (the image's path below images/ without suffix); all others of `COLUMNS` are optional.
+`image_id` (the image's path below images/ without suffix); all others of `COLUMNS` are optional. A file is
+read rightly, or left out and counted with its reason, or the source is refused.
 
-`fmfl.sources` reads, decodes and caches. A file is read rightly, or left out and counted with its reason, or
-the source is refused.
-
-Two images are of one patient if their site and patient_id agree, wherever they were read from. So the table's
-`patient_id` is `"{site}:{patient_id}"`. A site that is not given is the source folder's name; a patient_id
-that is not given is the image's own id.
+Two images are of one patient if their site and patient_id agree, wherever they were read from: the table's
+`patient_id` is `"{site}:{patient_id}"`. The site is by default the source folder's name, the patient_id the
+image's own id.
 """
 
 import os
@@ -32,9 +29,7 @@ from torch import Tensor
 
 from fmfl import paths
 from fmfl.errors import UserError
-from fmfl.sources import cache as caches
-from fmfl.sources import contents
-from fmfl.sources.contents import SIZES, Content
+from fmfl.sources import caches, contents
 from fmfl.sources.files import first_line, printable
 from fmfl.sources.metadata import COLUMNS, words
 
@@ -50,8 +45,7 @@ class Cohort:
         left_out: one row a file that is not used: source, file (below the source's folder), reason (to count
             by), detail (one sentence), defect (True: to be mended; False: a file of another kind).
         remarks: sentences on images that are used, but that a person should look at.
-        fingerprint: SHA-256 of pixels, masks and table as the files give them; the same on every machine,
-            under every path, and whatever the source's folder is called.
+        fingerprint: SHA-256 of pixels, masks and table as the files give them, under any path and name.
         device: where computations run; None: where the tensors lie.
     """
 
@@ -90,11 +84,10 @@ class Cohort:
     def summary(self) -> pd.DataFrame:
         """Count by source: images, patients, ages known, and the files left out for each reason."""
         counts = self.table.groupby("source", sort=False).agg(
-            images=("image_id", "size"), patients=("patient_id", "nunique"), ages_known=("age", "count")
+            images=("image_id", "size"), patients=("patient_id", "nunique"), ages=("age", "count")
         )
-        out = pd.crosstab(self.left_out["source"], self.left_out["reason"])
-        out = out.reindex(counts.index, fill_value=0).add_prefix("left out: ")
-        return counts.rename(columns={"ages_known": "ages known"}).join(out)
+        out = pd.crosstab(self.left_out["source"], self.left_out["reason"]).add_prefix("left out: ")
+        return counts.rename(columns={"ages": "ages known"}).join(out.reindex(counts.index, fill_value=0))
 
 
 def load(
@@ -113,14 +106,13 @@ def load(
     """Read one or several sources into one cohort.
 
     Images are squeezed to a square without padding, as in the paper. A file that cannot be used is listed in
-    `left_out` and the rest goes on: one bad file among thousands must not cost a night.
+    `left_out`, and the rest goes on.
 
     Args:
         sources: "phantom" or folders: a list, or one text with commas between them.
         size: pixels a side, 16..2048.
         device: where the tensors go.
-        num_phantoms: number of synthetic X-rays that "phantom" holds.
-        phantom_seed: their random seed.
+        num_phantoms, phantom_seed: number and random seed of the synthetic X-rays.
         mask_class: the annotated class that is the mask; "left lung", "Lungs" and "LUNG_R" are "lung" too.
         strict: a file that is to be mended is an error; an image of another kind (lateral, CT slice) is not.
         cache: folder of decoded sources; None to decode every time.
@@ -140,7 +132,9 @@ def load(
         for name, folder in folders.items()
     }
     parts = {name: caches.read(cache, f"{name}-{size}", plan) for name, plan in plans.items()}
-    left_out = _left_out_table(parts)
+    rows = [{"source": name} | entry for name, part in parts.items() for entry in part.left_out]
+    left_out = pd.DataFrame(rows, columns=["source", "file", "reason", "detail", "defect"])
+    left_out = left_out.astype({"defect": bool})
     if strict and left_out["defect"].any():
         raise UserError(_first_defect(left_out[left_out["defect"]], folders))
     return Cohort(
@@ -154,7 +148,7 @@ def load(
 
 
 def _check(size: int, device: str | torch.device, mask_class: str, workers: int | None) -> None:
-    low, high = SIZES
+    low, high = contents.SIZES
     if not isinstance(size, int) or isinstance(size, bool) or not low <= size <= high:
         raise UserError(f"size is {size!r}: give a whole number of pixels in {low}..{high}")
     if not words(mask_class):
@@ -168,10 +162,9 @@ def _check(size: int, device: str | torch.device, mask_class: str, workers: int 
 
 
 def _names(sources: str | os.PathLike | Sequence[str | os.PathLike]) -> dict[str, Path | None]:
-    """Return each source's folder by the source's name in the table; None for the synthetic X-rays.
+    """Return each source's folder by its name in the table; None for the synthetic X-rays.
 
-    A folder is named by its last part, and by its last two where that is taken: the name is the default site,
-    so two folders `a/train` and `b/train` must not share it.
+    The name is the default site, so it is not shared: of `a/train` and `b/train` it has both parts.
     """
     if isinstance(sources, str):
         sources = sources.split(",")
@@ -206,13 +199,11 @@ def _join(arrays: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))[:, None]
 
 
-def _join_tables(parts: Mapping[str, Content]) -> pd.DataFrame:
+def _join_tables(parts: Mapping[str, contents.Content]) -> pd.DataFrame:
     """Return one table over all sources: sites filled in, patients and images named uniquely."""
-    rows = [
-        row | {"source": name, "site": row["site"] or name}
-        for name, part in parts.items()
-        for row in part.rows
-    ]
+    rows = []
+    for name, part in parts.items():
+        rows += [row | {"source": name, "site": row["site"] or name} for row in part.rows]
     sources_with = Counter(row["image_id"] for row in rows)  # within a source ids are unique
     for row in rows:
         row["patient_id"] = f"{row['site']}:{row['patient_id']}"
@@ -220,12 +211,6 @@ def _join_tables(parts: Mapping[str, Content]) -> pd.DataFrame:
             row["image_id"] = f"{row['source']}/{row['image_id']}"
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     return table.astype({"age": "float64", "original_width": "int64", "original_height": "int64"})
-
-
-def _left_out_table(parts: Mapping[str, Content]) -> pd.DataFrame:
-    rows = [{"source": name} | entry for name, part in parts.items() for entry in part.left_out]
-    table = pd.DataFrame(rows, columns=["source", "file", "reason", "detail", "defect"])
-    return table.astype({"defect": bool})
 
 
 def _first_defect(defects: pd.DataFrame, folders: Mapping[str, Path | None]) -> str:

@@ -39,6 +39,13 @@ class Parameter:
     paper: Any = None
     tags: str = ""
 
+    def __str__(self) -> str:
+        """Return two lines: name, default, the paper's value, range and notebooks; then the meaning."""
+        paper = "" if self.paper is None else f" (paper: {_in_text(self.paper)})"
+        notebooks = " ".join(f"0{number}" for number in self.by if number.isdigit())
+        about = f"{self.name} = {_in_text(self.default)}{paper}: {self.range}; notebooks {notebooks}"
+        return f"{about}\n    {self.meaning}"
+
     @property
     def range(self) -> str:
         """Type and range in words."""
@@ -46,7 +53,7 @@ class Parameter:
             return f"{'some' if self.many else 'one'} of {', '.join(self.choices)}"
         words = "numbers" if self.many else KINDS[self.kind]
         if self.low is not None:
-            words += f" from {self.low:g}" + (f" to {self.high:g}" if self.high < math.inf else "")
+            words += f" from {self.low:.10g}" + (f" to {self.high:.10g}" if self.high < math.inf else "")
         words += f", a multiple of {self.multiple}" if self.multiple else ""
         return words + (", joined by commas" if self.many else "")
 
@@ -102,7 +109,7 @@ class Parameter:
         if self.low is None:
             return
         number = as_number(item) if self.many else item
-        low, high = f"{self.low:g}", f"{self.high:g}"
+        low, high = f"{self.low:.10g}", f"{self.high:.10g}"
         if isinstance(number, str):
             raise UserError(
                 f"parameter {self.name} holds {item!r}: give numbers joined by commas, such as {low},{high}"
@@ -141,3 +148,7 @@ def as_number(text: str, kind: type = float) -> Any:
     except ValueError:
         return text
     return int(number) if kind is int and number.is_integer() else number
+
+
+def _in_text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value) or '""'

@@ -5,14 +5,8 @@ import scipy
 import torch
 from torch import Tensor
 
+from fmfl.config import BOX_RULES, BOXES_PER_IMAGE
 from fmfl.errors import UserError
-
-#: Sources of a box. The paper uses the ground truth's bounding box; `predicted` is a box round another
-#: network's mask.
-BOX_RULES = ("ground_truth", "ground_truth_jitter", "whole_image", "predicted")
-
-#: One box round each lung, or one round both.
-BOXES_PER_IMAGE = ("per_lung", "one")
 
 
 def boxes_from_masks(masks: Tensor, *, per_image: str = "per_lung") -> Tensor:

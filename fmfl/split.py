@@ -11,7 +11,6 @@ either skew. The rules here are ours, each with its strength as one number.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from itertools import combinations
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -20,45 +19,26 @@ import numpy as np
 import pandas as pd
 import scipy
 import torch
+from numpy.random import Generator
 from torch import Tensor
 
 from fmfl import config
 from fmfl.errors import UserError
 
-#: Age in years, lower end included, upper end not. The Guangzhou children are in one band.
-AGE_BANDS = {
-    "0-5": (0, 6),
-    "6-17": (6, 18),
-    "18-29": (18, 30),
-    "30-39": (30, 40),
-    "40-49": (40, 50),
-    "50-59": (50, 60),
-    "60-69": (60, 70),
-    "70-79": (70, 80),
-    "80+": (80, math.inf),
-}
-
-
-class Option(NamedTuple):
-    """One number that a partition scheme takes."""
-
-    default: float
-    lowest: float
-    highest: float
-
-
-def _options_of(scheme: str) -> dict[str, Option]:
-    return {
-        field.name.removeprefix(f"{scheme}_"): Option(
-            field.default, field.metadata["low"], field.metadata["high"]
-        )
-        for field in fields(config.FederateConfig)
-        if field.name.startswith(f"{scheme}_")
-    }
+#: Age bands, and the age in years at which each begins. The Guangzhou children are in one band.
+AGE_BANDS = ("0-5", "6-17", "18-29", "30-39", "40-49", "50-59", "60-69", "70-79", "80+")
+BEGINNINGS = (0, 6, 18, 30, 40, 50, 60, 70, 80)
 
 
 #: The partition schemes, and the options of each: `strength` of `age` is the parameter `age_strength`.
-OPTIONS = {scheme: _options_of(scheme) for scheme in config.SPLITS}
+OPTIONS = {
+    scheme: {
+        name.removeprefix(f"{scheme}_"): about
+        for name, about in config.PARAMETERS.items()
+        if name.startswith(f"{scheme}_")
+    }
+    for scheme in config.SPLITS
+}
 
 #: Schemes that deal by age; images without one are left out of them (see `without_age`).
 AGE_SCHEMES = ("age", "dirichlet")
@@ -76,15 +56,10 @@ class Holdout(NamedTuple):
 
 
 def age_bands(ages: Sequence[float] | pd.Series) -> np.ndarray:
-    """Return each age's band in `AGE_BANDS`, [N] str; "" where the age is not known (NaN).
-
-    Args:
-        ages: [N] years, none negative.
-    """
+    """Return the band in `AGE_BANDS` of each age in years, [N] str; "" where it is not known (NaN)."""
     years = np.asarray(ages, dtype=float)
-    lower_ends = [lower for lower, _ in AGE_BANDS.values()]
     names = np.array([*AGE_BANDS, ""], dtype=object)
-    band = np.searchsorted(lower_ends, years, side="right") - 1
+    band = np.searchsorted(BEGINNINGS, years, side="right") - 1
     return names[np.where(np.isnan(years), len(AGE_BANDS), band)]
 
 
@@ -112,8 +87,7 @@ def holdout(
         seed: >= 0.
         proxy: the proxy set's size; below 1 a fraction of the images, otherwise their number.
         test: the test set's size, likewise.
-        federated: the clients' part of the images left over: below 1 a fraction, otherwise their number; 0:
-            all.
+        federated: the clients' share of the rest: below 1 a fraction, otherwise a number of images; 0: all.
         device: of the indices.
 
     Raises:
@@ -127,11 +101,12 @@ def holdout(
         )
     rows = np.arange(len(table))
     patients = _stratified_line(_patients(table, rows), _generator(seed, "holdout"))
+    images = patients.images.to_numpy()
     part = np.full(len(patients), "federated", dtype=object)
     for name, size in sizes.items():
-        part[_fill(patients.images.to_numpy(), part == "federated", size)] = name
+        part[_fill(images, part == "federated", size)] = name
     if federated:
-        rest, images = part == "federated", patients.images.to_numpy()
+        rest = part == "federated"
         size = _size("federated", federated, images[rest].sum())
         part[rest & ~_fill(images, rest, size)] = "left out"
     for name in Holdout._fields:
@@ -145,12 +120,7 @@ def holdout(
 
 
 def partition(
-    table: pd.DataFrame,
-    indices: Tensor,
-    scheme: str,
-    num_clients: int = 3,
-    seed: int = 0,
-    **options: float,
+    table: pd.DataFrame, indices: Tensor, scheme: str, num_clients: int = 3, seed: int = 0, **options: float
 ) -> list[Tensor]:
     """Deal the patients of these images to the clients.
 
@@ -179,14 +149,14 @@ def partition(
         **options: the scheme's own, see `OPTIONS`.
 
     Returns:
-        K sorted int64 tensors on the device of `indices`. Together they are `indices`, less the images
-        without an age under `AGE_SCHEMES`.
+        K sorted int64 tensors on the device of `indices`: together `indices`, under `AGE_SCHEMES` less the
+        images without an age.
 
     Raises:
         UserError: an unknown scheme or option, a value out of range, or too few patients, sites or ages.
     """
     values = _options(scheme, options)
-    if not _is_integer(num_clients) or num_clients < 1:
+    if not _is_a(Integral, num_clients) or num_clients < 1:
         raise UserError(f"num_clients is {num_clients!r}, but has to be a whole number of at least 1")
     rows = _rows(table, indices)
     if scheme in AGE_SCHEMES:
@@ -201,9 +171,9 @@ def partition(
             f"num_clients is {num_clients}, but split {scheme!r} has only {len(patients)} patients to deal: "
             "ask for fewer clients or add patients"
         )
-    generator = _generator(seed, "partition")
-    patients = _stratified_line(patients, generator)
-    client = _SCHEMES[scheme](patients, num_clients, generator, **values)
+    rng = _generator(seed, "partition")
+    patients = _stratified_line(patients, rng)
+    client = _SCHEMES[scheme](patients, num_clients, rng, **values)
     by_row = pd.Series(client, index=patients.index).loc[table.patient_id.iloc[rows]].to_numpy()
     return [torch.from_numpy(rows[by_row == k]).to(indices.device) for k in range(num_clients)]
 
@@ -234,27 +204,12 @@ def without_age(table: pd.DataFrame, indices: Tensor) -> int:
     return int(table.age.iloc[_rows(table, indices)].isna().sum())
 
 
-def by_client(table: pd.DataFrame, clients: Sequence[Tensor]) -> pd.DataFrame:
-    """Return one row a client: images, patients, sites, without_age, mean_age (years; NaN: none known)."""
-    parts = [table.iloc[_rows(table, indices)] for indices in clients]
-    return pd.DataFrame(
-        {
-            "client": range(len(parts)),
-            "images": [len(part) for part in parts],
-            "patients": [part.patient_id.nunique() for part in parts],
-            "sites": [part.site.nunique() for part in parts],
-            "without_age": [int(part.age.isna().sum()) for part in parts],
-            "mean_age": [float(part.age.mean()) for part in parts],
-        }
-    )
-
-
 def composition(table: pd.DataFrame, clients: Sequence[Tensor]) -> pd.DataFrame:
     """Count images by client, site and age band ("": not known): columns client, site, band, images."""
-    rows = [_rows(table, indices) for indices in clients]
-    parts = table.iloc[np.concatenate(rows)].assign(client=np.repeat(range(len(rows)), [*map(len, rows)]))
-    parts = parts.assign(band=age_bands(parts.age))
-    return parts.groupby(["client", "site", "band"]).size().rename("images").reset_index()
+    parts = {client: table.iloc[_rows(table, indices)] for client, indices in enumerate(clients)}
+    images = pd.concat(parts, names=["client"]).reset_index("client")
+    images = images.assign(band=age_bands(images.age))
+    return images.groupby(["client", "site", "band"]).size().rename("images").reset_index()
 
 
 def skew(table: pd.DataFrame, clients: Sequence[Tensor]) -> dict[str, float]:
@@ -275,8 +230,9 @@ def skew(table: pd.DataFrame, clients: Sequence[Tensor]) -> dict[str, float]:
         raise ValueError(f"skew needs clients that hold images, got sizes {sizes}")
     ages = [table.age.iloc[_rows(table, indices)].dropna().to_numpy(dtype=float) for indices in clients]
     pairs = list(combinations([client for client in ages if len(client)], 2))
-    apart = scipy.spatial.distance.jensenshannon
-    shannon = [apart(_age_histogram(a), _age_histogram(b), base=2) for a, b in pairs] or [math.nan]
+    shannon = [
+        scipy.spatial.distance.jensenshannon(_histogram(a), _histogram(b), base=2) for a, b in pairs
+    ] or [math.nan]
     wasserstein = [scipy.stats.wasserstein_distance(a, b) for a, b in pairs] or [math.nan]
     return {
         "jensen_shannon_mean": float(np.mean(shannon)),
@@ -290,13 +246,11 @@ def skew(table: pd.DataFrame, clients: Sequence[Tensor]) -> dict[str, float]:
 # The schemes: from patients in IID order to a client number for each.
 
 
-def _deal_iid(patients: pd.DataFrame, num_clients: int, generator: np.random.Generator) -> np.ndarray:
+def _iid(patients: pd.DataFrame, num_clients: int, rng: Generator) -> np.ndarray:
     return _cut(patients.images.to_numpy(), np.ones(num_clients))
 
 
-def _deal_by_age(
-    patients: pd.DataFrame, num_clients: int, generator: np.random.Generator, *, strength: float
-) -> np.ndarray:
+def _by_age(patients: pd.DataFrame, num_clients: int, rng: Generator, *, strength: float) -> np.ndarray:
     images = patients.images.to_numpy()
     by_age = np.argsort(patients.age.to_numpy(), kind="stable")  # stable: one age stays in the IID order
     place = np.empty(len(patients))
@@ -307,13 +261,11 @@ def _deal_by_age(
     return client
 
 
-def _deal_by_quantity(
-    patients: pd.DataFrame, num_clients: int, generator: np.random.Generator, *, ratio: float
-) -> np.ndarray:
+def _by_quantity(patients: pd.DataFrame, num_clients: int, rng: Generator, *, ratio: float) -> np.ndarray:
     return _cut(patients.images.to_numpy(), np.geomspace(ratio, 1, num_clients))
 
 
-def _deal_by_site(patients: pd.DataFrame, num_clients: int, generator: np.random.Generator) -> np.ndarray:
+def _by_site(patients: pd.DataFrame, num_clients: int, rng: Generator) -> np.ndarray:
     sizes = patients.groupby("site").images.sum().sort_values(ascending=False, kind="stable")
     if len(sizes) < num_clients:
         raise UserError(
@@ -328,8 +280,8 @@ def _deal_by_site(patients: pd.DataFrame, num_clients: int, generator: np.random
     return patients.site.map(client_of_site).to_numpy()
 
 
-def _deal_by_dirichlet(
-    patients: pd.DataFrame, num_clients: int, generator: np.random.Generator, *, concentration: float
+def _by_dirichlet(
+    patients: pd.DataFrame, num_clients: int, rng: Generator, *, concentration: float
 ) -> np.ndarray:
     bands = age_bands(patients.age)
     members = [np.flatnonzero(bands == band) for band in AGE_BANDS if band in bands]
@@ -337,7 +289,7 @@ def _deal_by_dirichlet(
     for _ in range(_DIRICHLET_DRAWS):
         client = np.empty(len(patients), dtype=int)
         for band in members:
-            shares = generator.dirichlet(np.full(num_clients, concentration))
+            shares = rng.dirichlet(np.full(num_clients, concentration))
             client[band] = _cut(images[band], shares, everyone=False)
         if len(np.unique(client)) == num_clients:
             return client
@@ -349,15 +301,12 @@ def _deal_by_dirichlet(
 
 
 _SCHEMES: dict[str, Callable[..., np.ndarray]] = {
-    "iid": _deal_iid,
-    "age": _deal_by_age,
-    "quantity": _deal_by_quantity,
-    "site": _deal_by_site,
-    "dirichlet": _deal_by_dirichlet,
+    "iid": _iid,
+    "age": _by_age,
+    "quantity": _by_quantity,
+    "site": _by_site,
+    "dirichlet": _by_dirichlet,
 }
-
-
-# What they share.
 
 
 def _patients(table: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
@@ -367,26 +316,20 @@ def _patients(table: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
         raise ValueError("every image needs a patient_id: without one it would be dealt to nobody")
     grouped = part.groupby("patient_id", sort=True)
     visits = part.assign(site=part.site.fillna("")).groupby(["patient_id", "site"]).size().rename("visits")
-    site = (
-        visits.reset_index()
-        .sort_values(["visits", "site"], ascending=[False, True])
-        .drop_duplicates("patient_id")
-        .set_index("patient_id")
-        .site
-    )
+    visits = visits.reset_index().sort_values(["visits", "site"], ascending=[False, True])
+    site = visits.drop_duplicates("patient_id").set_index("patient_id").site
     patients = pd.DataFrame({"images": grouped.size(), "age": grouped.age.mean()})
     return patients.assign(site=site)  # aligned by patient_id
 
 
-def _stratified_line(patients: pd.DataFrame, generator: np.random.Generator) -> pd.DataFrame:
+def _stratified_line(patients: pd.DataFrame, rng: Generator) -> pd.DataFrame:
     """Put patients in a random order of which every stretch holds a like share of each site and age band.
 
-    Sites with fewer than `_SMALL_STRATUM` patients in an age band share one stratum of that band: the public
-    collections name dozens of sites with a patient or two, each of which would stand where chance puts it.
-
-    Adds the column `position` in [0, 1) and sorts by it. The shuffled patients of a stratum stand on the line
-    at distances in proportion to their images, from a random start and around the end (systematic sampling:
+    The new column `position` lies in [0, 1). The shuffled patients of a stratum stand on the line at
+    distances in proportion to their images, from a random start and around the end (systematic sampling:
     Madow & Madow 1944, Annals of Mathematical Statistics 15:1), so a stratum of one patient stands anywhere.
+    Sites with fewer than `_SMALL_STRATUM` patients in an age band share one stratum of that band: public
+    collections name dozens of sites with a patient or two.
     """
     position = np.empty(len(patients))
     images = patients.images.to_numpy()
@@ -394,9 +337,9 @@ def _stratified_line(patients: pd.DataFrame, generator: np.random.Generator) -> 
     small = patients.groupby(["site", band]).images.transform("size") < _SMALL_STRATUM
     strata = patients.groupby([small, patients.site.mask(small, ""), band], sort=True).indices
     for key in sorted(strata):
-        members = generator.permutation(strata[key])
+        members = rng.permutation(strata[key])
         place = _middles(images[members]) / images[members].sum()
-        position[members] = (place + generator.random()) % 1
+        position[members] = (place + rng.random()) % 1
     return patients.assign(position=position).sort_values("position", kind="stable")
 
 
@@ -418,17 +361,10 @@ def _fill(images: np.ndarray, free: np.ndarray, size: int) -> np.ndarray:
 
 
 def _cut(images: np.ndarray, shares: np.ndarray, *, everyone: bool = True) -> np.ndarray:
-    """Cut a row of patients into K stretches with these shares of the images.
+    """Cut a row of patients into K stretches with these shares of the images: [patients] client number.
 
-    A patient on a cut goes to the side where most of its images lie.
-
-    Args:
-        images: [patients] images of each.
-        shares: [K] of any sum.
-        everyone: move cuts by as little as gives every client a patient.
-
-    Returns:
-        [patients] client number, ascending.
+    A patient on a cut goes to the side where most of its images lie. With `everyone`, cuts move by as little
+    as gives every client a patient.
     """
     edges = np.cumsum(shares)[:-1] / np.sum(shares) * images.sum()
     cuts = np.searchsorted(_middles(images), edges, side="left")  # cut k: the first patient of client k + 1
@@ -439,14 +375,14 @@ def _cut(images: np.ndarray, shares: np.ndarray, *, everyone: bool = True) -> np
     return np.searchsorted(cuts, np.arange(len(images)), side="right")
 
 
-def _age_histogram(ages: np.ndarray) -> np.ndarray:
+def _histogram(ages: np.ndarray) -> np.ndarray:
     bands = age_bands(ages)
     return np.array([np.count_nonzero(bands == band) for band in AGE_BANDS])
 
 
-def _generator(seed: int, purpose: str) -> np.random.Generator:
+def _generator(seed: int, purpose: str) -> Generator:
     """Return the seed's generator for one purpose: the parts' draws do not echo in the clients'."""
-    if not _is_integer(seed) or seed < 0:
+    if not _is_a(Integral, seed) or seed < 0:
         raise UserError(f"seed is {seed!r}, but has to be a whole number of at least 0")
     return np.random.default_rng([int(seed), *purpose.encode()])
 
@@ -463,7 +399,7 @@ def _rows(table: pd.DataFrame, indices: Tensor) -> np.ndarray:
 
 def _size(name: str, size: float, num_images: int) -> int:
     """Return a part's size in images from a fraction (below 1) or a number of images."""
-    if not _is_number(size) or not 0 < size < math.inf or (size >= 1 and size != int(size)):
+    if not _is_a(Real, size) or not 0 < size < math.inf or (size >= 1 and size != int(size)):
         raise UserError(
             f"{name} is {size!r}, but has to be a fraction of the images (above 0, below 1) "
             "or their number (1, 2, ...)"
@@ -478,19 +414,15 @@ def _options(scheme: str, given: dict[str, float]) -> dict[str, float]:
     known = OPTIONS[scheme]
     for name, value in given.items():
         if name not in known:
-            takes = f"takes {', '.join(known)}" if known else "takes no option"
-            raise UserError(f"split {scheme!r} has no option {name!r}: it {takes}")
-        lowest, highest = known[name].lowest, known[name].highest
-        if not _is_number(value) or not lowest <= value <= highest:
+            takes = ", ".join(known) or "no option"
+            raise UserError(f"split {scheme!r} has no option {name!r}: it takes {takes}")
+        low, high = known[name].low, known[name].high
+        if not _is_a(Real, value) or not low <= value <= high:
             raise UserError(
-                f"{name} of split {scheme!r} is {value!r}, but has to be from {lowest:g} to {highest:g}"
+                f"{name} of split {scheme!r} is {value!r}, but has to be from {low:g} to {high:g}"
             )
     return {name: float(given.get(name, option.default)) for name, option in known.items()}
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _is_a(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

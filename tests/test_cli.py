@@ -1,10 +1,13 @@
 """A person's mistake is one sentence and exit code 2, found before anything is written."""
 
+import ast
 import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +15,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fmfl import teacher
+import fmfl as fmfl_package
+from fmfl import config, paths, teacher
 from fmfl.study import cli, grid
 
-TINY = ["-p", "size=32", "-p", "num_phantoms=40", "-p", "num_rounds=1", "-p", "proxy_epochs=1"]
-TINY += ["-p", "student=tiny_unet", "--plain"]
+SMALL = ["-p", "size=32", "-p", "num_phantoms=40", "-p", "num_rounds=1", "-p", "proxy_epochs=1", "--plain"]
+TINY = [*SMALL, "-p", "student=tiny_unet"]
 
 
 @pytest.fixture
@@ -61,6 +65,7 @@ def sentence(code: int, out: str, err: str) -> str:
         (["-p", "inits=random,best"], "parameter inits is 'best': choose some of random"),
         (["-p", "num_rounds"], "-p num_rounds has no value: write -p NAME=VALUE"),
         (["-p", "=3"], "parameter '' is unknown"),
+        (["-p", "size=32", "-p", "size=64"], "-p size is given twice: name each parameter once"),
         (["-p", "seed=1"], "-p seed has an option of its own: use --seeds"),
         (["-p", "split=iid"], "-p split has an option of its own: use --splits"),
         (["-p", "run_name=x"], "-p run_name has an option of its own: use --out"),
@@ -100,7 +105,8 @@ def test_a_typing_mistake_is_one_sentence(tmp_path, fmfl, arguments, says):
     ],
 )
 def test_what_would_stop_a_later_notebook_stops_the_study_at_once(tmp_path, fmfl, arguments, says):
-    assert says in sentence(*fmfl("study", *TINY, *arguments, "--out", tmp_path / "run"))
+    usual = SMALL if "student=genius" in arguments else TINY
+    assert says in sentence(*fmfl("study", *usual, *arguments, "--out", tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,7 +154,7 @@ def test_a_typing_mistake_does_not_wait_for_torch():
     """In a process of its own, as this one has torch already."""
     code = (
         "import sys\n"
-        "from fmfl import cli\n"
+        "from fmfl.study import cli\n"
         "sys.argv = ['fmfl', 'study', '--seeds', '0,1', '-p', 'numrounds=3']\n"
         "try:\n    cli.main()\n"
         "finally:\n    print(sorted({'torch', 'numpy', 'pandas'} & set(sys.modules)))\n"
@@ -156,6 +162,77 @@ def test_a_typing_mistake_does_not_wait_for_torch():
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (2, "[]\n")
     assert ended.stderr == "fmfl: parameter 'numrounds' is unknown: did you mean num_rounds?\n"
+
+
+def test_two_values_lists_of_one_axis_are_refused(fmfl):
+    sentence = "fmfl: --vary alpha is given twice: name each parameter once\n"
+    assert fmfl("study", "--vary", "alpha=0", "--vary", "alpha=1") == (2, "", sentence)
+
+
+def test_a_server_of_flower_knows_its_own_options(tmp_path, fmfl):
+    for name, option in (("run_name", "--out"), ("start", "--start"), ("test_data", "--test-data")):
+        wrong = sentence(*fmfl("flower", "server", "--keys", tmp_path, "-p", f"{name}=x"))
+        assert f"-p {name} has an option of its own: use {option}" in wrong
+
+
+def test_version_and_module(fmfl):
+    assert fmfl("--version") == (0, f"fmfl {fmfl_package.__version__}\n", "")
+    ended = subprocess.run([sys.executable, "-m", "fmfl", "--version"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, f"fmfl {fmfl_package.__version__}\n")
+
+
+def test_a_shell_completes_commands_options_and_parameters(fmfl):
+    def completed(*words):
+        """What bash is offered after these words, by typer's protocol."""
+        line = " ".join(["fmfl", *words])
+        about = {"_FMFL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words))}
+        ended = subprocess.run(
+            [Path(sys.executable).with_name("fmfl")], env=os.environ | about, capture_output=True, text=True
+        )
+        return set(ended.stdout.split())
+
+    assert completed("pa") == {"params"}
+    assert {"--seeds", "--splits", "--profile"} <= completed("study", "--")
+    assert completed("study", "-p", "num_") == {"num_phantoms=", "num_clients=", "num_rounds="}
+    assert "--install-completion" in fmfl("--help")[1]
+
+
+# ------------------------------------------------------------------------------------------ fmfl params
+
+
+def listed(text: str) -> dict[str, tuple[str, str]]:
+    """Each parameter that `fmfl params` names, with its two lines."""
+    lines = text.splitlines()
+    return {a.split(" = ")[0]: (a, b.strip()) for a, b in zip(lines[::2], lines[1::2], strict=True)}
+
+
+def test_params_lists_every_parameter_once_with_all_that_is_declared(fmfl):
+    code, out, err = fmfl("params")
+    assert (code, err) == (0, "")
+    assert list(listed(out)) == list(config.PARAMETERS)
+    about, meaning = listed(out)["size"]
+    assert about.startswith("size = 96 (paper: 256): a whole number from 32 to 1024, a multiple of 32; ")
+    assert about.endswith("; notebooks 01 02 03 04 05")
+    assert meaning == "pixels a side; a U-Net halves it five times"
+
+
+@pytest.mark.parametrize("notebook", config.NOTEBOOKS)
+def test_a_notebook_takes_the_parameters_of_its_own_cell(fmfl, notebook):
+    content = json.loads((paths.NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))
+    (cell,) = [cell for cell in content["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    stored = (n for n in ast.walk(ast.parse("".join(cell["source"]))) if isinstance(n, ast.Name))
+    own = {node.id for node in stored if isinstance(node.ctx, ast.Store)}
+    takers = {
+        name: about.split("; notebooks ")[1].split() for name, (about, _) in listed(fmfl("params")[1]).items()
+    }
+    assert own and all(notebook[:2] in takers[name] for name in own)
+
+
+def test_params_finds_a_word_in_name_meaning_and_range(fmfl):
+    assert list(listed(fmfl("params", "num_")[1])) == ["num_phantoms", "num_clients", "num_rounds"]
+    assert "proximal" in listed(fmfl("params", "FedProx")[1])
+    assert "split" in listed(fmfl("params", "dirichlet")[1])
+    assert "no parameter has 'zzz' in its text" in sentence(*fmfl("params", "zzz"))
 
 
 def test_an_unknown_option_is_no_traceback(fmfl):
@@ -201,6 +278,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path, fmfl):
         ("labelled", "--vary labelled has no value: write --vary NAME=VALUE"),
         ("seed=1,2", "--vary seed has an option of its own: use --seeds"),
         ("inits=fm", "--vary inits is no axis of the map: use -p inits"),
+        ("alpha_sweep=0,1", "--vary alpha_sweep is no axis of the map: use -p alpha_sweep"),
         ("alpha=0.5,2", "parameter alpha is 2.0: it must lie between 0 and 1"),
         ("alpha=0.5,0.5", "--vary alpha names one twice (0.5, 0.5): name each once"),
     ],
@@ -319,7 +397,7 @@ def test_teacher_check_says_what_a_file_is(fmfl):
     code, out, err = fmfl("teacher", "check", teacher.BUILTIN_WEIGHTS, "--teacher", "builtin")
     assert (code, err) == (0, "")
     assert hashlib.sha256(teacher.BUILTIN_WEIGHTS.read_bytes()).hexdigest() in out
-    assert "published as none" in out
+    assert "published as builtin" in out
     assert "all keys fit builtin, 1,764,032 parameters, input of 128 pixels" in out
 
 

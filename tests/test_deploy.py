@@ -18,15 +18,18 @@ from typing import IO
 import cv2
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from fmfl import config, data, federate, models, parallel, states
+from bench.deployment import end_group
+from fmfl import config, data, federate, models, parallel, paths, runs, states
 from fmfl.distill import InitialState
 from fmfl.errors import UserError
 from fmfl.flower import deploy
+from fmfl.flower import keys as keyring
 from fmfl.sources import phantom
 from fmfl.study.cli import main
 from fmfl.train import Examples, FitResult
@@ -47,16 +50,18 @@ def run_cli(*arguments: object) -> int:
 
 
 def test_keys_are_apart_and_the_certificate_names_the_server(tmp_path):
-    deploy.keys(tmp_path / "keys", ["fl.example.org", "10.1.2.3"], 2)
+    keyring.make(tmp_path / "keys", ["fl.example.org", "10.1.2.3"], 2)
     folders = {p.name: {f.name for f in p.iterdir()} for p in (tmp_path / "keys").iterdir()}
     assert folders == {
-        "server": {"ca.pem", "server.pem", "server.key", "client-0.pub", "client-1.pub"},
-        "client-0": {"ca.pem", "client.key"},
-        "client-1": {"ca.pem", "client.key"},
+        "server": {"server.pem", "server.key", "client-0.pub", "client-1.pub"},
+        "client-0": {"server.pem", "client.key"},
+        "client-1": {"server.pem", "client.key"},
     }
     server = x509.load_pem_x509_certificate((tmp_path / "keys/server/server.pem").read_bytes())
-    ca = x509.load_pem_x509_certificate((tmp_path / "keys/client-1/ca.pem").read_bytes())
-    server.verify_directly_issued_by(ca)
+    at_client = x509.load_pem_x509_certificate((tmp_path / "keys/client-1/server.pem").read_bytes())
+    assert at_client == server
+    server.verify_directly_issued_by(server)
+    assert not server.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["fl.example.org", "localhost"]
     assert [str(a) for a in names.get_values_for_type(x509.IPAddress)] == ["10.1.2.3", "127.0.0.1"]
@@ -73,7 +78,7 @@ def test_keys_are_apart_and_the_certificate_names_the_server(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 def test_private_keys_are_their_owners_alone(tmp_path):
-    deploy.keys(tmp_path / "keys", ["localhost"], 1)
+    keyring.make(tmp_path / "keys", ["localhost"], 1)
     for file in (tmp_path / "keys").rglob("*.key"):
         assert file.stat().st_mode & 0o077 == 0
 
@@ -85,13 +90,14 @@ def test_keys_are_not_written_over(tmp_path, capsys):
 
 
 def test_what_a_person_can_get_wrong_is_one_sentence(tmp_path, capsys):
-    deploy.keys(tmp_path / "keys", ["localhost"], 1)
+    keyring.make(tmp_path / "keys", ["localhost"], 1)
     server, client = tmp_path / "keys/server", tmp_path / "keys/client-0"
-    whole = ("flower", "client", "--number", 0, "--server", "localhost:1")
+    whole = ("flower", "client", "--server", "localhost:1")
     for arguments, says in (
         ((*whole, "--keys", client, "--data", tmp_path / "none"), "there is no such folder"),
-        ((*whole, "--keys", server, "--data", tmp_path), "client.key is not there"),
-        (("flower", "server", "--keys", client), "server.pem is not there"),
+        ((*whole, "--keys", server, "--data", tmp_path), "so call it client-K"),
+        ((*whole, "--keys", tmp_path / "client-7", "--data", tmp_path), "server.pem is not there"),
+        (("flower", "server", "--keys", client), "server.key is not there"),
         (("flower", "server", "--keys", server, "-p", "numrounds=3"), "did you mean num_rounds?"),
         (("flower", "server", "--keys", server, "-p", "alpha=0.5"), "not one of a run on Flower"),
         (("flower", "server", "--keys", server, "-p", "run_name=x"), "use --out"),
@@ -102,7 +108,7 @@ def test_what_a_person_can_get_wrong_is_one_sentence(tmp_path, capsys):
 
 
 def test_a_port_that_is_taken_is_said(tmp_path):
-    deploy.keys(tmp_path / "keys", ["localhost"], 1)
+    keyring.make(tmp_path / "keys", ["localhost"], 1)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -114,76 +120,20 @@ def test_a_port_that_is_taken_is_said(tmp_path):
             pass
 
 
-def test_anothers_key_is_refused(tmp_path):
-    deploy.keys(tmp_path / "keys", ["localhost"], 2)
-    with pytest.raises(UserError, match="are client 1's, and --number is 0"):
-        deploy.client(str(tmp_path), "localhost:1", tmp_path / "keys/client-1", 0, 2)
-
-
-@pytest.mark.parametrize("nohup", [False, True])
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_a_client_that_is_stopped_takes_its_supernode_with_it(tmp_path, monkeypatch, handled, name, nohup):
-    """A terminal that closes hangs up on the command alone: the SuperNode has a group of its own.
-
-    With nohup the client outlives it, and is stopped otherwise.
-    """
-    pid = tmp_path / "pid"
-    monkeypatch.setattr(deploy, "_known", lambda *_: (Path("ca"), Path("key")))
-    write = (
-        f"import os, time, pathlib; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(600)"
-    )
-    monkeypatch.setattr(deploy, "client_command", lambda *_: [sys.executable, "-c", write])
-    handled(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
-    survived = []
-
-    def stop():
-        wait_for(lambda: pid.exists() and pid.read_text(), 60, "the node")
-        os.kill(os.getpid(), getattr(signal, name))
-        if nohup and name == "SIGHUP":
-            time.sleep(1)
-            os.kill(int(pid.read_text()), 0)  # raises where it is gone
-            survived.append(True)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(SystemExit):
-        deploy.client("data", "localhost:1", tmp_path, 0, 1)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
-    assert survived == [True] * (nohup and name == "SIGHUP")
-
-
-def test_a_supernode_that_its_server_has_forgotten_is_started_anew(tmp_path, monkeypatch):
-    """It had been taken in. What ends at once is not tried again; what is turned away is, for a time."""
+def test_a_client_is_its_supernode(tmp_path, monkeypatch):
+    """Signals, a closed terminal and exit codes are Flower's own: no process of ours stands in between."""
+    keyring.make(tmp_path / "keys", ["localhost"], 2)
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    monkeypatch.setattr(os, "execve", lambda *given: ran.append(given))
     ran = []
-
-    def node(ends):
-        def run(*_):
-            ran.append(next(ends))
-            time.sleep(ran[-1][0])
-            return 1, ran[-1][1], ran[-1][2]
-
-        return run
-
-    monkeypatch.setattr(deploy, "SETTLED_SECONDS", 0.2)
-    monkeypatch.setattr(deploy, "client_command", lambda *_: [])
-    monkeypatch.setattr(deploy, "AGAIN_SECONDS", 0.01)
-    away, taken_in, at_once, stopped = (
-        (0, True, False),
-        (0.3, False, False),
-        (0, False, False),
-        (0, False, True),
-    )
-    for ends in ([away, taken_in, taken_in, at_once], [taken_in, away, stopped], [at_once]):
-        ran.clear()
-        monkeypatch.setattr(deploy, "_run_node", node(iter(ends)))
-        with pytest.raises(SystemExit):
-            deploy.client("data", "localhost:1", tmp_path, 0, 1)
-        assert ran == ends
-    monkeypatch.setattr(deploy, "_run_node", node(iter([away] * 1000)))
-    with pytest.raises(UserError, match="does not know the key"):
-        deploy.client("data", "localhost:1", tmp_path, 0, 1, patience=0.05)
+    assert run_cli("flower", "client", "--data", tmp_path, "--keys", tmp_path / "keys/client-1",
+                   "--server", "fl.example.org:8000") == 0  # fmt: skip
+    ((program, command, env),) = ran
+    assert Path(program).name == "flower-supernode" and Path(program).is_file()
+    config_of_node = command[command.index("--node-config") + 1]
+    assert config_of_node == f'partition-id=1 data="{tmp_path}"'
+    assert command[command.index("--port") + 1] == str(deploy.NODE_PORT + 1)
+    assert env["FLWR_TELEMETRY_ENABLED"] == "0"
 
 
 # ------------------------------------------------------------------------------------------ the deployment
@@ -220,7 +170,7 @@ class Listener:
         self.there, self.kept = port, {"up": [], "down": []}
         self.inward = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.inward.load_cert_chain(keys / "server.pem", keys / "server.key")
-        self.outward = ssl.create_default_context(cafile=str(keys / "ca.pem"))
+        self.outward = ssl.create_default_context(cafile=str(keys / "server.pem"))
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
@@ -281,7 +231,7 @@ def scored_rounds(out: Path) -> int:
     return len(file.read_text().splitlines()) - 2 if file.exists() else -1
 
 
-FMFL = [sys.executable, "-c", "import sys; from fmfl.cli import main; sys.argv[0] = 'fmfl'; main()"]
+FMFL = [sys.executable, "-m", "fmfl"]
 
 
 def server_command(keys: Path, out: Path, own: Path, port: int, **given: object) -> list[str]:
@@ -307,7 +257,7 @@ def deployment(tmp_path_factory):
     """Three rounds of three hospitals, a listener between; the third is killed in round 2; and a stranger."""
     at = tmp_path_factory.mktemp("deployment")
     keys, out, port = at / "keys", at / "out", free_port()
-    deploy.keys(keys, ["localhost"], CLIENTS + 1)
+    keyring.make(keys, ["localhost"], CLIENTS + 1)
     (keys / "server" / f"client-{CLIENTS}.pub").unlink()  # so the server does not know the last one
     folders = [a_hospital(at / f"hospital-{k}", k) for k in range(CLIENTS + 1)]
     own = a_hospital(at / "server-own", 9)
@@ -320,9 +270,7 @@ def deployment(tmp_path_factory):
         return processes[name]
 
     def node(name: str, k: int, address: str) -> list[str]:
-        return deploy.client_command(
-            str(folders[k]), address, keys / f"client-{k}", k, CLIENTS, port=free_port()
-        )
+        return deploy.client_command(str(folders[k]), address, keys / f"client-{k}", port=free_port())
 
     def log_of(name: str) -> str:
         return Path(logs[name].name).read_text()
@@ -331,10 +279,6 @@ def deployment(tmp_path_factory):
     try:
         given = {"num_rounds": ROUNDS, "round_timeout": 90, "min_clients": 2}
         start("server", server_command(keys, out, own, port, **given))
-        log = out / "flower" / "superlink.log"
-        wait_for(
-            lambda: log.exists() and log.read_text().count("Created node_id") == CLIENTS, 240, "the keys"
-        )
         for k in range(CLIENTS):
             start(str(k), node(str(k), k, f"localhost:{listener.port}"))
         start("stranger", node("stranger", CLIENTS, f"localhost:{port}"))
@@ -342,16 +286,15 @@ def deployment(tmp_path_factory):
         # The third hospital gets its message for the second round, and dies.
         receiving = "Receiving: train"
         wait_for(lambda: log_of("2").count(receiving) >= 2, 60, "the second round at the third hospital")
-        deploy.end_group(processes["2"], patience=0)  # kill -9
+        end_group(processes["2"], patience=0)  # kill -9
         processes["server"].wait(400)
         processes["stranger"].wait(60)
     finally:
         for process in processes.values():
-            deploy.end_group(process)
+            end_group(process)
         listener.close()
     found |= {"code": processes["server"].returncode, "logs": {name: log_of(name) for name in logs}}
     found["stranger"] = processes["stranger"].returncode
-    found["superlink"] = log.read_text()
     return found
 
 
@@ -381,20 +324,20 @@ def test_the_rounds_end_in_the_local_engines_bytes(deployment, tmp_path):
     clients = {k: Examples(c.images, c.masks, torch.arange(len(c))) for k, c in enumerate(held)}
     start = InitialState("random", models.build("tiny_unet", seed=0).state_dict(), FitResult())
     test = torch.arange(2)
-    server = federate.Server.start_or_resume(
+    run = runs.start_or_resume(
         tmp_path, start, clients, cfg.federate, student="tiny_unet", cohort=held[0], test=test
     )
     with parallel.one_thread(torch.device("cpu")):
-        for number in server.remaining_rounds():
-            updates = [federate.train_client(server, k) for k in record["rounds"][number]["clients"]]
-            server.finish_round(federate.aggregate(updates), held[0], test)
-    assert [done["sha256"] for done in server.rounds] == [done["sha256"] for done in record["rounds"]]
+        for number in run.remaining_rounds():
+            updates = runs.train_clients(run, record["rounds"][number]["clients"])
+            run.finish_round(federate.aggregate(updates), held[0], test)
+    assert [done["sha256"] for done in run.rounds] == [done["sha256"] for done in record["rounds"]]
 
 
 @pytest.mark.slow
 def test_a_node_with_a_key_that_the_server_does_not_know_is_refused(deployment):
     assert deployment["stranger"] not in (0, None)
-    assert deploy.REFUSED in deployment["logs"]["stranger"]
+    assert "[code: 2004]" in deployment["logs"]["stranger"]
     assert "SuperNode ID" not in deployment["logs"]["stranger"] and "SuperNode ID" in deployment["logs"]["0"]
     assert f"client {CLIENTS}" not in deployment["logs"]["server"]
 
@@ -435,7 +378,7 @@ def test_the_bytes_in_the_results_are_those_that_crossed(deployment):
 
 @pytest.mark.slow
 def test_a_plain_text_connection_is_refused(tmp_path):
-    deploy.keys(tmp_path / "keys", ["localhost"], 1)
+    keyring.make(tmp_path / "keys", ["localhost"], 1)
     port = free_port()
     with deploy.superlink(tmp_path / "keys/server", tmp_path / "home", host="127.0.0.1", port=port):
         with (
@@ -452,11 +395,22 @@ def test_a_plain_text_connection_is_refused(tmp_path):
         try:
             process.wait(120)
         finally:
-            deploy.end_group(process)
+            end_group(process)
         said = process.stdout.read()
         assert process.returncode != 0 and "SuperNode ID" not in said
     assert "Activated node_id" not in (tmp_path / "home" / "superlink.log").read_text()
     assert process.returncode != -signal.SIGKILL
+
+
+def alive(process: subprocess.Popen) -> list[int]:
+    """The processes of a group that has a session of its own."""
+    process.poll()
+    group = []
+    for other in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(other.pid) == process.pid and other.info["status"] != psutil.STATUS_ZOMBIE:
+                group.append(other.pid)
+    return group
 
 
 @pytest.mark.slow
@@ -464,7 +418,7 @@ def test_a_plain_text_connection_is_refused(tmp_path):
 def test_a_server_that_is_killed_and_started_again_finds_its_clients(tmp_path):
     """The commands of the clients are left alone."""
     keys, out, port = tmp_path / "keys", tmp_path / "out", free_port()
-    deploy.keys(keys, ["localhost"], 2)
+    keyring.make(keys, ["localhost"], 2)
     own = a_hospital(tmp_path / "own", 9)
     server = server_command(keys, out, own, port, num_rounds=3, num_clients=2)
     processes: list[subprocess.Popen] = []
@@ -476,7 +430,7 @@ def test_a_server_that_is_killed_and_started_again_finds_its_clients(tmp_path):
 
     def client(k: int) -> list[str]:
         folder = a_hospital(tmp_path / f"hospital-{k}", k)
-        given = ["--data", folder, "--number", k, "--clients", 2, "--keys", keys / f"client-{k}"]
+        given = ["--data", folder, "--keys", keys / f"client-{k}"]
         given += ["--server", f"localhost:{port}", "--port", free_port()]
         return [*FMFL, "flower", "client", *map(str, given)]
 
@@ -484,14 +438,19 @@ def test_a_server_that_is_killed_and_started_again_finds_its_clients(tmp_path):
         first = start("server", server)
         clients = [start(f"client-{k}", client(k)) for k in range(2)]
         wait_for(lambda: scored_rounds(out) >= 1, 240, "the first round")
-        deploy.end_group(first, patience=0)  # kill -9
+        end_group(first, patience=0)  # kill -9
         before = scored_rounds(out)
         again = start("server", server)
         assert again.wait(300) == 0, (tmp_path / "server.log").read_text()[-3000:]
         assert before < 3 and [client.poll() for client in clients] == [None, None]
+        for client, name in zip(
+            clients, (signal.SIGTERM, signal.SIGHUP), strict=True
+        ):  # HUP: a closed terminal
+            client.send_signal(name)
+            wait_for(lambda client=client: not alive(client), 60, "the SuperNode and its helpers to end")
     finally:
         for process in processes[::-1]:
-            deploy.end_group(process)
+            end_group(process)
     assert pd.read_csv(out / "results.csv")["round"].tolist() == [0, 1, 2, 3]
     record = states.read_record(out / "weights" / "federated-age-random-seed0.safetensors")
     assert [done["clients"] for done in record["rounds"]] == [[], [0, 1], [0, 1], [0, 1]]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fmfl import config, errors, models, states, teacher
 from fmfl.errors import UserError
-from fmfl.study import cli, grid, interrupt
+from fmfl.study import cli, execute, grid, interrupt, preflight
 
 FMFL = [sys.executable, "-m", "fmfl"]
 TINY = ["--profile", "smoke", "-p", "size=32", "-p", "num_rounds=1", "-p", "proxy_epochs=1"]
@@ -98,7 +98,7 @@ def test_what_a_full_disk_cuts_short_is_not_left_behind(tmp_path, monkeypatch):
 def test_a_refusal_in_a_notebook_is_the_sentence_of_the_system(tmp_path, number):
     """Of another process's error only its text comes here."""
     error = OSError(number, os.strerror(number), "/runs/weights/a.safetensors")
-    said = str(grid._failure(tmp_path / "notebooks" / "x.ipynb", type(error).__name__, str(error)))
+    said = str(execute.failure(tmp_path / "notebooks" / "x.ipynb", type(error).__name__, str(error)))
     assert said == errors.of_the_system(error)
     assert "/runs/weights/a.safetensors" in said and os.strerror(number) in said and "\n" not in said
 
@@ -124,7 +124,7 @@ def test_braces_in_a_path_are_taken_as_they_are(tmp_path):
     run_dir = tmp_path / "{size} {x}"
     cfg = config.settings({"run_name": str(run_dir), "size": 32, "num_phantoms": 40})
     cell = grid.plan(cfg, [0], ["iid"])[0]
-    grid.execute(cell, run_dir / "notebooks" / "01_data.ipynb")
+    execute.in_kernel(cell, run_dir / "notebooks" / "01_data.ipynb")
     assert (run_dir / "notebooks" / "01_data.ipynb").exists()
     assert [found.name for found in tmp_path.iterdir()] == [run_dir.name]
 
@@ -167,10 +167,10 @@ def test_a_batch_too_small_for_batchnorm_is_said_before_anything_runs(tmp_path, 
     given = {"run_name": str(tmp_path / "run"), "size": 32, "num_phantoms": 40, "student": "resnet18_unet"}
     cells = grid.plan(config.settings(given | changed), [0], ["iid"])
     if not says:
-        grid.check(cells)
+        preflight.check(cells)
         return
     with pytest.raises(UserError, match="set batch_norm to group") as caught:
-        grid.check(cells)
+        preflight.check(cells)
     assert says in str(caught.value)
 
 

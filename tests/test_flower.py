@@ -1,23 +1,27 @@
 """The study behind Flower's messages: the same bytes, faults that cost no round, nothing of the data sent."""
 
 import dataclasses
+import importlib.util
 import math
-import tomllib
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.cli.build import build_fab_from_disk
+from flwr.common.config import get_fab_config
 from torch import nn
 
-from fmfl import config, federate, models, states
+from fmfl import config, federate, models, runs, states
+from fmfl.analysis import landscape
 from fmfl.data import Cohort
 from fmfl.distill import InitialState
 from fmfl.errors import UserError
-from fmfl.federate import Server
-from fmfl.flower import deploy, engine
-from fmfl.study import grid, stages
+from fmfl.flower import client, deploy, engine, messages, server
+from fmfl.flower.nodes import Nodes, train_round
+from fmfl.runs import Run
+from fmfl.study import execute, grid, stages
 from fmfl.train import FitResult
 
 SIZE = 32
@@ -65,37 +69,41 @@ def settings(folder, **given) -> config.Settings:
     return config.settings(usual | quick | {"run_name": folder} | given)
 
 
-def serve(cfg: config.Settings, parts=PARTS) -> Server:
+def start(cfg: config.Settings, parts=PARTS) -> Run:
     cohort = a_cohort()
     model = models.build("micro", batch_norm=cfg.federate.batch_norm)
-    return Server.start_or_resume(
+    return runs.start_or_resume(
         cfg.run_dir,
         InitialState("random", model.state_dict(), FitResult()),
-        federate.clients_of(cohort, parts),
+        runs.clients_of(cohort, parts),
         cfg.federate,
         student="micro",
         cohort=cohort,
         test=TEST,
-        engine=stages.engine_key(cfg),
+        engine=cfg.run.engine,
     )
 
 
-def run(server: Server, nodes: engine.Nodes | None = None, rounds: int | None = None) -> Server:
+def finish(run: Run, train, rounds: int | None = None) -> Run:
     """The notebook's loop, to the end or stopped after some rounds."""
     cohort = a_cohort()
-    for number in server.remaining_rounds():
-        if nodes:
-            updates = nodes.train(server)
-        else:
-            updates = (federate.train_client(server, k) for k in server.participants())
-        server.finish_round(federate.aggregate(updates), cohort, TEST)
+    for number in run.remaining_rounds():
+        run.finish_round(federate.aggregate(train(run)), cohort, TEST)
         if number == rounds:
             break
-    return server
+    return run
 
 
-def digests(server: Server) -> list[str]:
-    return [done["sha256"] for done in server.rounds]
+def at(nodes: Nodes):
+    """Train at these nodes."""
+    return lambda run: train_round(nodes, run)
+
+
+LOCAL = landscape.watched(runs.train_clients)
+
+
+def digests(run: Run) -> list[str]:
+    return [done["sha256"] for done in run.rounds]
 
 
 # ------------------------------------------------------------------------------------------ the same study
@@ -112,41 +120,44 @@ def digests(server: Server) -> list[str]:
     ],
 )
 def test_the_rounds_are_the_local_engines_to_the_last_bit(tmp_path, given):
-    local = run(serve(settings(tmp_path / "local", engine="local", num_rounds=5, **given)))
+    local = finish(start(settings(tmp_path / "local", engine="local", num_rounds=5, **given)), LOCAL)
     cfg = settings(tmp_path / "flower", num_rounds=5, **given)
-    server = serve(cfg)
-    run(server, engine.simulated(cfg, server))
-    assert digests(server) == digests(local) and len(set(digests(server))) == 6
+    behind_messages = finish(start(cfg), stages.engine(cfg))
+    assert digests(behind_messages) == digests(local) and len(set(digests(local))) == 6
     compared = ["dice", "iou", "hd95", "images_seen"]
-    assert pd.DataFrame(server.history)[compared].equals(pd.DataFrame(local.history)[compared])
-    assert list(pd.DataFrame(server.history)) == list(pd.DataFrame(local.history))
+    tables = [pd.DataFrame(run.history) for run in (behind_messages, local)]
+    assert tables[0][compared].equals(tables[1][compared])
+    assert list(tables[0]) == list(tables[1])
+    one, other = (landscape.drift_by_round([run]) for run in (behind_messages, local))
+    assert one.equals(other) and one.update_norm.notna().all()
 
 
 @pytest.mark.parametrize("given", [{}, {"optimizer_state": "keep"}, {"batch_norm": "local"}])
 def test_a_run_that_was_stopped_goes_on_in_the_same_bytes(tmp_path, given):
     whole_cfg, cfg = settings(tmp_path / "whole", **given), settings(tmp_path / "stopped", **given)
-    whole = serve(whole_cfg)
-    run(whole, engine.simulated(whole_cfg, whole))
-    first = serve(cfg)
-    run(first, engine.simulated(cfg, first), rounds=2)
-    again = serve(cfg)
+    whole = finish(start(whole_cfg), engine.connect(whole_cfg))
+    finish(start(cfg), engine.connect(cfg), rounds=2)
+    again = start(cfg)
     assert again.round_number == 2
-    run(again, engine.simulated(cfg, again))
+    finish(again, engine.connect(cfg))
     assert digests(again) == digests(whole)
 
 
 def test_an_engine_does_not_take_the_others_rounds_for_its_own(tmp_path):
-    """Its bytes are measured, the local engine's reckoned."""
-    run(serve(settings(tmp_path, engine="local")))
-    assert serve(settings(tmp_path)).round_number == 0
+    """Its bytes are measured, the local engine's estimated."""
+    finish(start(settings(tmp_path, engine="local")), LOCAL)
+    assert start(settings(tmp_path)).round_number == 0
 
 
 def test_the_study_puts_flower_between_the_federated_runs_alone(tmp_path):
-    cfg = settings(tmp_path)
-    server = serve(cfg)
-    assert isinstance(stages.nodes(cfg, server), engine.Nodes)
-    assert stages.nodes(cfg, dataclasses.replace(server, arm="centralised")) is None
-    assert stages.nodes(settings(tmp_path, engine="local"), server) is None
+    estimated, measured = {}, {}
+    for arm in ("federated", "centralised"):
+        for engine_name, of in (("local", estimated), ("flower", measured)):
+            run = dataclasses.replace(start(settings(tmp_path / engine_name, engine=engine_name)), arm=arm)
+            assert len(list(stages.engine(settings(tmp_path, engine=engine_name))(run))) == 3
+            of[arm] = run.traffic
+    assert measured["federated"].clients == [0, 1, 2]
+    assert measured["centralised"] is None and list(estimated.values()) == [None, None]
 
 
 @pytest.mark.slow
@@ -160,7 +171,7 @@ def test_the_notebook_gives_the_same_results_with_either_engine(tmp_path):
         )
         (cell,) = [c for c in grid.plan(cfg, [0], ["iid"]) if c.notebook == "04_federate"]
         assert cell.parameters["engine"] == name and "min_clients" in cell.parameters
-        grid.execute_plain(cell, tmp_path / name / "out.ipynb")
+        execute.plain(cell, tmp_path / name / "out.ipynb")
         tables[name] = pd.read_csv(tmp_path / name / "cells" / cell.name / "results.csv")
     measured = ["seconds", "bytes_up", "bytes_down"]
     local, flowers = tables["local"], tables["flower"]
@@ -192,7 +203,7 @@ class Recorded(engine.InProcess):
         return replies
 
 
-def grid_of(nodes: engine.Nodes, kind=engine.InProcess, **given):
+def grid_of(nodes: Nodes, kind=engine.InProcess, **given):
     """The same nodes behind another kind of grid."""
     nodes.grid = kind(nodes.grid.app, nodes.grid.contexts.values(), **given)
     return nodes.grid
@@ -200,13 +211,13 @@ def grid_of(nodes: engine.Nodes, kind=engine.InProcess, **given):
 
 def test_no_image_no_mask_and_no_row_of_the_table_crosses(tmp_path):
     cfg = settings(tmp_path)
-    server = serve(cfg)
-    nodes = engine.simulated(cfg, server)
+    run = start(cfg)
+    nodes = engine.simulated(cfg, run)
     grid = grid_of(nodes, Recorded)
-    start = server.state["0.weight"].numpy().tobytes()
-    run(server, nodes)
+    first = run.theta["0.weight"].numpy().tobytes()
+    finish(run, at(nodes))
     crossed = b"".join(grid.crossed)
-    assert start in crossed, "weights are found, so an image would be"
+    assert first in crossed, "weights are found, so an image would be"
     cohort = a_cohort()
     for i in range(14):
         row = cohort.images[i, 0, SIZE // 2]
@@ -226,15 +237,15 @@ def test_bytes_are_those_of_the_messages_and_hardly_more_than_the_weights(tmp_pa
     cfg = settings(tmp_path, **given)
     cohort = a_cohort()
     model = models.build("tiny_unet")
-    server = Server.start_or_resume(
-        tmp_path, InitialState("random", model.state_dict(), FitResult()), federate.clients_of(cohort, PARTS),
+    run = runs.start_or_resume(
+        tmp_path, InitialState("random", model.state_dict(), FitResult()), runs.clients_of(cohort, PARTS),
         cfg.federate, student="tiny_unet", cohort=cohort, test=TEST,
     )  # fmt: skip
-    nodes = engine.simulated(cfg, server)
+    nodes = engine.simulated(cfg, run)
     grid = grid_of(nodes, Recorded)
-    run(server, nodes)
+    finish(run, at(nodes))
     weights = 3 * models.num_bytes(model.state_dict())
-    row = server.history[-1]
+    row = run.history[-1]
     assert weights < row["bytes_up"] < 1.01 * weights and weights < row["bytes_down"] < 1.01 * weights
     asking = sum(len(sent) for sent in grid.crossed if len(sent) < 10_000)
     whole = sum(map(len, grid.crossed)) - asking
@@ -243,9 +254,9 @@ def test_bytes_are_those_of_the_messages_and_hardly_more_than_the_weights(tmp_pa
 
 def test_a_state_is_packed_and_unpacked_bit_by_bit():
     state = models.build("tiny_unet").state_dict()
-    found = engine.unpack(engine.pack(state), state)
+    found = messages.unpack(messages.pack(state), state)
     assert list(found) == list(state) and states.state_digest(found) == states.state_digest(state)
-    assert len(engine.pack(state)) == 2, "two arrays cross instead of hundreds"
+    assert len(messages.pack(state)) == 2, "two arrays cross instead of hundreds"
 
 
 # ------------------------------------------------------------------------------------------ faults
@@ -327,52 +338,51 @@ FAULTS = {
 def test_a_round_goes_on_without_a_client_that_fails(tmp_path, caplog, tamper, says):
     """It ends where the others alone would have brought it."""
     cfg = settings(tmp_path / "faulty", num_rounds=2)
-    server = serve(cfg)
-    nodes = engine.simulated(cfg, server)
+    run = start(cfg)
+    nodes = engine.simulated(cfg, run)
     grid_of(nodes, Faulty, tamper=tamper)
-    run(server, nodes)
-    assert [done["clients"] for done in server.rounds] == [[], [0, 1, 2], [0, 2]]
-    assert list(server.rounds[2]["faults"]) == [1] and says in server.rounds[2]["faults"][1]
+    finish(run, at(nodes))
+    assert [done["clients"] for done in run.rounds] == [[], [0, 1, 2], [0, 2]]
+    assert list(run.rounds[2]["faults"]) == [1] and says in run.rounds[2]["faults"][1]
     assert "client 1" in caplog.text and says in caplog.text
-    stored = states.read_record(server.file)["rounds"][2]
+    stored = states.read_record(run.file)["rounds"][2]
     assert says in stored["faults"]["1"], "JSON's keys are texts"
 
-    local = run(serve(settings(tmp_path / "local", engine="local", num_rounds=2)), rounds=1)
-    updates = [federate.train_client(local, k) for k in (0, 2)]
-    local.finish_round(federate.aggregate(updates), a_cohort(), TEST)
-    assert digests(server) == digests(local)
-    assert server.images_seen == 12 + 7
+    local = finish(start(settings(tmp_path / "local", engine="local", num_rounds=2)), LOCAL, rounds=1)
+    finish(local, lambda run: runs.train_clients(run, [0, 2]))
+    assert digests(run) == digests(local)
+    assert run.images_seen == 12 + 7
 
 
 def test_a_client_whose_training_raises_is_left_out_with_its_own_words(tmp_path):
     cfg = settings(tmp_path, num_rounds=1)
-    server = serve(cfg)
-    nodes = engine.simulated(cfg, server)
-    server.clients[2].images = torch.empty(0, 1, SIZE, SIZE, dtype=torch.uint8)  # its folder was emptied
-    run(server, nodes)
-    assert server.rounds[1]["clients"] == [0, 1]
-    assert "failed: index" in server.rounds[1]["faults"][2] and "<class" not in server.rounds[1]["faults"][2]
+    run = start(cfg)
+    nodes = engine.simulated(cfg, run)
+    run.clients[2].images = torch.empty(0, 1, SIZE, SIZE, dtype=torch.uint8)  # its folder was emptied
+    finish(run, at(nodes))
+    assert run.rounds[1]["clients"] == [0, 1]
+    assert "failed: index" in run.rounds[1]["faults"][2] and "<class" not in run.rounds[1]["faults"][2]
 
 
 def test_too_few_good_updates_stop_the_run_and_it_goes_on_at_that_round(tmp_path):
     cfg = settings(tmp_path, min_clients=3)
-    server = serve(cfg)
-    nodes = engine.simulated(cfg, server)
+    run = start(cfg)
+    nodes = engine.simulated(cfg, run)
     grid_of(nodes, Faulty, tamper=with_records(weights=spoilt(math.nan)))
     with pytest.raises(UserError, match=r"round 2 has 2 good updates and min_clients asks for 3 \(client 1 "):
-        run(server, nodes)
-    again = serve(cfg)
+        finish(run, at(nodes))
+    again = start(cfg)
     assert again.round_number == 1
-    run(again, engine.simulated(cfg, again))
-    whole = run(serve(settings(tmp_path / "local", engine="local")))
+    finish(again, engine.connect(cfg))
+    whole = finish(start(settings(tmp_path / "local", engine="local")), LOCAL)
     assert digests(again) == digests(whole)
 
 
 def test_one_client_alone_needs_no_second(tmp_path):
     cfg = settings(tmp_path, num_rounds=1, num_clients=1)
-    server = serve(cfg, PARTS[:1])
-    run(server, engine.simulated(cfg, server))
-    assert server.rounds[1]["clients"] == [0]
+    run = start(cfg, PARTS[:1])
+    finish(run, engine.connect(cfg))
+    assert run.rounds[1]["clients"] == [0]
 
 
 class Arriving(engine.InProcess):
@@ -388,14 +398,14 @@ class Arriving(engine.InProcess):
 
 def test_a_client_that_joins_late_takes_part_from_then_on_and_one_that_leaves_is_missed(tmp_path):
     cfg = settings(tmp_path, num_rounds=4, join_timeout=0.3)
-    server = serve(cfg)
-    nodes = engine.simulated(cfg, server)
+    run = start(cfg)
+    nodes = engine.simulated(cfg, run)
     grid = grid_of(nodes, Arriving, there={1: [0, 1], 2: [0, 1, 2], 3: [1, 2], 4: [0, 1, 2]})
-    for number in server.remaining_rounds():
+    for number in run.remaining_rounds():
         grid.round_number = number
-        server.finish_round(federate.aggregate(nodes.train(server)), a_cohort(), TEST)
-    assert [done["clients"] for done in server.rounds[1:]] == [[0, 1], [0, 1, 2], [1, 2], [0, 1, 2]]
-    assert [done.get("faults") for done in server.rounds[1:]] == [
+        run.finish_round(federate.aggregate(train_round(nodes, run)), a_cohort(), TEST)
+    assert [done["clients"] for done in run.rounds[1:]] == [[0, 1], [0, 1, 2], [1, 2], [0, 1, 2]]
+    assert [done.get("faults") for done in run.rounds[1:]] == [
         {2: "is not there"}, None, {0: "is not there"}, None,
     ]  # fmt: skip
 
@@ -411,8 +421,8 @@ def test_a_client_that_joins_late_takes_part_from_then_on_and_one_that_leaves_is
 def test_a_node_is_not_taken_in(tmp_path, caplog, number, code, says):
     """One that claims another's number would push the other out."""
     cfg = settings(tmp_path, num_rounds=1)
-    server = serve(cfg)
-    nodes = engine.simulated(cfg, server)
+    run = start(cfg)
+    nodes = engine.simulated(cfg, run)
     inner = nodes.grid.app
 
     def app(message: Message, context: Context) -> Message:
@@ -423,8 +433,8 @@ def test_a_node_is_not_taken_in(tmp_path, caplog, number, code, says):
         return reply
 
     nodes.grid.app = app
-    run(server, nodes)
-    assert server.rounds[1]["clients"] == [0, 2] and server.rounds[1]["faults"] == {1: "is not there"}
+    finish(run, at(nodes))
+    assert run.rounds[1]["clients"] == [0, 2] and run.rounds[1]["faults"] == {1: "is not there"}
     assert says in caplog.text
 
 
@@ -437,8 +447,8 @@ def test_a_nodes_own_part_is_the_studys(tmp_path):
     cohort = stages.load_cohort(cfg)
     expected = stages.partition(cohort, stages.holdout(cfg, cohort).federated, cfg.federate)
     for k in range(2):
-        context = Context(1, 2, {"partition-id": k, "num-partitions": 2}, RecordDict(), {})
-        held = engine.own_images(context, cfg)
+        context = Context(1, 2, {"partition-id": k}, RecordDict(), {})
+        held = client.own_images(context, cfg)
         assert held.number == k and torch.equal(held.examples.indices, expected[k])
         assert torch.equal(held.examples.images, cohort.images)
 
@@ -447,30 +457,36 @@ def test_a_nodes_own_part_is_the_studys(tmp_path):
 def test_a_node_without_a_number_is_told_so(tmp_path, number):
     context = Context(1, 2, {} if number is None else {"partition-id": number}, RecordDict(), {})
     with pytest.raises(UserError, match=r"partition-id is .*: give it a number from 0 to 2"):
-        engine.own_images(context, settings(tmp_path))
+        client.own_images(context, settings(tmp_path))
 
 
 def test_what_a_client_keeps_stays_in_its_context():
     context = Context(1, 2, {}, RecordDict(), {})
-    kept = {
-        "adam-0": {"0/exp_avg": torch.randn(2, 3), "0/step": torch.tensor(4.0)},
-        "norm-0": {"a": torch.ones(1)},
+    memory = {
+        "adam/0/exp_avg": torch.randn(2, 3),
+        "adam/0/step": torch.tensor(4.0),
+        "norm/a": torch.ones(1),
     }
-    assert engine._kept(context) == {}
-    engine._keep(context, kept)
-    found = engine._kept(context)
-    assert {k: states.state_digest(v) for k, v in found.items()} == {
-        k: states.state_digest(v) for k, v in kept.items()
-    }
+    assert client.recall(context) == {}
+    client.remember(context, memory)
+    assert states.state_digest(client.recall(context)) == states.state_digest(memory)
 
 
-# ------------------------------------------------------------------------------------------ the app's folder
+# ------------------------------------------------------------------------------------------ the app
 
 
-def test_the_apps_folder_lists_every_parameter_at_its_default():
-    listed = tomllib.loads((deploy.APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    assert listed == engine.run_config()
+def test_the_app_lists_every_parameter_with_the_runs_values(tmp_path):
+    """As Flower itself reads it: a parameter that is not listed is refused by `flwr run --run-config`."""
+    given = {"num_rounds": 7, "learning_rate": 1e-4, "strict": True, "run_name": 'a "quoted" \\\\ folder é'}
+    deploy.write_app(tmp_path, given)
+    built = build_fab_from_disk(tmp_path)
+    listed = get_fab_config(built)["tool"]["flwr"]["app"]["config"]
+    assert listed == deploy.run_config() | given
     assert set(listed) >= {"num_rounds", "batch_norm", "start", "test_data", "min_clients", "size"}
+    spec = importlib.util.spec_from_file_location("fmfl_app", tmp_path / "fmfl_app.py")
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    assert app.client is client.client_app and app.server is server.server_app
 
 
 @pytest.mark.parametrize(
@@ -483,26 +499,26 @@ def test_the_apps_folder_lists_every_parameter_at_its_default():
 )
 def test_flowers_run_config_is_under_the_contract_of_parameters(given, says):
     with pytest.raises(UserError, match=says):
-        engine.settings_of(Context(1, 2, {}, RecordDict(), engine.run_config() | given))
+        client.settings_of(Context(1, 2, {}, RecordDict(), deploy.run_config() | given))
 
 
 @pytest.mark.parametrize("test_data", ["held_out", ""])
 def test_a_deployments_results_have_the_columns_of_every_study(tmp_path, test_data):
     """From a start in a file, with the server's own test images or without any."""
     cfg = settings(tmp_path, num_phantoms=40, student="tiny_unet", num_rounds=2, test_data=test_data)
-    start = tmp_path / "init-fm-seed0.safetensors"
+    file = tmp_path / "init-fm-seed0.safetensors"
     state = models.build("tiny_unet", seed=5).state_dict()
-    fitted = {"losses": [], "images_seen": 11, "seconds": 2.5}
-    states.write_state(start, state, init="fm", fitted=fitted)
-    cfg = dataclasses.replace(cfg, flower=dataclasses.replace(cfg.flower, start=str(start)))
+    fit = {"losses": [], "images_seen": 11, "seconds": 2.5}
+    states.write_state(file, state, init="fm", fit=fit)
+    cfg = dataclasses.replace(cfg, flower=dataclasses.replace(cfg.flower, start=str(file)))
     cohort = stages.load_cohort(cfg)
     clients = stages.partition(cohort, stages.holdout(cfg, cohort).federated, cfg.federate)
-    held = federate.clients_of(cohort, clients)
-    app = engine.make_client_app(
-        lambda c, _: engine.ClientData(c.node_config["partition-id"], held[c.node_config["partition-id"]])
+    held = runs.clients_of(cohort, clients)
+    app = client.make_client_app(
+        lambda c, _: client.ClientData(c.node_config["partition-id"], held[c.node_config["partition-id"]])
     )
     contexts = [Context(1, k, {"partition-id": k}, RecordDict(), cfg.flat()) for k in held]
-    server = engine.serve(engine.InProcess(app, contexts), cfg)
+    run = server.serve(engine.InProcess(app, contexts), cfg)
 
     table = pd.read_csv(tmp_path / "results.csv")
     assert list(table) == [
@@ -511,10 +527,10 @@ def test_a_deployments_results_have_the_columns_of_every_study(tmp_path, test_da
     ]
     assert list(table["init"]) == ["fm"] * 3 and table.images_seen[0] == 11
     assert table.dice.notna().all() == bool(test_data)
-    assert server.rounds[0]["sha256"] == states.state_digest(state)
+    assert run.rounds[0]["sha256"] == states.state_digest(state)
     assert (tmp_path / "per_image.csv").exists() == bool(test_data)
     assert list(pd.read_csv(tmp_path / "faults.csv")) == ["round", "client", "fault"]
-    assert engine.serve(engine.InProcess(app, contexts), cfg).rounds == server.rounds, "nothing is left to do"
+    assert server.serve(engine.InProcess(app, contexts), cfg).rounds == run.rounds, "nothing is left to do"
 
 
 @pytest.mark.parametrize(
@@ -526,7 +542,7 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path, student, says):
         states.write_state(file, models.build(student).state_dict())
     cfg = settings(tmp_path, student="tiny_unet", start=str(file))
     with pytest.raises(UserError, match=says):
-        engine.serve(engine.InProcess(None, []), cfg)
+        server.serve(engine.InProcess(None, []), cfg)
 
 
 def test_a_start_with_batchnorm_is_no_start_of_a_network_with_groupnorm(tmp_path):
@@ -535,32 +551,32 @@ def test_a_start_with_batchnorm_is_no_start_of_a_network_with_groupnorm(tmp_path
     states.write_state(file, models.build("unet").state_dict())
     cfg = settings(tmp_path, student="unet", start=str(file), batch_norm="group")
     with pytest.raises(UserError, match="with batch_norm 'group': choose the student and the batch_norm"):
-        engine.serve(engine.InProcess(None, []), cfg)
+        server.serve(engine.InProcess(None, []), cfg)
 
 
 def nodes_of(cfg: config.Settings) -> engine.InProcess:
-    held = federate.clients_of(a_cohort(), PARTS)
-    app = engine.make_client_app(lambda c, _: engine.ClientData(c.node_id, held[c.node_id]))
+    held = runs.clients_of(a_cohort(), PARTS)
+    app = client.make_client_app(lambda c, _: client.ClientData(c.node_id, held[c.node_id]))
     return engine.InProcess(app, [Context(1, k, {}, RecordDict(), cfg.flat()) for k in held])
 
 
 def test_a_run_with_other_settings_is_not_written_over(tmp_path):
     cfg = settings(tmp_path, num_rounds=1)
-    first = engine.serve(nodes_of(cfg), cfg)
+    first = server.serve(nodes_of(cfg), cfg)
     before = first.file.read_bytes()
     for changed in ({"num_rounds": 2}, {"learning_rate": 1e-3}):
         other = settings(tmp_path, **{"num_rounds": 1} | changed)
         with pytest.raises(UserError, match=r"holds 1 rounds made with other settings.*--out"):
-            engine.serve(nodes_of(other), other)
+            server.serve(nodes_of(other), other)
     assert first.file.read_bytes() == before
     table = (tmp_path / "results.csv").read_bytes()
     other = settings(tmp_path, num_rounds=1, seed=1)
     with pytest.raises(UserError, match=r"is of another run than federated-age-random-seed1: .*--out"):
-        engine.serve(nodes_of(other), other)
+        server.serve(nodes_of(other), other)
     (tmp_path / "cells" / "01_data").mkdir(parents=True)
     (tmp_path / "cells" / "01_data" / "cell.json").write_text("{}")
     with pytest.raises(UserError, match=r"holds a study: name another folder with --out"):
-        engine.serve(nodes_of(cfg), cfg)
+        server.serve(nodes_of(cfg), cfg)
     assert first.file.read_bytes() == before and (tmp_path / "results.csv").read_bytes() == table
 
 
@@ -570,10 +586,10 @@ def test_a_client_cannot_choose_its_weight(tmp_path, client_weights):
         return MetricRecord({**record, "weight": 10**9})
 
     cfg = settings(tmp_path, num_rounds=2, client_weights=client_weights)
-    server = serve(cfg)
-    nodes = engine.simulated(cfg, server)
+    run = start(cfg)
+    nodes = engine.simulated(cfg, run)
     grid_of(nodes, Faulty, tamper=with_records(numbers=heavier))
-    run(server, nodes)
-    assert server.rounds[2]["clients"] == [0, 2]
+    finish(run, at(nodes))
+    assert run.rounds[2]["clients"] == [0, 2]
     due = 5 if client_weights == "images" else 1
-    assert server.rounds[2]["faults"] == {1: f"asks for weight 1000000000 where it has {due}"}
+    assert run.rounds[2]["faults"] == {1: f"asks for weight 1000000000 where it has {due}"}

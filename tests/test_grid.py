@@ -20,7 +20,8 @@ from matplotlib import pyplot
 
 from fmfl import config, data, paths, states, teacher
 from fmfl.errors import UserError
-from fmfl.study import grid, outputs, provenance, stages
+from fmfl.study import grid, outputs, preflight, provenance, stages
+from fmfl.study.locks import CellLocks
 
 ORDER = ["01_data", "02_teacher", "03_distill", "04_federate", "05_analysis"]
 SPLITS = ["iid", "age", "quantity"]
@@ -131,7 +132,7 @@ def test_seed_and_split_reach_their_cells(tmp_path):
 
 def test_the_check_knows_the_images_and_the_weights_by_their_bytes(tmp_path):
     """And writes nothing: what it finds wrong, tests/test_cli.py has."""
-    found = grid.check(grid.plan(settings(tmp_path / "run"), [0, 1], SPLITS))
+    found = preflight.check(grid.plan(settings(tmp_path / "run"), [0, 1], SPLITS))
     assert found == {
         "data": data.load("phantom", size=32, num_phantoms=40).fingerprint,
         "teacher": hashlib.sha256(teacher.BUILTIN_WEIGHTS.read_bytes()).hexdigest(),
@@ -144,7 +145,7 @@ def test_the_check_knows_the_images_and_the_weights_by_their_bytes(tmp_path):
 
 SETUP = """
 from fmfl import config
-from fmfl.study import grid, stages
+from fmfl.study import cells, outputs, stages
 cfg = config.from_notebook(globals())
 def leave(*names):
     for name in names:
@@ -155,25 +156,25 @@ def leave(*names):
 LEAVE = {
     "01_data": """
 from matplotlib import pyplot
-study.save_figure(cfg, "ages", pyplot.figure(figsize=(1, 1)))
-study.save(cfg, "01_data", {"fingerprint": "these images"})
+outputs.save_figure(cfg, "ages", pyplot.figure(figsize=(1, 1)))
+outputs.save(cfg, "01_data", {"fingerprint": "these images"})
 """,
     "02_teacher": """
-study.save(cfg, "02_teacher", {"sha256": "these weights"})
+outputs.save(cfg, "02_teacher", {"sha256": "these weights"})
 """,
     "03_distill": """
-study.save(cfg, "03_distill", {})
-inits = config.several(cfg.federate.inits)
+outputs.save(cfg, "03_distill", {})
+inits = config.split_list(cfg.federate.inits)
 leave(*(f"weights/init-{init}-seed{cfg.federate.seed}.safetensors" for init in inits))
 """,
     "04_federate": """
-folder = study.save(cfg, "04_federate", {"images": "these images"}).relative_to(cfg.run_dir)
+folder = outputs.save(cfg, "04_federate", {"images": "these images"}).relative_to(cfg.run_dir)
 leave(folder / "results.csv", folder / "per_image.csv")
-leave(*(f"weights/{name}.safetensors" for name in grid._runs(cfg)))
+leave(*(f"weights/{name}.safetensors" for name in cells.training_runs(cfg)))
 """,
     "05_analysis": """
-study.save(cfg, "05_analysis", {})
-leave(*grid.FILES, "figures/fig2.png", "figures/fig3.png")
+outputs.save(cfg, "05_analysis", {})
+leave(*cells.FILES, "figures/fig2.png", "figures/fig3.png")
 """,
 }
 
@@ -204,7 +205,9 @@ def notebooks(tmp_path, monkeypatch):
     folder = tmp_path / "notebooks"
     folder.mkdir()
     monkeypatch.setattr(paths, "NOTEBOOKS", folder)
-    monkeypatch.setattr(grid, "check", lambda cells: {"data": "these images", "teacher": "these weights"})
+    monkeypatch.setattr(
+        preflight, "check", lambda cells: {"data": "these images", "teacher": "these weights"}
+    )
     monkeypatch.setattr(provenance, "commit", lambda: "")  # git takes longer than all the rest
     return Notebooks(folder)
 
@@ -317,7 +320,7 @@ def test_replace_moves_another_study_aside_whole_and_says_so(tmp_path, notebooks
 def test_a_study_that_is_being_run_is_not_moved(tmp_path, notebooks):
     cfg = settings(tmp_path / "run")
     run(cfg)
-    held, cell = grid.CellLocks(cfg.run_dir), grid.plan(cfg, [0], ["iid", "age"])[0]
+    held, cell = CellLocks(cfg.run_dir), grid.plan(cfg, [0], ["iid", "age"])[0]
     assert held.take([cell], lambda _: False) is cell
 
     def replace(_: int) -> None:
@@ -339,7 +342,7 @@ def test_other_images_or_weights_under_the_same_name_are_another_study(
     tmp_path, notebooks, monkeypatch, inputs, said
 ):
     run(settings(tmp_path / "run"))
-    monkeypatch.setattr(grid, "check", lambda cells: inputs)
+    monkeypatch.setattr(preflight, "check", lambda cells: inputs)
     with pytest.raises(UserError, match=re.escape(f"({said} is 'of fingerprint these")):
         run(settings(tmp_path / "run"))
 
@@ -390,7 +393,7 @@ def test_a_dry_run_says_too_that_the_folder_holds_another_study(tmp_path, notebo
     run(settings(tmp_path / "run"))
     cells = grid.plan(settings(tmp_path / "run", num_rounds=3), [0], ["age"])
     with pytest.raises(UserError, match="holds another study"):
-        grid.estimate(cells)
+        preflight.estimate(cells)
 
 
 def test_another_seed_or_split_runs_its_own_cells(tmp_path, notebooks):
@@ -441,8 +444,12 @@ def test_the_code_that_no_number_depends_on_is_left_out(tmp_path, notebooks, mon
     monkeypatch.setattr(states, "code_digest", lambda files: seen.append(files) or "code")
     run(settings(tmp_path / "run"))
     every = {file.relative_to(paths.PACKAGE).as_posix() for file in paths.PACKAGE.rglob("*.py")}
-    study = {f"study/{name}.py" for name in ("cli", "grid", "inspection", "interrupt", "verify")}
-    assert every - set(seen[0]) == study | {"__main__.py", "syntax.py", "flower/deploy.py"}
+    study = ("cli", "execute", "grid", "inspection", "interrupt", "locks", "options", "preflight", "verify")
+    assert every - set(seen[0]) == {
+        *(f"study/{name}.py" for name in study),
+        "__main__.py",
+        "flower/deploy.py",
+    }
 
 
 @pytest.mark.parametrize(
@@ -509,7 +516,7 @@ def test_what_another_run_began_to_overwrite_is_not_done(tmp_path, notebooks):
 
 def test_a_notebook_that_leaves_less_than_it_should_is_not_done(tmp_path, notebooks):
     cfg = settings(tmp_path / "run")
-    notebooks.write("03_distill", "study.save(cfg, '03_distill', {})")
+    notebooks.write("03_distill", "outputs.save(cfg, '03_distill', {})")
     with pytest.raises(UserError, match=r"03_distill-seed0\.ipynb ran but left no weights/init-random-seed0"):
         run(cfg)
     assert not (cfg.run_dir / "cells" / "03_distill-seed0" / "done.json").exists()
@@ -626,11 +633,11 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path, notebooks):
     half = cfg.run_dir / "weights" / ".federated-iid-fm-seed0.safetensors.4711"
     half.write_text("half of")
     cell = grid.plan(cfg, [0], ["iid", "age"])[0]
-    held = grid.CellLocks(cfg.run_dir)
+    held = CellLocks(cfg.run_dir)
     assert held.take([cell], lambda _: False) is cell
 
     def look(_: int) -> None:
-        other = grid.CellLocks(cfg.run_dir)
+        other = CellLocks(cfg.run_dir)
         other.sweep()
         assert other.take([cell], lambda _: False) is None, "one process a cell"
 
@@ -654,11 +661,13 @@ with open({file!r}, "a") as file:
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="TCP ports elsewhere")
 def test_each_kernel_has_sockets_of_its_own(tmp_path, notebooks):
-    """Those of two processes that start a kernel at the same instant had one name."""
+    """Those of two processes that start a kernel at the same instant; this one's surroundings stay."""
     file = tmp_path / "ips"
     for name in ("01_data", "02_teacher"):
         notebooks.write(name, SOCKETS.format(file=str(file)) + LEAVE[name])
-    assert sorted(run(settings(tmp_path / "run"), plain=False, jobs=2)) == sorted(ALL)
+    environment, folder = dict(os.environ), os.getcwd()
+    assert run(settings(tmp_path / "run"), plain=False) == ALL
+    assert os.getcwd() == folder and dict(os.environ) == environment
     one, other = (Path(line) for line in file.read_text().split())
     assert one.parent != other.parent and not one.parent.exists() and not other.parent.exists()
 
@@ -683,7 +692,7 @@ def test_a_notebook_that_fails_is_named_with_its_outputs(tmp_path, notebooks, pl
     cfg = settings(tmp_path / "run")
     notebooks.write("02_teacher", "print('so far')\nx = 1 / 0\nprint('never')")
     with pytest.raises(UserError) as caught:
-        run(cfg, plain=plain, jobs=1)
+        run(cfg, plain=plain)
     sentence, output = str(caught.value), cfg.run_dir / "notebooks" / "02_teacher.ipynb"
     assert "notebook 02_teacher failed with ZeroDivisionError: division by zero" in sentence
     assert str(output) in sentence and "\n" not in sentence
@@ -709,7 +718,7 @@ def test_a_persons_mistake_in_a_notebook_is_its_sentence_alone(tmp_path, noteboo
 def test_without_the_studys_bar_there_are_no_bars_at_all(tmp_path, notebooks, monkeypatch):
     """And afterwards the environment is what it was."""
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    seen = "assert not study.show_bars()"
+    seen = "assert not stages.show_bars()"
     notebooks.write("01_data", LEAVE["01_data"] + seen)
     run(settings(tmp_path / "run"), progress=False)
     assert stages.show_bars()
@@ -724,89 +733,36 @@ def test_a_kernel_that_dies_is_one_sentence(tmp_path, notebooks):
     cfg = settings(tmp_path / "run")
     notebooks.write("01_data", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(UserError, match=r"^notebook 01_data failed with DeadKernelError: .*01_data.ipynb$"):
-        run(cfg, plain=False, jobs=1)
+        run(cfg, plain=False)
     assert not list(cfg.run_dir.rglob("done.json"))
 
 
-MEET = """
-import pathlib, time
-def there(name, seconds=60):
-    until = time.monotonic() + seconds
-    while not pathlib.Path({folder!r}, name).exists():
-        assert time.monotonic() < until, name + " did not come"
-        time.sleep(0.05)
-def here(name):
-    pathlib.Path({folder!r}, name).touch()
-"""
-
-
 @pytest.mark.slow
-def test_two_notebooks_run_at_once(tmp_path, notebooks):
-    """Each waits for the other, so one after the other they would never end."""
-    cfg, meet = settings(tmp_path / "run"), MEET.format(folder=str(tmp_path))
-    cores = (
-        f"\nimport torch; pathlib.Path({str(tmp_path)!r}, 'NAME').write_text(str(torch.get_num_threads()))"
-    )
-    meeting = {"01_data": ("first", "second"), "02_teacher": ("second", "first")}
-    for name, (mine, others) in meeting.items():
-        end = LEAVE[name] + cores.replace("NAME", name)
-        notebooks.write(name, f"{meet}\nhere({mine!r})\nthere({others!r})\n" + end)
-    notebooks.write("05_analysis", meet + LEAVE["05_analysis"] + cores.replace("NAME", "05_analysis"))
-    environment, folder = dict(os.environ), os.getcwd()
-    assert sorted(run(cfg, plain=False, jobs=2)) == sorted(ALL)
-    assert os.getcwd() == folder and dict(os.environ) == environment
-    threads = {name: int((tmp_path / name).read_text()) for name in (*meeting, "05_analysis")}
-    shared, whole = max(1, torch.get_num_threads() // 2), torch.get_num_threads()
-    assert threads == {"01_data": shared, "02_teacher": shared, "05_analysis": whole}
-    assert run(cfg) == []
-
-
-@pytest.mark.slow
-def test_what_runs_beside_a_failure_comes_to_its_end_and_nothing_new_begins(tmp_path, notebooks):
-    cfg, meet = settings(tmp_path / "run"), MEET.format(folder=str(tmp_path))
-    notebooks.write("01_data", f"{meet}\nhere('first')\nx = 1 / 0")
-    late = f"{meet}\nthere('first')\ntime.sleep(3)\n"
-    notebooks.write("02_teacher", late + LEAVE["02_teacher"])
-    with pytest.raises(UserError, match=r"^notebook 01_data failed with ZeroDivisionError"):
-        run(cfg, plain=False, jobs=2)
-    assert [file.parent.name for file in cfg.run_dir.rglob("done.json")] == ["02_teacher"]
-    assert hidden(cfg.run_dir) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_ctrl_c_ends_the_kernels_too(tmp_path, notebooks, handled, jobs):
+def test_ctrl_c_ends_the_kernel_too(tmp_path, notebooks, handled):
     handled(signal.SIGINT, signal.default_int_handler)  # a shell's background command ignores it
-    cfg, meet = settings(tmp_path / "run"), MEET.format(folder=str(tmp_path))
-    for name in ("01_data", "02_teacher"):
-        pid = f"pathlib.Path({str(tmp_path)!r}, '{name}.pid').write_text(str(os.getpid()))"
-        notebooks.write(name, f"{meet}\nimport os\n{pid}\nhere('{name}')\ntime.sleep(600)")
+    cfg, pid = settings(tmp_path / "run"), tmp_path / "pid"
+    wait = (
+        f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\ntime.sleep(600)"
+    )
+    notebooks.write("01_data", wait)
 
     def stop() -> None:
         until = time.monotonic() + 60
-        while len(list(tmp_path.glob("0*_*"))) < 2 * jobs and time.monotonic() < until:
+        while not (pid.exists() and pid.read_text()) and time.monotonic() < until:
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=stop, daemon=True).start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run(cfg, plain=False, jobs=jobs)
+        run(cfg, plain=False)
     assert time.monotonic() - started < 90
-    pids = [int(file.read_text()) for file in tmp_path.glob("*.pid")]
-    assert len(pids) == jobs
     until = time.monotonic() + 10
-    while any(map(psutil.pid_exists, pids)) and time.monotonic() < until:
+    while psutil.pid_exists(int(pid.read_text())) and time.monotonic() < until:
         time.sleep(0.1)
-    assert not any(map(psutil.pid_exists, pids))
+    assert not psutil.pid_exists(int(pid.read_text()))
     notebooks.write("01_data", LEAVE["01_data"])
-    notebooks.write("02_teacher", LEAVE["02_teacher"])
     assert run(cfg) == ALL
-
-
-def test_plain_has_one_job(tmp_path, notebooks):
-    with pytest.raises(UserError, match="--jobs 2 needs Jupyter"):
-        run(settings(tmp_path / "run"), jobs=2)
 
 
 def test_without_papermill_the_way_out_is_named(tmp_path, notebooks, monkeypatch):
@@ -834,9 +790,9 @@ def test_plain_runs_the_same_cells_as_a_kernel_would(tmp_path, notebooks):
 
 
 def test_results_can_be_written_to_a_new_folder_and_not_to_a_file(tmp_path):
-    grid.check_folder(tmp_path / "new" / "folder")
+    preflight.check_folder(tmp_path / "new" / "folder")
     assert list((tmp_path / "new" / "folder").iterdir()) == []
     (tmp_path / "file").touch()
     for name in ("file", "file/below"):
         with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
-            grid.check_folder(tmp_path / name)
+            preflight.check_folder(tmp_path / name)

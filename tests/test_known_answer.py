@@ -163,7 +163,8 @@ def test_published_weights_are_known_by_their_checksum(shipped):
         "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"  # Meta's sam_vit_b_01ec64.pth
     )
     assert replace(shipped, sha256=published).about()["published_as"] == "sam_vit_b"
-    assert shipped.about()["published_as"] is None
+    assert shipped.about()["published_as"] == "builtin"
+    assert replace(shipped, sha256="0" * 64).about()["published_as"] is None
 
 
 if __name__ == "__main__":

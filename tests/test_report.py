@@ -202,7 +202,7 @@ def test_methods_say_what_the_manifest_says_and_nothing_else():
     assert "Seeds: 0, 1, 2." in text
     assert "learning rate" not in text  # not in this manifest
     assert "{" not in text
-    assert report.methods({}) == [report.STATISTICS]
+    assert report.methods({}) == []
 
 
 def test_words_from_files_cannot_become_markup(tmp_path):

@@ -155,14 +155,14 @@ def test_a_size_that_no_patch_divides_is_refused(small, tmp_path):
 
 @torch.no_grad()
 def check_against_the_predictor(file: Path, image: Tensor, builder: str = "vit_b"):
-    who = teacher.load(f"sam_{builder}", file)
+    frozen = teacher.load(f"sam_{builder}", file)
     predictor = SamPredictor(segment_anything.sam_model_registry[builder](checkpoint=str(file)))
     predictor.set_image(image[0].permute(1, 2, 0).expand(-1, -1, 3).numpy())
     boxes = predictor.transform.apply_boxes_torch(BOX, image.shape[-2:])
     expected, _, _ = predictor.predict_torch(
         None, None, boxes=boxes, multimask_output=False, return_logits=True
     )
-    found = who.logits(image, BOX)
+    found = frozen.logits(image, BOX)
     assert found.shape == image.shape
     assert expected.std() > 0.05
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -227,11 +227,11 @@ def test_a_checkpoint_of_1024_pixels_is_used_at_256(small, tmp_path):
     expected = sam.network("sam_vit_b")
     expected.load_state_dict(state)
     sam.resize(expected, 256)
-    who = teacher.load("sam_vit_b", file, size=256)
-    assert who.size == 256
+    frozen = teacher.load("sam_vit_b", file, size=256)
+    assert frozen.size == 256
     for key, value in expected.state_dict().items():
-        assert torch.equal(who.sam.state_dict()[key], value)
-    assert who.logits(x_ray(90, 120), BOX).isfinite().all()
+        assert torch.equal(frozen.sam.state_dict()[key], value)
+    assert frozen.logits(x_ray(90, 120), BOX).isfinite().all()
 
 
 def test_a_checkpoint_without_adapters_is_no_sam_med2d(small, tmp_path):
@@ -314,27 +314,27 @@ def test_sam_med2d_gives_the_known_answer(golden, tmp_path, save):
     answer, state = golden
     file = tmp_path / "sam-med2d_b.pth"
     save(state, file)
-    who = teacher.load("sam-med2d", file)
+    frozen = teacher.load("sam-med2d", file)
     file.unlink()  # a gigabyte
     image = answer["image"][None, None]
-    embedding = who.sam.image_encoder(who.convention.image(image, 256))
+    embedding = frozen.sam.image_encoder(frozen.convention.image(image, 256))
     close = partial(torch.testing.assert_close, rtol=0, atol=1e-3)
     close(embedding.mean((2, 3)), answer["embedding_mean"])
     close(embedding[0, :8, :4, :4], answer["embedding_corner"])
     boxes = answer["boxes"].float()
     pair = embedding.expand(2, -1, -1, -1)
-    low, iou = decode(who.sam, pair, boxes)
+    low, iou = decode(frozen.sam, pair, boxes)
     close(low, answer["low_res_logits"])
     close(iou, answer["iou"])
     for k in range(2):
-        one, one_iou = decode(who.sam, embedding, boxes[k : k + 1])
+        one, one_iou = decode(frozen.sam, embedding, boxes[k : k + 1])
         close(one, low[k : k + 1], atol=1e-5)
         close(one_iou, iou[k : k + 1], atol=1e-5)
-    three, three_iou = decode(who.sam, pair, boxes, multimask=True)
+    three, three_iou = decode(frozen.sam, pair, boxes, multimask=True)
     # Kept as float16, whose steps are 2e-3 wide here: rounding alone is 1e-3.
     close(three, answer["low_res_logits_multimask"].float(), atol=2e-3)
     close(three_iou, answer["iou_multimask"].float())
     # The teacher takes the best of the three by predicted IoU, and of both boxes the larger logit.
     best = answer["low_res_logits_multimask"].float()[torch.arange(2), answer["iou_multimask"].argmax(1)]
     full = F.interpolate(best[:, None], (256, 256), mode="bilinear", align_corners=False)
-    close(who.logits(image, boxes[None]), full.amax(0, keepdim=True), atol=2e-3)
+    close(frozen.logits(image, boxes[None]), full.amax(0, keepdim=True), atol=2e-3)

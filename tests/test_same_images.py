@@ -10,7 +10,7 @@ import torch
 
 from fmfl import config, federate, split
 from fmfl.errors import UserError
-from fmfl.study import grid, outputs, stages
+from fmfl.study import grid, outputs, preflight, stages
 
 
 @pytest.fixture
@@ -99,8 +99,8 @@ def test_a_study_may_add_a_split_by_age_and_trains_nothing_again_where_all_image
     assert federate.run_settings(was, "federated") == federate.run_settings(now, "federated")
     outputs.save(before[0].cfg, "01_data", {"fingerprint": "x"})
     inputs = {"data": "x", "teacher": "y"}
-    assert grid.other_study(after, inputs) == {}
-    assert "data (by its bytes)" in grid.other_study(after, inputs | {"data": "z"})
+    assert preflight.other_study(after, inputs) == {}
+    assert "data (by its bytes)" in preflight.other_study(after, inputs | {"data": "z"})
 
 
 def test_a_split_by_age_that_a_study_adds_is_not_refused_by_its_notebooks(tmp_path):

@@ -484,14 +484,3 @@ def test_skew_of_ages_is_unknown_without_two_clients_that_have_them():
     measures = split.skew(table, [torch.tensor([0, 1]), torch.tensor([2, 3])])
     assert math.isnan(measures["wasserstein_max"]) and math.isnan(measures["jensen_shannon_mean"])
     assert measures["size_ratio"] == 1
-
-
-def test_by_client_counts_images_patients_sites_and_ages():
-    table = made_up_table(5).assign(
-        patient_id=list("ppqrs"), site=list("aabbb"), age=[10, 30, math.nan, math.nan, math.nan]
-    )
-    held = split.by_client(table, [torch.tensor([0, 1, 2]), torch.tensor([3, 4])])
-    assert held.drop(columns="mean_age").to_dict("list") == {
-        "client": [0, 1], "images": [3, 2], "patients": [2, 2], "sites": [2, 1], "without_age": [1, 2]
-    }  # fmt: skip
-    assert held.mean_age[0] == 20 and math.isnan(held.mean_age[1])

@@ -278,7 +278,7 @@ def test_jupyter_and_plain_end_in_the_same_study(done, tmp_path, monkeypatch):
 def test_a_study_killed_at_any_time_goes_on_and_ends_in_the_same_files(done, tmp_path):
     """Killed in the distillation, and between two rounds."""
     folder = tmp_path / "run"
-    command = [sys.executable, "-c", "from fmfl.cli import main; main()", "study", "--plain"]
+    command = [sys.executable, "-c", "from fmfl.study.cli import main; main()", "study", "--plain"]
     command += ["--profile", "smoke", "--out", str(folder), "--splits", "age"]
     command += [part for name, value in TINY.items() for part in ("-p", f"{name}={value}")]
     weights = folder / "weights"
@@ -305,7 +305,7 @@ def test_a_study_killed_at_any_time_goes_on_and_ends_in_the_same_files(done, tmp
 def test_two_processes_that_share_a_study_and_are_stopped_end_in_the_files_of_one(done, tmp_path):
     """One is killed inside a cell, the other goes on, a third comes to help; then nothing is left to run."""
     folder = tmp_path / "run"
-    command = [sys.executable, "-c", "from fmfl.cli import main; main()", "study", "--plain"]
+    command = [sys.executable, "-c", "from fmfl.study.cli import main; main()", "study", "--plain"]
     command += ["--profile", "smoke", "--out", str(folder), "--splits", ",".join(SPLITS)]
     command += [part for name, value in TINY.items() for part in ("-p", f"{name}={value}")]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
@@ -737,7 +737,9 @@ def test_fresh_views_are_asked_in_every_epoch_and_the_others_not(tmp_path, asked
     assert states.state_digest(own.state) != states.state_digest(fresh.state)
 
 
-@pytest.mark.parametrize("module", ["teacher.py", "sam.py", "checkpoints.py", "study.py"])
+@pytest.mark.parametrize(
+    "module", ["teacher.py", "teachers/sam.py", "teachers/checkpoints.py", "study/stages.py"]
+)
 def test_fresh_views_of_other_code_are_other_answers(tmp_path, monkeypatch, module):
     cfg = config.settings(TINY | {"run_name": tmp_path, "teacher_views": "fresh"})
     cohort = stages.load_cohort(cfg)

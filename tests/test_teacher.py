@@ -54,7 +54,7 @@ def weights(tmp_path):
 
 
 @pytest.fixture
-def who(weights) -> Teacher:
+def frozen(weights) -> Teacher:
     return teacher.load("builtin", weights)
 
 
@@ -152,50 +152,50 @@ def test_standardising_takes_out_exposure():
 # ------------------------------------------------------------------------------------------ logits
 
 
-def test_many_images_are_answered_as_one_by_one(who):
+def test_many_images_are_answered_as_one_by_one(frozen):
     images, boxes = some_images(), SOME_BOXES
-    together = who.logits(images, boxes)
+    together = frozen.logits(images, boxes)
     assert together.shape == images.shape
     assert together.dtype == torch.float32
     for batch_size in (1, 2):
         torch.testing.assert_close(
-            who.logits(images, boxes, batch_size=batch_size), together, rtol=1e-4, atol=1e-5
+            frozen.logits(images, boxes, batch_size=batch_size), together, rtol=1e-4, atol=1e-5
         )
-    shuffled = who.logits(images[[2, 0, 1]], boxes[[2, 0, 1]])
+    shuffled = frozen.logits(images[[2, 0, 1]], boxes[[2, 0, 1]])
     torch.testing.assert_close(shuffled, together[[2, 0, 1]], rtol=1e-4, atol=1e-5)
 
 
-def test_two_boxes_give_the_union(who):
+def test_two_boxes_give_the_union(frozen):
     """The larger logit: inside the joined mask is what is inside one of the single ones."""
     images, first, second = some_images(2), SOME_BOXES[:2], SOME_BOXES[[1, 2]]
-    single = [who.logits(images, boxes) for boxes in (first, second)]
-    joined = who.logits(images, torch.stack([first, second], 1))
+    single = [frozen.logits(images, boxes) for boxes in (first, second)]
+    joined = frozen.logits(images, torch.stack([first, second], 1))
     torch.testing.assert_close(joined, torch.maximum(*single), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(single[0], single[1], atol=1e-3)
 
 
-def test_a_box_of_nan_is_no_box(who):
+def test_a_box_of_nan_is_no_box(frozen):
     images = some_images(2)
     pair = torch.stack([SOME_BOXES[:2], SOME_BOXES[[1, 2]]], 1)
     pair[0, 1] = torch.nan
-    found = who.logits(images, pair)
-    torch.testing.assert_close(found[:1], who.logits(images[:1], SOME_BOXES[:1]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found[1:], who.logits(images[1:], pair[1:]), rtol=1e-4, atol=1e-5)
+    found = frozen.logits(images, pair)
+    torch.testing.assert_close(found[:1], frozen.logits(images[:1], SOME_BOXES[:1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1:], frozen.logits(images[1:], pair[1:]), rtol=1e-4, atol=1e-5)
     assert found.isfinite().all()
 
 
-def test_several_prompts_cost_one_encoding(who):
+def test_several_prompts_cost_one_encoding(frozen):
     """Each answer is the one that the prompt would have got alone."""
     images, pair = some_images(), torch.stack([SOME_BOXES, SOME_BOXES.flip(0)], 1)
     prompts = [SOME_BOXES, pair, prompt(images, "whole_image")]
-    answers = who.answers(images, prompts, batch_size=2)
-    assert who.calls == 3
+    answers = frozen.answers(images, prompts, batch_size=2)
+    assert frozen.calls == 3
     for boxes, answer in zip(prompts, answers, strict=True):
-        torch.testing.assert_close(answer, who.logits(images, boxes), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(answer, frozen.logits(images, boxes), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("height", "width"), [(96, 160), (48, 32), (64, 64)])
-def test_images_of_another_size_are_answered_in_their_own_pixels(who, height, width):
+def test_images_of_another_size_are_answered_in_their_own_pixels(frozen, height, width):
     """As in the slow way: resize, scale the box by pixel edges, decode, resize back."""
     images = some_images(1, height, width)
     x0, y0, x1, y1 = box = 0.2 * width, 0.1 * height, 0.7 * width - 1, 0.8 * height - 1
@@ -208,10 +208,10 @@ def test_images_of_another_size_are_answered_in_their_own_pixels(who, height, wi
     resize = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
     with torch.no_grad():
         small = resize(images.float(), (SIZE, SIZE), antialias=True)
-        embedding = who.sam.image_encoder(builtin.standardise(small))
-        low, _ = by_the_package(who.sam, embedding, torch.tensor([scaled]))
+        embedding = frozen.sam.image_encoder(builtin.standardise(small))
+        low, _ = by_the_package(frozen.sam, embedding, torch.tensor([scaled]))
         expected = resize(low, (height, width))
-    found = who.logits(images, torch.tensor([box]))
+    found = frozen.logits(images, torch.tensor([box]))
     assert found.shape == (1, 1, height, width)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
@@ -226,29 +226,29 @@ def test_images_of_another_size_are_answered_in_their_own_pixels(who, height, wi
         (torch.zeros(2, 1, SIZE, SIZE), torch.full((2, 2, 4), torch.nan), "at least one box"),
     ],
 )
-def test_images_and_boxes_that_do_not_fit_are_refused(who, images, boxes, message):
+def test_images_and_boxes_that_do_not_fit_are_refused(frozen, images, boxes, message):
     with pytest.raises(ValueError, match=message):
-        who.logits(images.to(torch.uint8), boxes)
-    assert who.calls == 0
+        frozen.logits(images.to(torch.uint8), boxes)
+    assert frozen.calls == 0
 
 
-def test_the_teacher_is_frozen(who):
-    assert not who.sam.training
-    assert not any(parameter.requires_grad for parameter in who.sam.parameters())
-    assert {parameter.dtype for parameter in who.sam.parameters()} == {torch.float32}
-    assert who.num_parameters == sum(parameter.numel() for parameter in network().parameters())
+def test_the_teacher_is_frozen(frozen):
+    assert not frozen.sam.training
+    assert not any(parameter.requires_grad for parameter in frozen.sam.parameters())
+    assert {parameter.dtype for parameter in frozen.sam.parameters()} == {torch.float32}
+    assert frozen.num_parameters == sum(parameter.numel() for parameter in network().parameters())
 
 
 # ------------------------------------------------------------------------------------------ files
 
 
-def test_the_weights_in_the_file_are_those_of_the_teacher(who, weights):
+def test_the_weights_in_the_file_are_those_of_the_teacher(frozen, weights):
     expected = network().state_dict()
-    assert who.sam.state_dict().keys() == expected.keys()
-    for key, value in who.sam.state_dict().items():
+    assert frozen.sam.state_dict().keys() == expected.keys()
+    for key, value in frozen.sam.state_dict().items():
         assert torch.equal(value, expected[key].half().float())
-    assert who.sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert (who.size, who.name, who.calls) == (SIZE, "builtin", 0)
+    assert frozen.sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert (frozen.size, frozen.name, frozen.calls) == (SIZE, "builtin", 0)
 
 
 def write_other_tensors(file):
@@ -441,13 +441,13 @@ def test_where_nothing_was_predicted_the_whole_image_is_asked_about():
     assert masks[1].sum() == 0, "the caller's masks stay"
 
 
-def test_batches_are_sized_to_the_devices_memory(who, monkeypatch):
+def test_batches_are_sized_to_the_devices_memory(frozen, monkeypatch):
     """64 patches, 2 heads, 4 bytes, three times: 98,304 bytes an image, in half of the memory."""
-    assert who.batch_size == 32
+    assert frozen.batch_size == 32
     for total, images in ((98_304 * 2 * 7 + 1, 7), (1, 1)):
         memory = SimpleNamespace(total=total)
         monkeypatch.setattr(teacher.psutil, "virtual_memory", lambda memory=memory: memory)
-        assert who.batch_size == images
+        assert frozen.batch_size == images
 
 
 def test_unknown_rules_are_named_with_the_known_ones():
@@ -460,50 +460,50 @@ def test_unknown_rules_are_named_with_the_known_ones():
 # ------------------------------------------------------------------------------------------ the cache
 
 
-def test_the_teacher_is_asked_once(who, tmp_path):
+def test_the_teacher_is_asked_once(frozen, tmp_path):
     images, masks = some_images(), some_masks()
     ask = functools.partial(
-        cached_logits, who, images, prompt(masks), cache=tmp_path / "cache", progress=False
+        cached_logits, frozen, images, prompt(masks), cache=tmp_path / "cache", progress=False
     )
     first = ask()
     assert (first.logits.shape, first.logits.dtype) == (images.shape, torch.float16)
-    assert who.calls == 3
-    assert torch.equal(first.logits, who.logits(images, prompt(masks)).half())
-    who.calls = 0
+    assert frozen.calls == 3
+    assert torch.equal(first.logits, frozen.logits(images, prompt(masks)).half())
+    frozen.calls = 0
     again = ask()
-    assert who.calls == 0
+    assert frozen.calls == 0
     assert torch.equal(again.logits, first.logits)
     assert again.seconds == first.seconds > 0, "what it has cost is remembered"
     assert len(list((tmp_path / "cache").iterdir())) == 1, "no unfinished file stays"
 
 
 @pytest.mark.parametrize("change", ["boxes", "weights", "precision", "size", "image", "fewer"])
-def test_the_teacher_is_asked_again_when_anything_its_answer_depends_on_changes(who, tmp_path, change):
+def test_the_teacher_is_asked_again_when_anything_its_answer_depends_on_changes(frozen, tmp_path, change):
     images, boxes = some_images(), prompt(some_masks())
-    cached_logits(who, images, boxes, cache=tmp_path, progress=False)
-    who.calls = 0
+    cached_logits(frozen, images, boxes, cache=tmp_path, progress=False)
+    frozen.calls = 0
     if change == "boxes":
         boxes[2, 1, 3] += 1
     elif change == "weights":
-        who.sha256 = "another"
+        frozen.sha256 = "another"
     elif change == "precision":
-        who.precision = "bfloat16"
+        frozen.precision = "bfloat16"
     elif change == "size":
-        sam.resize(who.sam, 32)
-        who.size = 32
+        sam.resize(frozen.sam, 32)
+        frozen.size = 32
     elif change == "image":
         images[2, 0, 5, 5] ^= 1
     elif change == "fewer":
         images, boxes = images[:2], boxes[:2]
-    found = cached_logits(who, images, boxes, cache=tmp_path, progress=False)
+    found = cached_logits(frozen, images, boxes, cache=tmp_path, progress=False)
     assert found.logits.shape == images.shape
-    assert who.calls == len(images)
+    assert frozen.calls == len(images)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "one bit"])
-def test_a_damaged_cache_is_made_again(who, tmp_path, damage):
+def test_a_damaged_cache_is_made_again(frozen, tmp_path, damage):
     ask = functools.partial(
-        cached_logits, who, some_images(), prompt(some_masks()), cache=tmp_path / "cache", progress=False
+        cached_logits, frozen, some_images(), prompt(some_masks()), cache=tmp_path / "cache", progress=False
     )
     expected = ask().logits
     (file,) = (tmp_path / "cache").iterdir()
@@ -511,9 +511,9 @@ def test_a_damaged_cache_is_made_again(who, tmp_path, damage):
     flipped = whole[:-1] + bytes([whole[-1] ^ 1])
     file.write_bytes({"cut": whole[:-1], "empty": b"", "one bit": flipped}[damage])
     for calls in (3, 0):  # made again once, and whole
-        who.calls = 0
+        frozen.calls = 0
         assert torch.equal(ask().logits, expected)
-        assert who.calls == calls
+        assert frozen.calls == calls
 
 
 # ------------------------------------------------------------------------------------------ as shipped
@@ -539,8 +539,8 @@ def test_the_shipped_teacher_knows_lungs_it_has_not_seen():
     """40 synthetic X-rays of a seed that its training did not draw, with true boxes."""
     images, masks, _ = phantom.generate(40, size=128, seed=7)
     images, masks = (torch.from_numpy(np.ascontiguousarray(part))[:, None] for part in (images, masks))
-    who = teacher.load()
-    dice = metrics.dice(who.logits(images, prompt(masks)) > 0, masks)
+    frozen = teacher.load()
+    dice = metrics.dice(frozen.logits(images, prompt(masks)) > 0, masks)
     assert dice.mean() > 0.95
     assert dice.min() > 0.8
 
@@ -549,11 +549,11 @@ def test_the_built_in_teacher_gives_the_same_bytes_on_any_number_of_cores():
     images, masks, _ = phantom.generate(5, 96, 0)
     images = torch.as_tensor(images).reshape(-1, 1, 96, 96)
     boxes = prompt(torch.as_tensor(masks).reshape(-1, 1, 96, 96), "ground_truth")
-    who, threads, found = teacher.load("builtin"), torch.get_num_threads(), []
+    frozen, threads, found = teacher.load("builtin"), torch.get_num_threads(), []
     try:
         for cores in (1, 2, 3):
             torch.set_num_threads(cores)
-            found.append(who.logits(images, boxes))
+            found.append(frozen.logits(images, boxes))
             assert torch.get_num_threads() == cores
     finally:
         torch.set_num_threads(threads)

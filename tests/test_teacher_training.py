@@ -193,10 +193,10 @@ def test_a_short_training_leaves_a_teacher_with_its_record(tmp_path):
         progress=False,
     )
 
-    who = teacher.load("builtin", out)
-    assert who.size == SIZE
+    frozen = teacher.load("builtin", out)
+    assert frozen.size == SIZE
     cohort = data.load(corpus, size=SIZE, progress=False)
-    logits = who.logits(cohort.images[:2], prompts.prompt(cohort.masks[:2]))
+    logits = frozen.logits(cohort.images[:2], prompts.prompt(cohort.masks[:2]))
     assert logits.isfinite().all()
     with safe_open(out, "pt") as opened:
         metadata = opened.metadata()

@@ -73,10 +73,7 @@ PAPER_DIFFERENCES: dict[str, dict[Cell, float]] = {
 def judge_number(paper: float, margin: float, row: Mapping[str, object]) -> tuple[str, str]:
     """Return the verdict on a number of the paper ("size"), and the reason.
 
-    - not testable here: not run, fewer than MIN_PATIENTS test patients, one seed, or an interval that reaches
-      both into and out of the paper's number plus and minus `margin`;
-    - reproduced: within `margin` of the paper's number by two one-sided tests, so by the 90 % interval;
-    - not reproduced: the 95 % interval lies outside the paper's number plus and minus `margin`.
+    Two one-sided tests place a number within `margin` where its 90 % interval lies within.
 
     Args:
         paper: the paper's number.
@@ -97,14 +94,8 @@ def judge_difference(
 ) -> tuple[str, str]:
     """Return the verdict on a difference that the paper has above zero ("direction"), and the reason.
 
-    - not testable here: an arm is missing; fewer than MIN_PATIENTS test patients; one seed; the check of the
-      manipulation fails; or the difference is inside the noise, and either its interval is wider than the
-      effect asked about (the paper's size; EQUIVALENCE where the paper gives none), or it excludes zero and
-      only Holm's correction takes that back;
-    - reproduced: above zero outside the noise, and at least half the paper's size where it gives one;
-    - direction only: above zero outside the noise, but less than half the paper's size;
-    - not reproduced: below zero outside the noise; equivalent to zero within EQUIVALENCE points by two
-      one-sided tests; or inside the noise with an interval that holds zero and excludes the paper's size.
+    Inside the noise is no denial: a difference is "not reproduced" there only where it is equivalent to zero,
+    or where an interval no wider than the paper's size excludes that size.
 
     Args:
         row: value, low, high, patients, seeds, inside_noise, equivalent and missing as in `compare`.

@@ -18,18 +18,9 @@ DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}) | DICOM_SUFFIXES
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".xls", ".xlsx", ".ods"})
 #: Beside images these are usual and mean no loss; any other unknown file may be an image that nobody reads.
-COMPANIONS = TABLE_SUFFIXES | {
-    ".txt",
-    ".md",
-    ".json",
-    ".xml",
-    ".html",
-    ".pdf",
-    ".ini",
-    ".db",
-    ".log",
-    ".yaml",
-}
+COMPANIONS = (
+    TABLE_SUFFIXES | {".txt", ".md", ".pdf", ".ini", ".db", ".log"} | {".json", ".xml", ".html", ".yaml"}
+)
 
 
 class SkippedFile(Exception):

@@ -1,4 +1,4 @@
-"""Mask pictures: which pixels of a file are lung.
+"""Mask pictures, and the rule that tells which of their pixels are lung.
 
 Programs write masks as 0/1, 0/255, labels, one colour or grey level a lung, probabilities; and JPEG, resizing
 or smoothing leaves values between. One rule reads them all:
@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import scipy  # its parts are imported where they are first used: ndimage takes half a second
 from PIL import Image, ImageOps
-from scipy import ndimage
 
 from fmfl.sources.files import SkippedFile
 from fmfl.sources.pixels import is_deep, on_black, open_picture, unreadable
@@ -40,10 +40,10 @@ def read_mask(path: Path, grey: np.ndarray) -> tuple[np.ndarray, str]:
         grey: [H, W] uint8, the image that it belongs to.
 
     Returns:
-        [H, W] bool, and a remark for a person, "" where every pixel stands for itself.
+        [H, W] bool, and a remark, "" where every pixel stands for itself.
 
     Raises:
-        LeftOut: the file cannot be read, has another size, or does not say which pixels are lung.
+        SkippedFile: the file cannot be read, has another size, or does not say which pixels are lung.
     """
     try:
         image = open_picture(path)
@@ -57,25 +57,22 @@ def read_mask(path: Path, grey: np.ndarray) -> tuple[np.ndarray, str]:
         detail = f"the mask has {columns} x {rows} pixels, its image {width} x {height}"
         raise SkippedFile(path, "mask of another size", detail)
     unclear = partial(SkippedFile, path, "mask unclear")
+    copied = SkippedFile(path, "mask is its image", "it shows the X-ray itself, not where its lungs are")
     try:
         if hues > 2:
             raise ValueError(f"it has areas of {hues} colours, and not all can be lungs")
         mask, between = lung_pixels(values, lossy=image.format in ("JPEG", "MPO", "WEBP"))
     except ValueError as error:
-        if _alike(values, grey) > COPY:
-            raise SkippedFile(
-                path, "mask is its image", "it shows the X-ray itself, not where its lungs are"
-            ) from None
-        raise unclear(str(error)) from None
+        raise (copied if _alike(values, grey) > COPY else unclear(str(error))) from None
     if _alike(mask, grey) > 0.98 or (between and _alike(values, grey) > COPY):
-        raise SkippedFile(path, "mask is its image", "mask and image show the same picture")
+        raise copied
     if doubt := _no_lungs(mask):
         raise unclear(doubt)
     return mask, "grey levels between lung and background" if between else ""
 
 
 def _no_lungs(mask: np.ndarray) -> str:
-    """Why a mask shows something else than areas of lung; "" where nothing speaks against it."""
+    """Return why a mask shows something else than areas of lung; "" where nothing speaks against it."""
     if not mask.any():
         return ""
     if _border(mask) > 0.5:
@@ -84,18 +81,18 @@ def _no_lungs(mask: np.ndarray) -> str:
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     if min(box.shape[0] / mask.shape[0], box.shape[1] / mask.shape[1]) > 0.5 and _border(box) > 0.5:
         return "its bright part is a box or a frame: bright has to be lung, dark the rest"
-    if mask.mean() < 0.1 and ndimage.binary_fill_holes(mask).sum() > 3 * mask.sum():
+    if mask.mean() < 0.1 and scipy.ndimage.binary_fill_holes(mask).sum() > 3 * mask.sum():
         return "it draws outlines: fill the areas that they enclose"
     return ""
 
 
 def _border(mask: np.ndarray) -> float:
-    """Share of a picture's outermost pixels that is lung."""
+    """Return the share of a picture's outermost pixels that is lung."""
     return np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()
 
 
 def _values(path: Path, image: Image.Image) -> tuple[np.ndarray, int]:
-    """[H, W] values of which the darkest is background, and the number of hues (0 for grey)."""
+    """Return [H, W] values of which the darkest is background, and the number of hues (0 for grey)."""
     with Image.open(path) as opened:
         stored = ImageOps.exif_transpose(opened)
         if stored.mode == "P" and not stored.has_transparency_data:
@@ -117,7 +114,7 @@ def _values(path: Path, image: Image.Image) -> tuple[np.ndarray, int]:
 
 
 def _hues(colours: np.ndarray) -> int:
-    """How many kinds of colour cover an area: which of red, green and blue a pixel is made of."""
+    """Count the kinds of colour that cover an area: mixtures of red, green and blue."""
     brightest = colours.max(axis=2, keepdims=True)
     bright = brightest[:, :, 0] > max(16, brightest.max() // 4)
     kinds = (colours > brightest / 2) @ np.array([1, 2, 4])
@@ -125,7 +122,7 @@ def _hues(colours: np.ndarray) -> int:
 
 
 def _alike(values: np.ndarray, grey: np.ndarray) -> float:
-    """Pearson's correlation of two pictures, 0 where one of them is flat."""
+    """Return Pearson's correlation of two pictures, 0 where one of them is flat."""
     a, b = (one.ravel() - one.mean(dtype=np.float64) for one in (values, grey))
     scale = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / scale) if scale > 0 and np.isfinite(scale) else 0.0
@@ -162,7 +159,7 @@ def lung_pixels(values: np.ndarray, lossy: bool = False) -> tuple[np.ndarray, bo
 
 
 def _split(values: np.ndarray, lossy: bool, half: float | None = None) -> tuple[np.ndarray, bool]:
-    """As `lung_pixels`; `half`: where lung begins by the values' own meaning."""
+    """Return the same as `lung_pixels`; `half`: where lung begins by the values' own meaning."""
     distinct = _distinct(values)
     if len(distinct) == 2:
         levels, flat = distinct, None
@@ -172,10 +169,10 @@ def _split(values: np.ndarray, lossy: bool, half: float | None = None) -> tuple[
         if len(levels) < 2:
             levels, flat = _plateaus(values)
     if len(levels) not in (2, 3):
-        found = (
-            f"{len(levels) - 1} grey levels beside the background" if len(levels) > 3 else "no clear areas"
-        )
-        raise ValueError(f"it has {found}, and which of them are lung is not told")
+        areas = "no clear areas"
+        if len(levels) > 3:
+            areas = f"{len(levels) - 1} grey levels beside the background"
+        raise ValueError(f"it has {areas}, and which of them are lung is not told")
     if len(levels) == 3 and levels[1] - levels[0] < DARKEST * (levels[2] - levels[0]):
         low, high = levels[1], levels[2]
         raise ValueError(
@@ -194,14 +191,14 @@ def _split(values: np.ndarray, lossy: bool, half: float | None = None) -> tuple[
 def _threshold(
     values: np.ndarray, flat: np.ndarray, levels: np.ndarray, half: float | None
 ) -> float | np.ndarray:
-    """Half of the way from the background to the plateau of lung that lies nearest to each pixel."""
+    """Return half of the way from the background to the plateau of lung nearest to each pixel."""
     halves = (levels[0] + levels[1:]) / 2
     if len(halves) == 1:
         return halves[0] if half is None else half
     lung = flat & (values > halves[0])
-    where = ndimage.distance_transform_edt(~lung, return_distances=False, return_indices=True)
+    nearest = scipy.ndimage.distance_transform_edt(~lung, return_distances=False, return_indices=True)
     bright = values > (levels[1] + levels[2]) / 2
-    return np.where(bright[tuple(where)], halves[1], halves[0])
+    return np.where(bright[tuple(nearest)], halves[1], halves[0])
 
 
 def _distinct(values: np.ndarray) -> np.ndarray:
@@ -211,19 +208,19 @@ def _distinct(values: np.ndarray) -> np.ndarray:
 
 
 def _spread(values: np.ndarray) -> np.ndarray:
-    """Largest less smallest value of the 3 x 3 pixels around each."""
-    return ndimage.maximum_filter(values, 3) - ndimage.minimum_filter(values, 3)
+    """Return the largest less the smallest value of the 3 x 3 pixels around each."""
+    return scipy.ndimage.maximum_filter(values, 3) - scipy.ndimage.minimum_filter(values, 3)
 
 
 def _labels(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The values that cover areas, and where they do, in a file of few values."""
+    """Return the values that cover areas, and where they do, in a file of few values."""
     flat = _spread(values) == 0
-    found, counts = np.unique(values[flat], return_counts=True)
-    return found[counts > LEAST_SHARE / 2 * values.size], flat
+    labels, counts = np.unique(values[flat], return_counts=True)
+    return labels[counts > LEAST_SHARE / 2 * values.size], flat
 
 
 def _plateaus(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The middle values of areas that are flat but for noise, and where they are."""
+    """Return the middle values of areas that are flat but for noise, and where they are."""
     low, high = float(values.min()), float(values.max())
     scaled = (values.astype(np.float32) - low) / (high - low)
     flat = _spread(scaled) <= FLAT
@@ -231,8 +228,8 @@ def _plateaus(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("its values change from pixel to pixel, as in a photograph")
     inside = np.sort(scaled[flat])
     bins = np.bincount((inside * 63.999).astype(int), minlength=64)
-    held = np.flatnonzero(bins > LEAST_SHARE / 2 * flat.sum())
-    groups = np.split(held, np.flatnonzero(np.diff(held) > 2) + 1)
+    filled = np.flatnonzero(bins > LEAST_SHARE / 2 * flat.sum())
+    groups = np.split(filled, np.flatnonzero(np.diff(filled) > 2) + 1)
     if any(group[-1] - group[0] > NOISY * 64 for group in groups):
         raise ValueError("its values run on from dark to bright, as in a photograph")
     levels = []
@@ -243,13 +240,13 @@ def _plateaus(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _refuse_unexplained(values: np.ndarray, levels: np.ndarray, mask: np.ndarray) -> None:
-    """ValueError where much is brighter than every plateau, or an area of its own is in no lung."""
+    """Raise a ValueError where much is brighter than every plateau, or an area of its own is in no lung."""
     least, step = LEAST_SHARE / 2 * values.size, 0.15 * (float(values.max()) - float(levels[0]))
     if (values > levels[-1] + step).sum() > least:
         raise ValueError(
             "it has lines or spots brighter than all of its areas, and what they mean is not told"
         )
-    areas, count = ndimage.label((values > levels[0] + step) | mask)
+    areas, count = scipy.ndimage.label((values > levels[0] + step) | mask)
     sizes = np.bincount(areas.ravel(), minlength=count + 1)
     kept = np.bincount(areas[mask], minlength=count + 1)
     if ((sizes[1:] > max(4, least)) & (kept[1:] == 0)).any():

@@ -1,7 +1,7 @@
-"""What is known of an image besides its pixels: metadata.csv, and the checks that every row passes.
+"""Table of a source: metadata.csv, and the checks that every row passes.
 
 A cell never counts for another column: every line has as many fields as the header, or the table is refused.
-A column that is nearly one of ours is not passed over: without its patients a study would be wrong.
+A column that is nearly one of ours is named: without its patients a study would be wrong.
 """
 
 import csv
@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections import defaultdict
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,34 +18,26 @@ from typing import Any
 from fmfl.errors import UserError
 from fmfl.sources.files import TABLE_SUFFIXES, ImageIndex, SkippedFile, first_line, walk
 
+#: age: years, NaN where unknown. age_source: record (this patient's), cohort (the middle of a range given for
+#: all) or "" without an age. sex: M, F or "". source: the folder's name.
 COLUMNS = (
-    "image_id",
-    "patient_id",
-    "age",  # years; NaN where unknown
-    "age_source",  # record: this patient's; cohort: the middle of a range given for all; "" without an age
-    "sex",  # M, F or ""
-    "finding",
-    "site",
-    "view",
-    "source",
-    "original_width",
-    "original_height",
-    "licence",
+    *("image_id", "patient_id", "age", "age_source", "sex", "finding", "site", "view", "source"),
+    *("original_width", "original_height", "licence"),
 )
-GIVEN = tuple(column for column in COLUMNS if column != "source")  # the source is the folder's name
+GIVEN = tuple(column for column in COLUMNS if column != "source")
 OLDEST = 120.0  # years; a larger age is a mistake in the table
 SEXES = {"m": "M", "male": "M", "f": "F", "female": "F"}
 NO_SEX = frozenset({"na", "n/a", "unknown", "u", "o", "other"})  # meant as neither; anything else is named
 UNKNOWN_AGE = frozenset({"", "na", "n/a", "unknown"})
-# What programs and people write where there is no patient id; taken as one, it would join all of them.
+#: Words that programs and people write where there is no patient id; as an id each would join all of them.
 NO_PATIENT = frozenset(
     {"nan", "none", "null", "nil", "na", "n/a", "#n/a", "<na>", "unknown", "unk", "undefined", "missing"}
     | {"not available", "not given", "not known", "anonymous", "anonymized", "anonymised", "anon"}
     | {"-", "--", "?", ".", "x", "xx", "xxx", "#ref!", "#value!", "#name?"}
 )
-# A metadata.csv.txt is what an editor makes of metadata.csv where suffixes are hidden.
+#: Endings of a metadata.csv under another name: an editor makes metadata.csv.txt where suffixes are hidden.
 LIKE_A_TABLE = frozenset({"txt", "tab", "dat", "gz", "zip", "parquet", "numbers"})
-# Other words for our columns, as they stand in public tables.
+#: Other words for our columns, as they stand in public tables.
 SYNONYMS = {
     "image_id": r"image|img|file|filename|filepath|path|picture|scan",
     "patient_id": r"pat|pid|mrn|case(id|no|nr)?|(patien|pacien|pazien|subj|person|proband|particip)\w*",
@@ -60,9 +52,9 @@ SYNONYMS = {
 
 @dataclass(frozen=True)
 class Table:
-    """A metadata.csv: by image_id what it says, as text; empty cells are not in it."""
+    """Rows of a metadata.csv."""
 
-    rows: dict[str, dict[str, str]]
+    rows: dict[str, dict[str, str]]  # by image_id; empty cells are not in it
     refused: set[str]  # image_ids whose lines contradict each other
     has_patients: bool
 
@@ -74,42 +66,40 @@ def read(folder: Path, images: ImageIndex) -> Generator[SkippedFile, None, Table
         UserError: it cannot be read, names no images, or calls the patients by another name than patient_id.
     """
     path = folder / "metadata.csv"
-    top = sorted(walk(folder, deep=False))
     if path.is_dir():
-        raise UserError(f"{path}: this is a folder; give the table as a file of that name.")
-    if path.name not in {one.name for one in top}:
-        yield from _other_tables(folder, [one.name for one in top])
+        raise UserError(f"{path}: this is a folder; give the table as a file of that name")
+    names = sorted(one.name for one in walk(folder, deep=False))
+    if path.name not in names:
+        yield from _other_tables(folder, names)
         return None
     header, lines = _lines(path)
     columns = _columns(path, header)
     for given, ours in _nearly(columns).items():
         detail = f"its column {given!r} is not read; name it {ours} if it is that, or remove it"
         if ours in ("image_id", "patient_id"):
-            raise UserError(f"{path}: {detail}.")
+            raise UserError(f"{path}: {detail}")
         yield SkippedFile(path, "column not read", detail)
     if "image_id" not in columns:
-        found = ", ".join(header)
-        raise UserError(f"{path}: there is no image_id column (it has: {found}); name the images in one.")
+        names = ", ".join(header)
+        raise UserError(f"{path}: there is no image_id column (it has: {names}); name the images in one")
     return (yield from _by_image(path, columns, lines, images))
 
 
-def _other_tables(folder: Path, names: list[str]) -> Generator[SkippedFile, None, None]:
+def _other_tables(folder: Path, names: list[str]) -> Iterator[SkippedFile]:
     for name in names:
         stem, mark, suffix = name.lower().rpartition(".")
         table = f".{suffix}" in TABLE_SUFFIXES
-        meant = plain(stem or suffix).startswith("metadata")
-        if not table and not (meant and (not mark or suffix in LIKE_A_TABLE)):
-            continue
-        if meant:
+        if plain(stem or suffix).startswith("metadata") and (table or not mark or suffix in LIKE_A_TABLE):
             raise UserError(
-                f"{folder / name}: is not read; save it as metadata.csv, so that its patients count."
+                f"{folder / name}: is not read; save it as metadata.csv, so that its patients count"
             )
-        detail = "it is not read; save it as metadata.csv if it tells the patients"
-        yield SkippedFile(folder / name, "table not read", detail)
+        if table:
+            detail = "it is not read; save it as metadata.csv if it tells the patients"
+            yield SkippedFile(folder / name, "table not read", detail)
 
 
 def _lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header, and the number and fields of every line that is not empty."""
+    """Return the header, and the number and fields of every line that is not empty."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if "\0" in text:
@@ -117,17 +107,18 @@ def _lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
         lines = [(reader.line_num, [field.strip() for field in line]) for line in reader]
     except (OSError, ValueError, csv.Error) as error:  # ValueError: not UTF-8
-        raise UserError(f"{path}: not a CSV table ({first_line(error)}); save it as UTF-8.") from None
+        raise UserError(f"{path}: not a CSV table ({first_line(error)}); save it as UTF-8") from None
     lines = [(number, line) for number, line in lines if any(line)]
     if not lines:
-        raise UserError(f"{path}: not a CSV table (it is empty); save it as UTF-8.")
+        raise UserError(f"{path}: not a CSV table (it is empty); save it as UTF-8")
     header = lines.pop(0)[1]
     while header[-1] == "":
         header.pop()
-    separators = [mark for mark in (";", "\t", "|") if mark in header[0]]
-    if len(header) == 1 and separators:
+    separator = re.search(r"[;\t|]", header[0])
+    if len(header) == 1 and separator:
+        mark = separator[0]
         raise UserError(
-            f"{path}: columns are separated by {separators[0]!r} in it; save it with commas (image_id,...)."
+            f"{path}: columns are separated by {mark!r} in it; save it with commas (image_id,...)"
         )
     # A spreadsheet ends each line with the same empty fields. One line alone that is longer has a comma
     # within a value, and then its values stand under other columns' names.
@@ -139,7 +130,7 @@ def _lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         if len(line) != len(header):
             raise UserError(
                 f"{path}: line {number} has {len(line)} fields, but the header names {len(header)} columns; "
-                "separate them with commas, and put quotes around a value that holds one."
+                "separate them with commas, and put quotes around a value that holds one"
             )
     return header, lines
 
@@ -155,79 +146,75 @@ def plain(name: str) -> str:
 
 
 def _columns(path: Path, header: list[str]) -> list[str]:
-    """The header's names, ours where they are of a column of ours; "" for a column without a name."""
+    """Return the header's names, in our spelling where they are ours; "" for a column without a name."""
     ours = {plain(column): column for column in GIVEN}
     columns = [ours.get(plain(name), name) for name in header]
     for column in columns:
         if column and columns.count(column) > 1:
-            raise UserError(f"{path}: two columns are named {column}; keep one of them.")
+            raise UserError(f"{path}: two columns are named {column}; keep one of them")
     return columns
 
 
 def _nearly(columns: list[str]) -> dict[str, str]:
-    """Columns that are not ours by name, but look as if one of ours that is absent was meant."""
+    """Return columns that look as if one of ours that is absent was meant, and that one of ours."""
     absent = [column for column in GIVEN if column not in columns]
     meant = {}
-    for name in filter(None, columns):
-        if name in GIVEN:
+    for name in columns:
+        if not name or name in GIVEN:
             continue
-        said = {
-            ours
-            for ours in absent
-            if any(re.fullmatch(SYNONYMS.get(ours, ours), word) for word in words(name))
-        }
-        close = difflib.get_close_matches(plain(name), [plain(ours) for ours in absent], 1, 0.88)
-        said |= {ours for ours in absent if plain(ours) in close}
-        if said & {"age", "sex"}:  # a patient's age is no patient's id
-            said -= {"patient_id"}
-        if said:
-            meant[name] = min(said, key=GIVEN.index)
+        close = difflib.get_close_matches(plain(name), map(plain, absent), 1, 0.88)
+        likely = {ours for ours in absent if plain(ours) in close}
+        for word in words(name):
+            likely |= {ours for ours in absent if re.fullmatch(SYNONYMS.get(ours, ours), word)}
+        if likely & {"age", "sex"}:  # a patient's age is no patient's id
+            likely -= {"patient_id"}
+        if likely:
+            meant[name] = min(likely, key=GIVEN.index)
     return meant
 
 
 def _by_image(
     path: Path, columns: list[str], lines: list[tuple[int, list[str]]], images: ImageIndex
 ) -> Generator[SkippedFile, None, Table]:
-    """Rows by image_id. Lines that say different things of one image tell nothing of it."""
+    """Return the rows by image_id; lines that contradict each other tell nothing of their image."""
     rows = {number: dict(zip(columns, line, strict=True)) for number, line in lines}
-    found = images.match({number: [row["image_id"]] for number, row in rows.items() if row["image_id"]})
-    of_image: dict[Path, list[int]] = defaultdict(list)
+    matches = images.match({number: [row["image_id"]] for number, row in rows.items() if row["image_id"]})
+    lines_of: dict[Path, list[int]] = defaultdict(list)
     for number, row in rows.items():
-        image = found.get(number)
+        image = matches.get(number, "")
         if isinstance(image, Path):
-            of_image[image].append(number)
-            continue
-        what = (
-            f"the image {row['image_id']} of line {number} {image}"
-            if image
-            else f"line {number} names no image"
-        )
-        yield SkippedFile(path, "missing image", what)
-    told, refused = {}, set()
-    for image, numbers in of_image.items():
-        known = [{key: value for key, value in rows[number].items() if value} for number in numbers]
-        said = [{key: row.get(key) for key in GIVEN if key != "image_id"} for row in known]
-        if any(one != said[0] for one in said):
-            detail = f"lines {', '.join(map(str, numbers))} of metadata.csv say different things of it"
+            lines_of[image].append(number)
+        else:
+            detail = f"the image {row['image_id']} of line {number} {image}"
+            detail = detail if image else f"line {number} names no image"
+            yield SkippedFile(path, "missing image", detail)
+    table = Table({}, set(), "patient_id" in columns)
+    for image, (first, *others) in lines_of.items():
+        known = {key: value for key, value in rows[first].items() if value}
+        if any(
+            rows[first][key] != rows[other][key] for key in GIVEN[1:] if key in columns for other in others
+        ):
+            numbers = ", ".join(map(str, (first, *others)))
+            detail = f"lines {numbers} of metadata.csv say different things of it"
             yield SkippedFile(image, "image_id twice", detail)
-            refused.add(images.key(image))
+            table.refused.add(images.key(image))
             continue
-        if (sex := known[0].get("sex", "")) and sex.lower() not in SEXES.keys() | NO_SEX:
-            detail = f"its sex is {sex!r} in line {numbers[0]}, which counts as unknown: write M or F"
+        if (sex := known.get("sex", "")) and sex.lower() not in SEXES.keys() | NO_SEX:
+            detail = f"its sex is {sex!r} in line {first}, which counts as unknown: write M or F"
             yield SkippedFile(path, "sex not read", detail)
-        for number in numbers[1:]:
+        for number in others:
             detail = f"line {number} has image_id {rows[number]['image_id']} again"
             yield SkippedFile(path, "image_id twice", detail)
-        told[images.key(image)] = known[0]
-    return Table(told, refused, "patient_id" in columns)
+        table.rows[images.key(image)] = known
+    return table
 
 
 def row(image: Path, image_id: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A checked row out of what a reader found; `values` may lack any column and hold others.
+    """Return a checked row of what a reader knows; `values` may lack any column and hold others.
 
     Raises:
-        LeftOut: the age is not a number of years in 0..120, or the patient_id is a word for none. An age that
-            is empty or "NA" is unknown, which is no fault; one that is "nan" or negative went wrong
+        SkippedFile: the age is not a number of years in 0..120, or the patient_id is a word for none. An age
+            that is empty or "NA" is unknown, which is no fault; one that is "nan" or negative went wrong
             somewhere, and so may have the rest of its row.
     """
     text = {key: "" if values.get(key) is None else str(values[key]).strip() for key in COLUMNS}
@@ -238,41 +225,38 @@ def row(image: Path, image_id: str, values: Mapping[str, Any]) -> dict[str, Any]
         if not 0 <= age <= OLDEST:
             raise age_not_valid(image, text["age"])
     age_source = "cohort" if text["age_source"].lower() == "cohort" else "record"
-    return {
+    checked = {
         "image_id": image_id,
         "patient_id": patient(image, text["patient_id"]),
         "age": age,
         "age_source": "" if math.isnan(age) else age_source,
         "sex": SEXES.get(text["sex"].lower(), ""),
-        "finding": text["finding"],
-        "site": text["site"],
-        "view": text["view"],
         "original_width": whole(text["original_width"]),
         "original_height": whole(text["original_height"]),
-        "licence": text["licence"],
     }
+    return {key: text[key] for key in GIVEN} | checked
 
 
 def age_not_valid(image: Path, text: str) -> SkippedFile:
-    """The reason why an image with such an age is left out."""
+    """Return the reason to leave out an image with such an age."""
     detail = f"its age is {text!r}, not years in 0..{OLDEST:.0f} (empty where unknown)"
     return SkippedFile(image, "age not valid", detail)
 
 
 def patient(image: Path, text: str) -> str:
-    """A patient's id as given; "7.0", which pandas makes of 7 in a column with gaps, is 7.
+    """Return a patient's id as given, but 7 for "7.0".
 
     Raises:
-        LeftOut: it is a word for none, or a rounded number. Taken as an id it would make one patient of all
-            images that have it; whether they are one is for a person to say, by an id or an empty cell.
+        SkippedFile: it is a word for none, or a rounded number. As an id it would make one patient of all
+            images that have it; a person has to say, by an id or an empty cell, whether they are one.
     """
-    detail = ""
+    fault = ""
     if text.lower() in NO_PATIENT:
-        detail = f"its patient_id is {text!r}: give the patient's own, or none if no other image is of it"
+        fault = ": give the patient's own, or none if no other image is of it"
     elif re.fullmatch(r"\d([.,]\d+)?e\+\d+", text.lower()):
-        detail = f"its patient_id is {text!r}, a number that a spreadsheet has rounded: give all its digits"
-    if detail:
-        raise SkippedFile(image, "patient_id not valid", detail)
+        fault = ", a number that a spreadsheet has rounded: give all its digits"
+    if fault:
+        raise SkippedFile(image, "patient_id not valid", f"its patient_id is {text!r}{fault}")
     return without_fraction(text)
 
 
@@ -282,7 +266,7 @@ def without_fraction(text: str) -> str:
 
 
 def whole(value: Any) -> int:
-    """A positive whole number, or 0 for anything else."""
+    """Return a positive whole number, or 0 for anything else."""
     try:
         return max(0, int(float(value)))
     except (ValueError, OverflowError, TypeError):

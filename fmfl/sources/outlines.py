@@ -1,4 +1,4 @@
-"""From outlines and runs, as annotations give them, to a mask of pixels."""
+"""Masks of pixels out of outlines and runs, as annotations give them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -9,23 +9,20 @@ import numpy as np
 
 from fmfl.sources.files import SkippedFile
 
-Shape = Callable[[int, int], np.ndarray]  # (height, width) of the image -> (height, width) bool
+#: Height and width of an image in pixels -> [H, W] bool.
+Shape = Callable[[int, int], np.ndarray]
 
 
 def fill_even_odd(outlines: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
-    """The pixels whose centre lies inside closed outlines, by the even-odd rule.
+    """Return the pixels whose centre lies inside closed outlines, by the even-odd rule: [H, W] bool.
 
-    The pixel in row r and column c covers [c, c+1] x [r, r+1]. Asking for its centre keeps areas unbiased;
+    The pixel in row r and column c covers [c, c+1] x [r, r+1]. Testing its centre keeps areas unbiased;
     drawing libraries add the outline itself, half a pixel all round. Each edge toggles, in every row that it
     crosses, the first pixel to the right of the crossing; the running parity along the row is the mask.
 
     Args:
         outlines: each [n, 2] float, x and y in pixels; may reach beyond the image.
-        height: of the image, pixels.
-        width: of the image, pixels.
-
-    Returns:
-        (height, width) bool.
+        height, width: of the image in pixels.
     """
     toggles = np.zeros((height, width + 1), np.uint8)
     for outline in outlines:
@@ -44,7 +41,7 @@ def fill_even_odd(outlines: Sequence[np.ndarray], height: int, width: int) -> np
 
 
 def decode_coco_counts(text: str | bytes) -> np.ndarray:
-    """The run lengths in COCO's compressed RLE text.
+    """Return the run lengths in COCO's compressed RLE text.
 
     Each number is written five bits a character, lowest first, plus 48; bit 5 says that more follow, bit 4 of
     the last one is the sign. From the fourth number on, the difference to the number two before is written.
@@ -67,7 +64,7 @@ def decode_coco_counts(text: str | bytes) -> np.ndarray:
 
 
 def from_runs(inside: np.ndarray, lengths: np.ndarray, order: str, height: int, width: int) -> np.ndarray:
-    """Give (height, width) bool out of run lengths; order "C" runs along rows, "F" along columns."""
+    """Return [H, W] bool of run lengths; order "C" runs along rows, "F" along columns."""
     flat = np.repeat(inside, lengths)
     if len(flat) != height * width:
         raise ValueError(f"{len(flat)} pixels in the runs, {height * width} in the image")
@@ -75,15 +72,15 @@ def from_runs(inside: np.ndarray, lengths: np.ndarray, order: str, height: int, 
 
 
 def points(values: Any) -> np.ndarray:
-    """Give [n, 2] float, or ValueError where the values are no finite x and y."""
-    found = np.asarray(values, np.float64)
-    if found.ndim != 2 or not np.isfinite(found).all():
+    """Return [n, 2] float; raise a ValueError where the values are no finite x and y."""
+    outline = np.asarray(values, np.float64)
+    if outline.ndim != 2 or not np.isfinite(outline).all():
         raise ValueError("an outline is not a list of finite x and y")
-    return found
+    return outline
 
 
 def coco_shapes(segmentation: Any) -> list[Shape]:
-    """One annotation: several polygons (parts of one object, united), or one RLE mask.
+    """Return the shapes of one annotation: polygons (parts of one object, united), or one RLE mask.
 
     Raises:
         ValueError: it encloses nothing, or its numbers do not fit together.
@@ -110,34 +107,34 @@ def _from_coco_runs(runs: np.ndarray, size: tuple[int, int], height: int, width:
 def unite(
     annotation: Path, shapes: Sequence[Shape], declared: tuple[int, int], height: int, width: int
 ) -> tuple[np.ndarray, str]:
-    """Give the union of shapes that were drawn on an image of the declared (width, height), and a remark.
+    """Return the union of shapes, [H, W] bool, and a remark.
+
+    Args:
+        annotation: the file that they are from.
+        shapes: as `fill_even_odd`, or with a size of their own.
+        declared: width and height of the picture that they were drawn on; 0: not told.
+        height, width: of the image in pixels.
 
     Raises:
-        LeftOut: the image has another size, or outlines come without the size that they were drawn at (0) or
+        SkippedFile: the image has another size, or outlines come without the size that they were drawn at or
             enclose none of its pixels, as those in fractions of the picture.
     """
+    another_size = partial(SkippedFile, annotation, "mask of another size")
     if any(given and given != own for given, own in zip(declared, (width, height), strict=True)):
-        detail = f"annotated at {declared[0]} x {declared[1]} pixels, but its image has {width} x {height}"
-        raise SkippedFile(annotation, "mask of another size", detail)
+        size = f"{declared[0]} x {declared[1]}"
+        raise another_size(f"annotated at {size} pixels, but its image has {width} x {height}")
     if 0 in declared and not all(shape.func is _from_coco_runs for shape in shapes):
         detail = "its outlines come without the width and height of the image that they were drawn on"
         raise SkippedFile(annotation, "mask of unknown size", detail)
-    mask = np.zeros((height, width), bool)
-    for shape in shapes:
-        try:
-            mask |= shape(height, width)
-        except ValueError as error:
-            raise SkippedFile(annotation, "mask of another size", str(error)) from None
+    try:
+        mask = np.logical_or.reduce([shape(height, width) for shape in shapes])
+    except ValueError as error:
+        raise another_size(str(error)) from None
     outlines = [outline for shape in shapes if shape.func is fill_even_odd for outline in shape.args[0]]
     if outlines and not mask.any():
         detail = "its outlines enclose no pixel of its image: give them in pixels, not in fractions"
         raise SkippedFile(annotation, "annotation unclear", detail)
-    beyond = any(_beyond(outline, height, width) for outline in outlines)
-    return mask, "outlines that reach far beyond their picture, cut at its border" if beyond else ""
-
-
-def _beyond(outline: np.ndarray, height: int, width: int) -> bool:
-    """True where an outline leaves the picture by a tenth of its side: a slip of the hand by less."""
-    least, most = outline.min(axis=0), outline.max(axis=0)
+    # By less than a tenth of the picture's side it is a slip of the hand.
     side = np.array([width, height])
-    return bool((least < -0.1 * side).any() or (most > 1.1 * side).any())
+    beyond = any((outline < -0.1 * side).any() or (outline > 1.1 * side).any() for outline in outlines)
+    return mask, "outlines that reach far beyond their picture, cut at its border" if beyond else ""

@@ -1,4 +1,4 @@
-"""Synthetic chest X-rays with exact lung masks, ages, sites and patients: what every run can fall back on.
+"""Synthetic chest X-rays with exact lung masks, ages, sites and patients.
 
 A picture is made as a radiograph is. Body, lungs, heart, bones and devices are smooth shapes in the
 patient's own coordinates; the lengths of their paths along the beam add up to one map of attenuation (Beer-
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import comb, cos, exp, sin
 from numbers import Integral
+from typing import Any
 
 import cv2
 import numpy as np
@@ -29,21 +30,18 @@ from numpy.random import Generator, default_rng
 from numpy.typing import NDArray
 
 from fmfl.errors import UserError
+from fmfl.sources.metadata import GIVEN
 
 Array = NDArray[np.float32]
 
 LICENCE = "CC BY 4.0"
-COLUMNS = (
-    *("image_id", "patient_id", "age", "age_source", "sex", "finding", "site", "view"),
-    *("original_width", "original_height", "licence"),
-)
 SIDES = (-1, 1)
 FINDINGS = ("normal", "ground glass", "patchy opacities", "consolidation", "effusion", "whiteout")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """What is typical of one hospital's chest X-rays."""
+    """Typical properties of one hospital's chest X-rays."""
 
     name: str
     share: float  # of all patients
@@ -138,7 +136,7 @@ SITES = (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Patient:
-    """One person: what all of their pictures share. Lengths in half-widths of the thorax."""
+    """Anatomy of one person, which all of their pictures share. Lengths in half-widths of the thorax."""
 
     number: int
     site: Site
@@ -151,9 +149,7 @@ class Patient:
     medial: tuple[float, float]  # x of the medial border: right, left
     dome_drop: tuple[float, float]  # how far the costophrenic angle lies below the dome
     dome_top: float  # u of the dome's top
-    waves: NDArray[
-        np.float64
-    ]  # (5, 3, 3): unevenness of the lateral, two medial and two lower borders, see _wave
+    waves: NDArray[np.float64]  # [5, 3, 3]: the lateral, two medial and two lower borders, see `_wave`
     left_dome: float  # how far the left dome lies below the right
     heart_width: float  # over the width of the thorax (cardiothoracic ratio)
     heart_tilt: float  # radians
@@ -181,32 +177,13 @@ def _draw_patient(seed: int, number: int) -> Patient:
     grown = 1 - exp(-age / 6)
     old = float(np.clip((age - 50) / 40, 0, 1))
     emphysema = old * (rng.random() < 0.4) * rng.uniform(0.3, 1)
-    kyphosis = old * rng.uniform(0, 1)  # a bent back shortens the lungs in the picture
     return Patient(
         number=number,
         site=site,
         age=age,
         sex=sex,
         finding=finding,
-        height=1.2
-        + grown * (0.37 if sex == "F" else 0.42)
-        + 0.2 * emphysema
-        - 0.12 * kyphosis
-        + rng.normal(0, 0.06),
-        apex=rng.normal(0.42, 0.025),
-        shoulder=rng.uniform(1.4, 2.15),
-        medial=tuple(rng.normal((0.15, 0.17), 0.028).tolist()),
-        dome_drop=tuple(((0.17 + 0.12 * grown) * (1 - 0.6 * emphysema) * rng.uniform(0.75, 1.3, 2)).tolist()),
-        dome_top=rng.uniform(0.36, 0.52),
-        waves=np.stack(
-            [
-                rng.normal(0, 0.009, (5, 3)) * np.array([1, 1.9, 1.9, 1.6, 1.6])[:, None],
-                rng.uniform((2, 4, 7), (4, 7, 12), (5, 3)),
-                rng.uniform(0, 2 * np.pi, (5, 3)),
-            ],
-            -1,
-        ),
-        left_dome=rng.normal(0.06, 0.06),
+        **_draw_lungs(rng, sex, grown, old, emphysema),
         heart_width=0.57 - 0.11 * grown + 0.05 * old - 0.07 * emphysema + rng.normal(0, 0.03),
         heart_tilt=0.55 + 0.15 * grown + rng.normal(0, 0.1),
         calcium=max(0.0, old - 0.3) * rng.uniform(0, 1),
@@ -224,9 +201,34 @@ def _draw_patient(seed: int, number: int) -> Patient:
     )
 
 
+def _draw_lungs(rng: Generator, sex: str, grown: float, old: float, emphysema: float) -> dict[str, Any]:
+    """Draw the borders of the lungs; the order of the draws is part of every picture."""
+    kyphosis = old * rng.uniform(0, 1)  # a bent back shortens the lungs in the picture
+    height = 1.2 + grown * (0.37 if sex == "F" else 0.42) + 0.2 * emphysema - 0.12 * kyphosis
+    return {
+        "height": height + rng.normal(0, 0.06),
+        "apex": rng.normal(0.42, 0.025),
+        "shoulder": rng.uniform(1.4, 2.15),
+        "medial": tuple(rng.normal((0.15, 0.17), 0.028).tolist()),
+        "dome_drop": tuple(
+            ((0.17 + 0.12 * grown) * (1 - 0.6 * emphysema) * rng.uniform(0.75, 1.3, 2)).tolist()
+        ),
+        "dome_top": rng.uniform(0.36, 0.52),
+        "waves": np.stack(
+            [
+                rng.normal(0, 0.009, (5, 3)) * np.array([1, 1.9, 1.9, 1.6, 1.6])[:, None],
+                rng.uniform((2, 4, 7), (4, 7, 12), (5, 3)),
+                rng.uniform(0, 2 * np.pi, (5, 3)),
+            ],
+            -1,
+        ),
+        "left_dome": rng.normal(0.06, 0.06),
+    }
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class View:
-    """How one picture of a patient was taken, and what of the patient changes from day to day."""
+    """Geometry of one picture of a patient, and the posture and breath of that day."""
 
     supine: bool
     width: int  # of the stored picture, pixels
@@ -275,7 +277,7 @@ def _draw_view(patient: Patient, rng: Generator) -> View:
 
 
 def _wave(at: NDArray[np.float64] | float, wave: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A sum of sines; wave [n, 3] holds amplitudes, angular frequencies and phases."""
+    """Return a sum of sines; wave [n, 3] holds amplitudes, angular frequencies and phases."""
     amplitude, frequency, phase = wave.T
     return np.sin(np.multiply.outer(at, frequency) + phase) @ amplitude
 
@@ -284,7 +286,7 @@ def _wave(at: NDArray[np.float64] | float, wave: NDArray[np.float64]) -> NDArray
 
 
 def _lateral(patient: Patient, y: NDArray[np.float64] | float) -> NDArray[np.float64]:
-    """u of the chest wall's inner border at height y."""
+    """Return u of the chest wall's inner border at height y."""
     rise = np.clip(1 - y / (0.82 * patient.height), 0, 1)
     return (
         patient.apex + (1 - patient.apex) * (1 - rise**patient.shoulder) ** 0.53 + _wave(y, patient.waves[0])
@@ -292,7 +294,7 @@ def _lateral(patient: Patient, y: NDArray[np.float64] | float) -> NDArray[np.flo
 
 
 def _medial(patient: Patient, view: View, side: int, y: NDArray[np.float64] | float) -> NDArray[np.float64]:
-    """u of the border towards the mediastinum, as annotators draw it: nearly vertical, beside the spine."""
+    """Return u of the border to the mediastinum, as annotators draw it: nearly vertical, beside the spine."""
     straight = (
         patient.medial[(side + 1) // 2] + side * view.turn * 0.5 + _wave(y, patient.waves[1 + (side > 0)])
     )
@@ -302,7 +304,7 @@ def _medial(patient: Patient, view: View, side: int, y: NDArray[np.float64] | fl
 
 
 def _dome(patient: Patient, view: View, side: int, u: NDArray[np.float64]) -> NDArray[np.float64]:
-    """y of the diaphragm at distance u from the midline."""
+    """Return y of the diaphragm at distance u from the midline."""
     top = patient.dome_top
     lateral = np.clip((u - top) / (1 - top), 0, 1.1)
     medial = np.clip((top - u) / top, 0, 1.5)
@@ -312,7 +314,7 @@ def _dome(patient: Patient, view: View, side: int, u: NDArray[np.float64]) -> ND
 
 
 def _outline(patient: Patient, view: View, side: int) -> NDArray[np.float64]:
-    """Closed border of one lung field, [n, 2] in the patient's coordinates."""
+    """Return the closed border of one lung field, [n, 2] in the patient's coordinates."""
     heights = 1.5 * patient.height * np.linspace(0, 1, 90) ** 2  # closest together where the apex curves
     corner = patient.height + patient.dome_drop[(side + 1) // 2]
     bottom_u = np.linspace(_lateral(patient, corner), _medial(patient, view, side, patient.height), 60)
@@ -326,7 +328,7 @@ def _outline(patient: Patient, view: View, side: int) -> NDArray[np.float64]:
 
 
 def _draw_mask(patient: Patient, view: View, size: int) -> NDArray[np.uint8]:
-    """Lung mask (size, size): drawn at four times the size; a pixel counts where half of it is lung."""
+    """Draw a lung mask [H, W] at four times the size; a pixel counts where half of it is lung."""
     fine = np.zeros((4 * size, 4 * size), np.uint8)
     for side in SIDES:
         points = _outline(patient, view, side) @ view.place[:, :2].T + view.place[:, 2]
@@ -337,7 +339,7 @@ def _draw_mask(patient: Patient, view: View, size: int) -> NDArray[np.uint8]:
 
 
 class Tubes:
-    """Sums the shadows of tubes (ribs, vessels, wires): points spread over each tube, then one histogram.
+    """Sum of the shadows of tubes (ribs, vessels, wires): points spread over each tube, then one histogram.
 
     Spreading the mass keeps thin tubes right at every size of picture: half a pixel wide, half the shadow.
     """
@@ -351,7 +353,7 @@ class Tubes:
         self.masses: list[Array] = []
 
     def add(self, centre: Array, radius: Array | float, weight: Array | float, *, wall: float = 1.0) -> None:
-        """Centre [k, n, 2], radius and weight (scalar, [m], [k, 1] or [k, m]; evenly spaced along): k tubes.
+        """Add k tubes: centre [k, n, 2], radius and weight (scalar, [m], [k, 1] or [k, m]; evenly spaced).
 
         The weight is the shadow in the middle of a solid tube; wall < 1 makes the inside hollow, as bone is.
         """
@@ -377,7 +379,7 @@ class Tubes:
         self.masses.append(((weight * step * radius * np.float32(2 / rows)) * chord).ravel())
 
     def render(self) -> Array:
-        """The summed shadows, (size, size)."""
+        """Return the summed shadows, [H, W]."""
         if not self.places:
             return np.zeros((self.size, self.size), np.float32)
         places = np.concatenate(self.places)
@@ -404,7 +406,7 @@ class Tubes:
 
 
 def _resample(values: Array, samples: int) -> Array:
-    """[k, n, c] to (k, samples, c), linear in the index."""
+    """Interpolate [k, n, c] to [k, samples, c], linearly in the index."""
     count = values.shape[1]
     if count == 1:
         return values
@@ -422,7 +424,7 @@ def _basis(degree: int, samples: int) -> NDArray[np.float64]:
 
 
 def _bezier(*knots: NDArray[np.float64], samples: int = 16) -> NDArray[np.float64]:
-    """Bezier curves (k, samples, 2) through control points, each [k, 2] or (2,)."""
+    """Return Bezier curves [k, samples, 2] with these control points, each [k, 2] or [2]."""
     points = np.stack([np.atleast_2d(knot) for knot in knots], 1)
     return _basis(len(knots) - 1, samples) @ points
 
@@ -430,7 +432,7 @@ def _bezier(*knots: NDArray[np.float64], samples: int = 16) -> NDArray[np.float6
 def _ball(
     x: Array, y: Array, centre: tuple[float, float], radii: tuple[float, float], angle: float = 0.0
 ) -> Array:
-    """Path through an ellipsoid, 1 in its middle."""
+    """Return the path through an ellipsoid, 1 in its middle."""
     dx, dy = x - centre[0], y - centre[1]
     c, s = cos(angle), sin(angle)
     a = c / radii[0] * dx + s / radii[0] * dy
@@ -439,26 +441,26 @@ def _ball(
 
 
 def _bump(value: Array, width: float) -> Array:
-    """Smooth hump of height 1 about zero that ends at +- width * sqrt(2)."""
+    """Return a smooth hump of height 1 about zero that ends at +- width * sqrt(2)."""
     v = np.clip(1 - 0.5 * np.square(value * np.float32(1 / width)), 0, 1)
     return v * v
 
 
 def _along(function: Callable[[NDArray[np.float64]], NDArray[np.float64]], at: Array) -> Array:
-    """function(at), read from a fine table: at holds the same coordinate for thousands of pixels."""
+    """Return function(at) from a fine table: thousands of pixels have the same coordinate."""
     low, high = float(at.min()), float(at.max())
     table = function(np.linspace(low, high, 2048)).astype(np.float32)
     return table[((at - low) * np.float32(2047 / (high - low))).astype(np.int32)]
 
 
 def _rise(value: Array, width: float) -> Array:
-    """0 below zero, 1 above width, like the path through a round edge between."""
+    """Return 0 below zero, 1 above width, and between them the path through a round edge."""
     v = np.clip(value / width, 0, 1)
     return np.sqrt(v * (2 - v))
 
 
 def _step(value: Array, width: float) -> Array:
-    """Smooth step from 0 to 1 over +- width."""
+    """Return a smooth step from 0 to 1 over +- width."""
     v = np.clip(value / (2 * width) + 0.5, 0, 1)
     return v * v * (3 - 2 * v)
 
@@ -500,7 +502,7 @@ def _shoulders(patient: Patient, view: View, bones: Tubes) -> None:
 
 
 def _arm(view: View) -> NDArray[np.float64]:
-    """Shoulder joint and elbow of the left arm, (2, 2)."""
+    """Return the shoulder joint and the elbow of the left arm, [2, 2]."""
     return np.array([(1.36, 0.05), (1.95, -0.5) if view.arms else (1.65, 1.3)])
 
 
@@ -518,7 +520,7 @@ def _spine(patient: Patient, view: View, x: Array, y: Array) -> Array:
 
 
 def _vessels(patient: Patient, tubes: Tubes, rng: Generator) -> None:
-    """Two trees from the hila, each branch parting in two."""
+    """Add two trees from the hila, each branch parting in two."""
     trunks = 8
     mirror = np.repeat([-1.0, 1.0], trunks)
     angle = np.tile(np.linspace(-1.4, 1.5, trunks), 2) + rng.normal(0, 0.15, 2 * trunks)
@@ -541,7 +543,7 @@ def _vessels(patient: Patient, tubes: Tubes, rng: Generator) -> None:
 
 
 def _airways(patient: Patient, view: View, tubes: Tubes) -> None:
-    """Windpipe and main bronchi: less tissue in the beam."""
+    """Add windpipe and main bronchi: less tissue in the beam."""
     shift = np.array([view.turn * 0.5, 0.0])
     fork = np.array([0.0, 0.38 * patient.height]) + shift
     tubes.add(np.array([[(0.0, -1.2), fork]]), 0.075, np.array([-0.1, -0.1, -0.03]))
@@ -550,7 +552,7 @@ def _airways(patient: Patient, view: View, tubes: Tubes) -> None:
 
 
 def _texture(rng: Generator, view: View, size: int, cells: int) -> Array:
-    """Smooth noise fixed to the patient, (size, size), about N(0, 1); one grain is 3.6 / cells wide."""
+    """Draw smooth noise fixed to the patient, [H, W], about N(0, 1); one grain is 3.6 / cells wide."""
     grid = rng.standard_normal((cells, cells), dtype=np.float32)
     to_grid = np.array([[cells / 3.6, 0, cells / 2], [0, cells / 3.6, cells * 0.2]])
     inverse = _compose(to_grid, _from_pixels(view, size))
@@ -571,7 +573,7 @@ def _compose(outer: NDArray[np.float64], inner: NDArray[np.float64]) -> NDArray[
 
 
 def _opacity(patient: Patient, view: View, x: Array, y: Array, severity: float, size: int) -> Array:
-    """Share of the air that disease has replaced, 0..1."""
+    """Return the share of the air that disease has replaced, 0..1."""
     rng = default_rng([*patient.anatomy_seed, 7])
     cloud = 0.6 * _texture(rng, view, size, 14) + 0.4 * _texture(rng, view, size, 34)
     t = y / patient.height
@@ -606,7 +608,7 @@ def _opacity(patient: Patient, view: View, x: Array, y: Array, severity: float, 
 
 
 def _air(patient: Patient, view: View, x: Array, y: Array, disease: Array) -> Array:
-    """Path through air in the lungs, 0..1; disease is the share of it that something else fills."""
+    """Return the path through air in the lungs, 0..1; disease is the share that something else fills."""
     u = np.abs(x)
     wall = _along(lambda at: _lateral(patient, np.maximum(at, 0)), y) - u
     dome = (
@@ -641,7 +643,7 @@ def _heart(patient: Patient, view: View, x: Array, y: Array) -> Array:
 
 
 def _knob(patient: Patient, view: View) -> tuple[float, float]:
-    """Centre of the aortic knob."""
+    """Return the centre of the aortic knob."""
     return 0.16 + view.turn * 0.5, 0.25 * patient.height
 
 
@@ -662,7 +664,7 @@ def _calcified_arch(patient: Patient, view: View, bones: Tubes) -> None:
 
 
 def _body(patient: Patient, view: View, x: Array, y: Array) -> Array:
-    """Length of the path through the whole body, 1 about the middle of the chest."""
+    """Return the length of the path through the whole body, 1 about the middle of the chest."""
     knots = np.array([-1.5, -0.55, -0.42, -0.3, -0.15, 0.0, 0.2, 0.5, 0.8, 5.0])
     half = np.array([0.4, 0.38, 0.42, 0.65, 1.2, 1.42, 1.4, 1.14, 1.1, 1.1]) + patient.fat * (knots > -0.3)
     inverse = _along(lambda at: 1 / np.interp(at, knots, half), y)
@@ -678,7 +680,7 @@ def _body(patient: Patient, view: View, x: Array, y: Array) -> Array:
 
 
 def _abdomen_gas(patient: Patient, view: View, x: Array, y: Array, rng: Generator) -> Array:
-    """Length of the path through gas below the diaphragm: the stomach's bubble, most often, and bowel."""
+    """Return the path through gas below the diaphragm: the stomach's bubble, most often, and bowel."""
     base = patient.height + view.breath + patient.left_dome
     bubble = _ball(x, y, (rng.uniform(0.4, 0.6), base + 0.22), tuple(rng.uniform(0.1, 0.22, 2).tolist()))
     gas = bubble * (0.4 if rng.random() < 0.6 else 0.0)
@@ -725,7 +727,7 @@ def _devices(patient: Patient, metal: Tubes, rng: Generator) -> None:
 
 
 def _lettering(site: Site, size: int, rng: Generator) -> Array:
-    """Burned-in marks, (size, size) in 0..1; drawn at one fixed size, so that they are the same at any."""
+    """Draw burned-in marks, [H, W] in 0..1; at one fixed size first, so that they are the same at any."""
     side = 384
     page = np.zeros((side, side), np.uint8)
     scale, low = rng.uniform(0.6, 1.1), int(rng.uniform(0.08, 0.4) * side)
@@ -740,12 +742,12 @@ def _lettering(site: Site, size: int, rng: Generator) -> Array:
 
 
 def _blur(image: Array, width: float) -> Array:
-    """Gaussian blur, the width as a share of the picture."""
+    """Blur by a Gaussian, the width as a share of the picture."""
     return cv2.GaussianBlur(image, (0, 0), max(width * image.shape[0], 0.01))
 
 
 def _develop(site: Site, view: View, attenuation: Array, body: Array, rng: Generator) -> Array:
-    """Grey values 0..1 of an attenuation: scatter, blur, edge enhancement, display curve, noise, borders."""
+    """Return grey values 0..1 of an attenuation: scatter, blur, edges, display curve, noise, borders."""
     size = attenuation.shape[0]
     primary = np.exp(-3.2 * attenuation)
     small = cv2.resize(primary, (32, 32), interpolation=cv2.INTER_AREA)
@@ -808,7 +810,7 @@ def _draw_image(patient: Patient, view: View, size: int, rng: Generator) -> NDAr
 
 
 def _patients_of_images(seed: int, num_images: int) -> Iterator[tuple[Patient, int]]:
-    """For each image its patient and which of that patient's pictures it is."""
+    """Yield each image's patient, and the picture's number among that patient's."""
     number = made = 0
     while made < num_images:
         patient = _draw_patient(seed, number)
@@ -823,21 +825,21 @@ def _patients_of_images(seed: int, num_images: int) -> Iterator[tuple[Patient, i
 def generate(
     num_images: int, size: int = 128, seed: int = 0, *, workers: int | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], pd.DataFrame]:
-    """Synthetic chest X-rays with lung masks.
+    """Draw synthetic chest X-rays with lung masks.
 
     Image i depends on seed and i only: a longer set begins with the shorter one, whatever the number of
     workers, and another size gives the same pictures.
 
     Args:
-        num_images: how many, >= 0.
+        num_images: N >= 0.
         size: side of the square pictures in pixels, >= 16.
         seed: >= 0.
         workers: threads; by default one a core.
 
     Returns:
-        Images (N, size, size) uint8, masks (N, size, size) uint8 in {0, 1}, and a table with one row an
-        image and the columns COLUMNS: age is in years, 0.5 to 90; original_width and original_height are
-        the format that the square was squeezed from.
+        Images [N, H, W] uint8, masks [N, H, W] uint8 in {0, 1}, and a table with one row an image and the
+        columns `metadata.GIVEN`: age is in years, 0.5 to 90; original_width and original_height are the
+        format that the square was squeezed from.
 
     Raises:
         UserError: a number is not whole or out of range.
@@ -881,4 +883,4 @@ def generate(
         }
         for i, ((patient, _), view) in enumerate(zip(jobs, views, strict=True))
     ]
-    return images, masks, pd.DataFrame(rows, columns=COLUMNS)
+    return images, masks, pd.DataFrame(rows, columns=GIVEN)

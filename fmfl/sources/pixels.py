@@ -16,7 +16,7 @@ DICOM_AGE_UNITS = {"D": 365.25, "W": 52.18, "M": 12, "Y": 1}  # in a year
 
 
 def read_image(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """A picture as 8-bit grey, turned as its EXIF tag says, and what its header tells of the patient.
+    """Return a picture as 8-bit grey, turned as its EXIF tag says, and its header's data of the patient.
 
     8-bit grey stays as it is, colour is weighted to luma (ITU-R 601), transparency lies on black. Deeper
     grey (16-bit, float, DICOM) is stretched from its own lowest to its own highest value: such files hold 10,
@@ -27,9 +27,8 @@ def read_image(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
         True for an age that is a number alone, `age_not_valid` the text of one that is none.
 
     Raises:
-        LeftOut: the file cannot be read, or holds several pictures.
+        SkippedFile: the file cannot be read, or holds several pictures.
     """
-    # Decoders meet arbitrary bytes and raise nearly anything; whatever it is, it is this one file's fault.
     try:
         if path.suffix.lower() in DICOM_SUFFIXES or not has_image_suffix(path.name):
             return _read_dicom(path)
@@ -39,12 +38,12 @@ def read_image(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
         return np.asarray(image.convert("L")), {}
     except (SkippedFile, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # decoders of arbitrary bytes raise nearly anything
         raise unreadable(path, "image", error) from None
 
 
 def unreadable(path: Path, what: str, error: Exception) -> SkippedFile:
-    """The reason why an image or a mask is left out that its decoder cannot read."""
+    """Return the reason to leave out an image or a mask that its decoder cannot read."""
     if path.is_symlink() and not path.exists():
         detail = f"it is a link to {os.readlink(path)}, which is not there"
         return SkippedFile(path, "broken link", detail)
@@ -52,10 +51,10 @@ def unreadable(path: Path, what: str, error: Exception) -> SkippedFile:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture in memory, upright, its transparency on black; ValueError where the file holds several.
+    """Return a picture upright, its transparency on black; raise a ValueError where there are several.
 
-    Where a TIFF file's lowest value is white (PhotometricInterpretation 0), Pillow turns 8 bits and less
-    round and leaves deeper values as they are. Here white is the highest value of both.
+    Where a TIFF file's lowest value is white (PhotometricInterpretation 0), Pillow inverts 8 bits and less
+    and leaves deeper values as they are. Here white is the highest value of both.
     """
     with Image.open(path) as opened:
         # A JPEG may hold its own thumbnail or a second view of the camera beside it.
@@ -64,7 +63,7 @@ def open_picture(path: Path) -> Image.Image:
         white_is_low = getattr(opened, "tag_v2", {}).get(PHOTOMETRIC_TAG) == 0
         image = ImageOps.exif_transpose(opened)
         if white_is_low and is_deep(image):
-            image = _turn_round(image)
+            image = _invert(image)
         if image.has_transparency_data:
             image = on_black(image)
         image.load()
@@ -72,35 +71,35 @@ def open_picture(path: Path) -> Image.Image:
         return image
 
 
-def _turn_round(image: Image.Image) -> Image.Image:
-    """The same values from the other end: the highest becomes the lowest."""
+def _invert(image: Image.Image) -> Image.Image:
+    """Return a picture whose highest value has become the lowest."""
     values = np.asarray(image)
     wide = values.astype(np.float64)  # 16 and 32 bits are exact in it
     return Image.fromarray((wide.max() + wide.min() - wide).astype(values.dtype))
 
 
 def on_black(image: Image.Image) -> Image.Image:
-    """A picture with transparency as RGB, laid on black."""
+    """Return a picture with transparency as RGB, laid on black."""
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
 
 
 def is_deep(image: Image.Image) -> bool:
-    """True for more than 8 bits a pixel in one channel."""
+    """Return True for more than 8 bits a pixel in one channel."""
     return image.mode.startswith(("I", "F"))
 
 
 def resize(grey: np.ndarray, size: int) -> np.ndarray:
-    """[H, W] uint8 squeezed to (size, size), antialiased.
+    """Squeeze [H, W] uint8 to a square, antialiased.
 
-    Pillow's bilinear filter is as wide as the shrinking asks, along each side for itself: a weighted mean
-    over the area that a new pixel covers. A 0/255 mask thresholded at the half keeps its edges in place.
+    Pillow's bilinear filter is as wide as the scale along each side: a weighted mean over the area that a
+    new pixel covers. A 0/255 mask thresholded at the half keeps its edges in place.
     """
     return np.asarray(Image.fromarray(grey).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _stretch(values: np.ndarray) -> np.ndarray:
-    """Lowest..highest value -> 0..255; a flat picture becomes black."""
+    """Scale lowest..highest value to 0..255; a flat picture becomes black."""
     values = values.astype(np.float64)
     low, high = values.min(), values.max()
     if not np.isfinite([low, high]).all():
@@ -139,7 +138,7 @@ def _read_dicom(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def _padding(stored: np.ndarray, dataset: Any) -> np.ndarray:
-    """[H, W] bool, where stored values fill up the picture and measure nothing (PS3.3, C.7.5.1.1.2).
+    """Return where stored values fill up the picture and measure nothing, [H, W] bool (PS3.3, C.7.5.1.1.2).
 
     Such a value may lie far beyond all others, and would leave them a few grey levels.
     """

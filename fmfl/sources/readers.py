@@ -238,9 +238,8 @@ def _darwin_file(path: Path, mask_class: str) -> list[_Entry]:
     entry = _Entry(path, [path.stem])  # a broken file is at least that image's
     try:
         content = read_json(path)
-        entry.names = _darwin_names(content)
-        declared, slot = _darwin_size(content)
-        entry.values = _darwin_tags(content) | declared
+        entry.names, sizes, slot = _darwin_item(content)
+        entry.values = _darwin_tags(content) | sizes
         entry.shapes = _darwin_shapes(path, content, mask_class, slot)
     except SkippedFile as reason:
         entry.fault = reason
@@ -249,38 +248,34 @@ def _darwin_file(path: Path, mask_class: str) -> list[_Entry]:
     return [entry]
 
 
-def _darwin_names(content: Mapping[str, Any]) -> list[str]:
-    """Return the paths under which the image may lie: the item's own first, then its first slot's file."""
+def _darwin_item(content: Mapping[str, Any]) -> tuple[list[str], dict[str, Any], str]:
+    """Return the paths under which the image may lie, its declared sizes, and its slot's name, "" for 1.0."""
     if "item" in content:  # 2.0
         item = content["item"]
-        slot = (item.get("slots") or [{}])[0]
-        files = [one["file_name"] for one in slot.get("source_files") or [] if one.get("file_name")]
+        image = (item.get("slots") or [{}])[0]
+        slot = str(image.get("slot_name", "0"))
+        files = [one["file_name"] for one in image.get("source_files") or [] if one.get("file_name")]
         # With several slots an item is a folder of its own.
         names = [item["name"], *files, *(f"{item['name']}/{file}" for file in files)]
     else:
-        item = content["image"]
-        names = [item[key] for key in ("filename", "original_filename") if item.get(key)]
+        item = image = content["image"]
+        slot = ""
+        names = [image[key] for key in ("filename", "original_filename") if image.get(key)]
         names[0]  # IndexError: it names no image
     inside = str(item.get("path") or "/").strip("/")
-    return [f"{inside}/{name}" if inside else str(name) for name in names]
-
-
-def _darwin_size(content: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return the image's declared sizes, and the name of its first slot, "" for 1.0."""
-    if "item" in content:
-        slot = (content["item"].get("slots") or [{}])[0]
-        return {key: slot.get(key) for key in ("width", "height")}, str(slot.get("slot_name", "0"))
-    keys = ("width", "height", "original_width", "original_height")
-    return {key: content["image"].get(key) for key in keys}, ""
+    names = [f"{inside}/{name}" if inside else str(name) for name in names]
+    sizes = ("width", "height", "original_width", "original_height")
+    return names, {key: image.get(key) for key in sizes}, slot
 
 
 def _darwin_tags(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the image's tags say, under our column names; `ct` is True for a CT slice."""
     tags = [one for one in content["annotations"] if "tag" in one]
-    names = [one["name"] for one in tags]
-    properties = list(content.get("properties") or [])
-    properties += [value for one in tags for value in one.get("properties") or []]
-    names += [f"{one['name']}:{one['value']}" for one in properties if one.get("value") is not None]
+    names = [tag["name"] for tag in tags]
+    for holder in (content, *tags):
+        for one in holder.get("properties") or []:
+            if one.get("value") is not None:
+                names.append(f"{one['name']}:{one['value']}")
     valued = {}
     for name in names:
         key, mark, value = re.match(r"([^:/]*)([:/]?)(.*)", name, re.DOTALL).groups()
@@ -303,34 +298,28 @@ def _darwin_shapes(path: Path, content: Mapping[str, Any], mask_class: str, slot
     Raises:
         SkippedFile: an annotation of the class is in none of these forms, or belongs to no slot or layer.
     """
-
-    def slots_of(annotation: Mapping[str, Any]) -> Sequence[str]:
-        return annotation.get("slot_names") or [slot]
-
     slots = {str(one.get("slot_name", "0")) for one in content.get("item", {}).get("slots") or []} | {slot}
-    ours = [one for one in content["annotations"] if is_class(one["name"], mask_class) and "tag" not in one]
-    here = [one for one in content["annotations"] if slot in slots_of(one)]
-    layers = [one["raster_layer"] for one in here if "raster_layer" in one]
+    areas = [(one, one.get("slot_names") or [slot]) for one in content["annotations"] if "tag" not in one]
+    layers = [one["raster_layer"] for one, on in areas if slot in on and "raster_layer" in one]
+    ours = [(one, on) for one, on in areas if is_class(one["name"], mask_class)]
     labelled = {number for layer in layers for number in layer["mask_annotation_ids_mapping"]}
     unclear = partial(SkippedFile, path, "annotation unclear")
     shapes: list[Shape] = []
-    for one in ours:
-        if not slots & set(slots_of(one)):
+    for one, on in ours:
+        if not slots & set(on):
             raise unclear(f"its {one['name']} lies on a slot that it does not have")
-        if slot not in slots_of(one):
+        if slot not in on:
             continue
         outlines = _darwin_outlines(one)
         if any(len(outline) > 2 for outline in outlines):
             shapes.append(partial(fill_even_odd, outlines))
         elif "mask" not in one or one.get("id") not in labelled:
-            form = next((key for key in one if key in OTHER_FORMS), "an outline without points")
-            message = (
-                f"its {one['name']} is given as {form}, which encloses no area; export polygons or masks"
-            )
-            raise unclear(message)
+            given = f"its {one['name']} is given as "
+            given += next((key for key in one if key in OTHER_FORMS), "an outline without points")
+            raise unclear(f"{given}, which encloses no area; export polygons or masks")
     for layer in layers:
         labels = layer["mask_annotation_ids_mapping"]
-        chosen = [labels[mask["id"]] for mask in ours if mask.get("id") in labels]
+        chosen = [labels[mask["id"]] for mask, _ in ours if mask.get("id") in labels]
         pairs = np.asarray(layer["dense_rle"], np.int64).reshape(-1, 2)  # label, run length; row by row
         if chosen:
             shapes.append(partial(from_runs, np.isin(pairs[:, 0], chosen), pairs[:, 1], "C"))

@@ -1,6 +1,5 @@
-"""What `fmfl data` says of a source besides its counts: what a person should look at before a study."""
+"""Warnings on a data source, and its contact sheet: what a person should look at before a study."""
 
-import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -9,20 +8,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fmfl import split
+from fmfl import split, states
 from fmfl.analysis.statistics import MIN_PATIENTS
 from fmfl.config import DataConfig, FederateConfig
 from fmfl.data import Cohort
 from fmfl.errors import UserError, first_few
 
-COVER = (0.01, 0.70)  # share of the picture that lungs usually take, at most
-FEW_AGES = 0.5  # of the images; a study by age uses only those that have one
+#: Share of the picture that lungs usually take, least and most.
+COVER = (0.01, 0.70)
+
+#: Least share of images with an age; a study by age uses only those that have one.
+FEW_AGES = 0.5
+
 SHEET_IMAGES = 60
 SHEET_COLUMNS = 10
 
 
 def warnings(cohort: Cohort) -> list[str]:
-    """Sentences on what may be wrong with images that are used, or is too little for a study."""
+    """Return sentences on what may be wrong with images that are used, or is too little for a study."""
     checks: tuple[Callable[[Cohort], Iterator[str]], ...] = (
         _cover,
         _patients,
@@ -35,26 +38,25 @@ def warnings(cohort: Cohort) -> list[str]:
 
 
 def cover(cohort: Cohort) -> np.ndarray:
-    """[N] share of each picture that its mask takes, 0..1."""
+    """Share of each picture that its mask takes, [N], 0..1."""
     return cohort.masks.flatten(1).float().mean(dim=1).cpu().numpy()
 
 
 def _cover(cohort: Cohort) -> Iterator[str]:
-    share = cover(cohort)
-    for where, what in (
-        (share < COVER[0], f"under {COVER[0]:.0%}"),
-        (share > COVER[1], f"over {COVER[1]:.0%}"),
-    ):
-        if where.any():
-            names = first_few(cohort.table.image_id[where])
-            yield f"{where.sum()} masks cover {what} of their picture, which is not what lungs do: {names}"
+    """Name masks that cover less or more of their picture than lungs do."""
+    share, (least, most) = cover(cohort), COVER
+    for doubtful, part in ((share < least, f"under {least:.0%}"), (share > most, f"over {most:.0%}")):
+        if doubtful.any():
+            names = first_few(cohort.table.image_id[doubtful])
+            yield f"{doubtful.sum()} masks cover {part} of their picture, which is not what lungs do: {names}"
 
 
 def _patients(cohort: Cohort) -> Iterator[str]:
+    """Count images that have no patient_id, and those of a patient who has most of a source."""
     for name, table in cohort.table.groupby("source", sort=False):
         own = np.array(
             [
-                patient.endswith(f":{image}") or patient.endswith(f":{image.removeprefix(f'{name}/')}")
+                patient.endswith((f":{image}", f":{image.removeprefix(f'{name}/')}"))
                 for patient, image in zip(table.patient_id, table.image_id, strict=True)
             ]
         )
@@ -77,7 +79,7 @@ def _near_patients(cohort: Cohort) -> Iterator[str]:
     for patient in cohort.table.patient_id.unique():
         digits_apart = re.sub(r"(?<=[0-9])[\W_]+(?=[0-9])", ".", patient.lower())  # 1-12 is not 11-2
         alike[re.sub(r"(?<![0-9])0+(?=[0-9])|[^\w.]|_", "", digits_apart)].add(patient)
-    groups = [" and ".join(map(repr, sorted(one))) for one in alike.values() if len(one) > 1]
+    groups = [" and ".join(map(repr, sorted(patients))) for patients in alike.values() if len(patients) > 1]
     if groups:
         yield (
             f"{len(groups)} times patient ids differ by case, spaces, marks or zeros in front alone, and "
@@ -87,14 +89,9 @@ def _near_patients(cohort: Cohort) -> Iterator[str]:
 
 def _copies(cohort: Cohort) -> Iterator[str]:
     """Name images whose every pixel is that of another patient's image."""
-    patients = defaultdict(set)
-    images: dict[bytes, list[str]] = defaultdict(list)
-    pixels = cohort.images.cpu().numpy()
-    for image, name, patient in zip(pixels, cohort.table.image_id, cohort.table.patient_id, strict=True):
-        key = hashlib.sha256(image).digest()
-        patients[key].add(patient)
-        images[key].append(name)
-    groups = [" and ".join(images[key]) for key, several in patients.items() if len(several) > 1]
+    table = cohort.table.assign(pixels=[states.tensor_digest(image) for image in cohort.images])
+    equal = [rows for _, rows in table.groupby("pixels", sort=False) if rows.patient_id.nunique() > 1]
+    groups = [" and ".join(rows.image_id) for rows in equal]
     if groups:
         yield (
             f"{len(groups)} pictures occur under several patients and can then lie on both sides of a split: "
@@ -103,6 +100,7 @@ def _copies(cohort: Cohort) -> Iterator[str]:
 
 
 def _ages(cohort: Cohort) -> Iterator[str]:
+    """Say that too few ages are known for the splits by age, and which splits work."""
     ages = cohort.table.age
     if ages.notna().mean() >= FEW_AGES and ages.nunique() > 1:
         return
@@ -120,35 +118,33 @@ def _ages(cohort: Cohort) -> Iterator[str]:
 
 def _works(table: pd.DataFrame, scheme: str) -> bool:
     try:
-        federated = _holdout(table, DataConfig().test).federated
-        split.partition(table, federated, scheme, FederateConfig().num_clients)
+        split.partition(table, _holdout(table).federated, scheme, FederateConfig().num_clients)
     except UserError:
         return False
     return True
 
 
-def _holdout(table: pd.DataFrame, test: float) -> split.Holdout:
+def _holdout(table: pd.DataFrame, test: float | None = None) -> split.Holdout:
     usual = DataConfig()
-    return split.holdout(table, usual.holdout_seed, proxy=usual.proxy, test=test)
+    return split.holdout(table, usual.holdout_seed, proxy=usual.proxy, test=test or usual.test)
 
 
 def _test_patients(cohort: Cohort) -> Iterator[str]:
-    table = cohort.table
+    """Say that the test part has too few patients for an interval, and how many images would do."""
     try:
-        held = cohort.patients(_holdout(table, DataConfig().test).test)
+        patients = cohort.patients(_holdout(cohort.table).test)
     except UserError as error:
         yield f"they are too few for a study with its usual parts: {error}"
         return
-    if len(held) >= MIN_PATIENTS:
-        return
-    enough = _enough(cohort)
-    mend = f"-p test={enough} holds {MIN_PATIENTS}" if enough else "more patients are needed"
-    few = f"under {MIN_PATIENTS} a study gives no interval and no test"
-    yield f"the test part would hold {len(held)} patients, and {few}: {mend}"
+    if len(patients) < MIN_PATIENTS:
+        enough = _enough(cohort)
+        remedy = f"-p test={enough} holds {MIN_PATIENTS}" if enough else "more patients are needed"
+        few = f"under {MIN_PATIENTS} a study gives no interval and no test"
+        yield f"the test part would hold {len(patients)} patients, and {few}: {remedy}"
 
 
 def _enough(cohort: Cohort) -> int | None:
-    """A number of test images, at most half of all, that has enough patients; None without one."""
+    """Find a number of test images, at most half of all, with enough patients; None without one."""
     low, high = MIN_PATIENTS, len(cohort) // 2
     for size in range(low, high + 1, max(1, high // 100)):
         try:
@@ -162,13 +158,13 @@ def _enough(cohort: Cohort) -> int | None:
 def sheet_file(file: Path) -> None:
     """Make a contact sheet's folder; UserError where it cannot be written or is to be no PNG."""
     if file.suffix.lower() != ".png":
-        raise UserError(f"--sheet {file}: it is a picture; give a file name that ends in .png.")
+        raise UserError(f"--sheet {file}: it is a picture; give a file name that ends in .png")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.open("ab").close()
     except OSError as error:
         raise UserError(
-            f"--sheet {file}: cannot be written ({error.strerror}); choose another place."
+            f"--sheet {file}: cannot be written ({error.strerror}); choose another place"
         ) from None
 
 

@@ -1,6 +1,6 @@
 """Ctrl-C: one sentence and exit code 130, at whatever instant it comes.
 
-Only modules of the interpreter's own start are imported here, so that this can be ready before all else.
+Only modules that the interpreter imports at its own start are imported here: it is ready before all else.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ STOPPED = "fmfl: stopped; the same command continues where it stopped"
 
 
 def end(*signalled: object) -> None:
-    """End the process with the sentence, without unwinding what it is in the midst of."""
+    """Print the sentence and end the process at once, without unwinding."""
     with contextlib.suppress(OSError):
         os.write(2, f"{STOPPED}\n".encode())
     os._exit(130)
@@ -26,10 +26,10 @@ def listen() -> None:
 
 @contextlib.contextmanager
 def handled(act: Callable[[Callable[[], object]], object]) -> Iterator[None]:
-    """Let Ctrl-C do something else inside; no change beside the main thread or where it is ignored.
+    """Let Ctrl-C do something else inside, in the main thread and unless it is ignored.
 
     Args:
-        act: takes what to call for that which was done before.
+        act: takes the function that does what Ctrl-C did before.
     """
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -45,7 +45,7 @@ def handled(act: Callable[[Callable[[], object]], object]) -> Iterator[None]:
 
 
 def while_importing() -> contextlib.AbstractContextManager[None]:
-    """Around imports let Ctrl-C `end` the process: nothing has been begun that has to be put away.
+    """Let Ctrl-C `end` the process during imports, when nothing has begun that has to be put away.
 
     Modules in C print an exception that is raised while they are imported, and raise another one.
     """
@@ -53,16 +53,16 @@ def while_importing() -> contextlib.AbstractContextManager[None]:
 
 
 class Noted:
-    """Around a command: Ctrl-C raises KeyboardInterrupt, a second one ends the process at once.
+    """Action of Ctrl-C around a command: KeyboardInterrupt, and the end of the process the second time.
 
     Attributes:
-        came: whether there was one, whatever was made of the exception on its way up.
+        came: whether there was one, whatever the exception became on its way up.
     """
 
     came = False
 
     def act(self, before: Callable[[], object]) -> None:
-        """What Ctrl-C does, see `handled`."""
+        """Raise KeyboardInterrupt, or end the process; see `handled`."""
         if self.came:
             end()
         self.came = True

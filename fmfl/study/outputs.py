@@ -21,13 +21,20 @@ from fmfl.study.provenance import where
 #: Settings in which the cells of one study may differ.
 FREE = config.tagged("free") | config.tagged("where")
 
+#: Folder of a study's variants.
+VARY = "vary"
+
 
 def depends_on(notebook: str) -> set[str]:
     """Return the settings that a notebook's numbers depend on."""
     return config.taken_by(notebook) - config.tagged("where")
 
 
-def changed(about: dict[str, Any], cfg: Settings, by: str = "05_analysis") -> dict[str, tuple[Any, Any]]:
+#: Of each thing that differs, such as a setting, its value there and here.
+Differences = dict[str, tuple[Any, Any]]
+
+
+def changed(about: dict[str, Any], cfg: Settings, by: str = "05_analysis") -> Differences:
     """Compare the settings that made a cell with others.
 
     Args:
@@ -36,7 +43,7 @@ def changed(about: dict[str, Any], cfg: Settings, by: str = "05_analysis") -> di
         by: the notebook that has them; what it does not depend on is not compared.
 
     Returns:
-        Of each setting that differs its value there and in `cfg`, without those in `FREE`.
+        The settings that differ, without those in `FREE`.
     """
     used, here = config.defaults() | about["settings"], cfg.flat()
     if here["images_without_age"] == "auto":  # whatever the study has decided
@@ -45,7 +52,7 @@ def changed(about: dict[str, Any], cfg: Settings, by: str = "05_analysis") -> di
     return {name: (used[name], here[name]) for name in here if name in names and used[name] != here[name]}
 
 
-def in_words(differences: dict[str, tuple[Any, Any]]) -> str:
+def in_words(differences: Differences) -> str:
     """Name the first three differences, as `num_rounds is 5 there and 3 here`."""
     return first_few(
         f"{name} is {there!r} there and {here!r} here" for name, (there, here) in differences.items()
@@ -53,18 +60,15 @@ def in_words(differences: dict[str, tuple[Any, Any]]) -> str:
 
 
 def cell_records(run_dir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and record of each cell in a run's folder, in the order of the story; damaged ones passed over."""
+    """Yield name and record of each cell in a run's folder, in the story's order, without damaged ones."""
     for file in sorted((run_dir / "cells").glob("*/cell.json"), key=lambda file: _in_story(file.parent.name)):
-        try:
-            about = read_json(file)
-        except UserError:
-            continue
+        about = read_record(file)
         if about.get("notebook") in config.NOTEBOOKS and isinstance(about.get("settings"), dict):
             yield file.parent.name, about
 
 
 def _in_story(cell: str) -> list[int | str]:
-    """Sorts names of cells by notebook, split and seed: seed 10 after seed 9."""
+    """Sort key of a cell's name, by notebook, split and seed: seed 10 after seed 9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", cell)]
 
 
@@ -79,7 +83,7 @@ def check_run(cfg: Settings, notebook: str) -> None:
     Raises:
         UserError: the folder holds starts or results of other settings.
     """
-    other: dict[str, tuple[Any, Any]] = {}
+    other: Differences = {}
     for _, about in cell_records(cfg.run_dir):
         if about["notebook"] in ("03_distill", "04_federate"):
             other |= changed(about, cfg, notebook)
@@ -93,17 +97,13 @@ def check_run(cfg: Settings, notebook: str) -> None:
         )
 
 
-VARY = "vary"
-"""The folder of a study's variants."""
-
-
 def variant_dir(cfg: Settings, variant: str) -> Path:
-    """Where the study with one setting changed, "name=value", has its own cells and weights."""
+    """Folder of the cells and weights of a variant, the study with one setting changed, "name=value"."""
     return cfg.run_dir / VARY / variant.replace("/", "_")
 
 
 def cell_name(cfg: Settings, notebook: str) -> str:
-    """The name under which a notebook's results are kept: one per split and seed where it depends on them."""
+    """Name of a notebook's results in the run's folder: by split and seed where it depends on them."""
     seed = f"-seed{cfg.federate.seed}"
     return notebook + {"03_distill": seed, "04_federate": f"-{cfg.federate.split}{seed}"}.get(notebook, "")
 
@@ -125,21 +125,21 @@ def save(cfg: Settings, notebook: str, record: dict[str, Any], **tables: pd.Data
     for name, table in tables.items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
     about = {"notebook": notebook, "settings": cfg.flat(), "run": where(cfg), "record": record}
-    about["figures"] = list(_drawn.pop(cfg.run_dir, {}))
+    about["figures"] = list(drawn.pop(cfg.run_dir, {}))
     write_text(folder / "cell.json", json.dumps(about, indent=1, default=str))
     return folder
 
 
-_drawn: dict[Path, dict[str, None]] = {}
-"""Of each run's folder, the figures drawn since the last cell was saved, in their order: the cell's own."""
+#: To each run's folder the figures drawn since the last cell was saved, in their order: the cell's own.
+drawn: dict[Path, dict[str, None]] = {}
 
 
 def save_figure(cfg: Settings, name: str, figure: "Figure") -> "Figure":
     """Keep a figure under `figures/{name}.png` and give it back to be shown."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=200, bbox_inches="tight")
-    states.write_bytes(cfg.run_dir / "figures" / f"{name}.png", drawn.getvalue())
-    _drawn.setdefault(cfg.run_dir, {})[f"{name}.png"] = None
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=200, bbox_inches="tight")
+    states.write_bytes(cfg.run_dir / "figures" / f"{name}.png", png.getvalue())
+    drawn.setdefault(cfg.run_dir, {})[f"{name}.png"] = None
     return figure
 
 
@@ -149,7 +149,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """All cells' results that were made with this run's settings.
+    """Read all cells' results that were made with this run's settings.
 
     Returns:
         The rows of results.csv and of per_image.csv, and the names of cells, of all notebooks, that are left
@@ -159,80 +159,80 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         UserError: no cell has results with these settings, or two cells were made from different images or
             by different code.
     """
-    results, per_image, others = [], [], []
-    inputs: dict[tuple[str, str], str] = {}
-    apart: dict[str, tuple[Any, Any]] = {}
-    for folder, about, other in _federations(cfg.run_dir, cfg):
-        if other:
-            others.append(folder.name)
-            apart |= {name: (there, cfg.flat()[name]) for name, there in other.items()}
-            continue
-        inputs.setdefault((about["record"].get("images"), about["record"].get("code")), folder.name)
-        results.append(tables.read_table(folder / "results.csv"))
-        per_image.append(tables.read_table(folder / "per_image.csv"))
-    if not results:
-        if others:
-            raise UserError(
-                f"{cfg.run_dir} holds results of other settings alone ({in_words(apart)}): give the same "
-                "values in the parameters cell, or run 04_federate with these first"
-            )
-        raise UserError(f"{cfg.run_dir} holds no results of these settings: run 04_federate first")
+    cells = list(_federations(cfg.run_dir, cfg))
+    own = [(folder, about["record"]) for folder, about, other in cells if not other]
+    if not own:
+        raise _no_results(cfg, [other for *_, other in cells])
+    inputs = {(record.get("images"), record.get("code")): folder.name for folder, record in reversed(own)}
     if len(inputs) > 1:
         raise UserError(
-            f"{' and '.join(inputs.values())} in {cfg.run_dir} were made from different images or by "
+            f"{' and '.join(sorted(inputs.values()))} in {cfg.run_dir} were made from different images or by "
             "different code: run 04_federate for all of them again"
         )
-    for name, about in cell_records(cfg.run_dir):
-        if about["notebook"] not in ("04_federate", "05_analysis") and changed(about, cfg):
-            others.append(name)
     key = ["arm", "init", "split", "seed", "round"]
-    table = pd.concat(results, ignore_index=True)
-    repeated = table[table.duplicated(key, keep=False)]
+    results, images = (
+        pd.concat([tables.read_table(folder / f"{name}.csv") for folder, _ in own], ignore_index=True)
+        for name in ("results", "per_image")
+    )
+    repeated = results[results.duplicated(key, keep=False)]
     if len(repeated) and (repeated.groupby(key).dice.nunique() > 1).any():
         raise UserError(
             f"{cfg.run_dir / 'cells'} holds two different results for one run: delete it and run again"
         )
-    images = pd.concat(per_image, ignore_index=True)
+    others = [folder.name for folder, _, other in cells if other]
+    for name, about in cell_records(cfg.run_dir):
+        if about["notebook"] not in ("04_federate", "05_analysis") and changed(about, cfg):
+            others.append(name)
     return (
-        table.drop_duplicates(key, ignore_index=True),
+        results.drop_duplicates(key, ignore_index=True),
         images.drop_duplicates(["arm", "init", "split", "seed", "client", "image_id"], ignore_index=True),
         others,
     )
 
 
-def _federations(run_dir: Path, cfg: Settings) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
-    """Each 04_federate cell in a folder: where it is, its record, and its values of settings that differ."""
+def _no_results(cfg: Settings, others: list[Differences]) -> UserError:
+    """Say that a folder has no results of these settings, and in what those that it has differ."""
+    if not others:
+        return UserError(f"{cfg.run_dir} holds no results of these settings: run 04_federate first")
+    apart = {name: values for other in others for name, values in other.items()}
+    return UserError(
+        f"{cfg.run_dir} holds results of other settings alone ({in_words(apart)}): give the same values in "
+        "the parameters cell, or run 04_federate with these first"
+    )
+
+
+def _federations(run_dir: Path, cfg: Settings) -> Iterator[tuple[Path, dict[str, Any], Differences]]:
+    """Yield folder, record and differing settings of each 04_federate cell in a run's folder."""
     cfg = _decided(cfg)
     for folder in sorted((run_dir / "cells").glob("04_federate-*")):
         about = read_json(folder / "cell.json")
-        yield folder, about, {name: there for name, (there, _) in changed(about, cfg).items()}
+        yield folder, about, changed(about, cfg)
 
 
 def _decided(cfg: Settings) -> Settings:
-    """At auto, `images_without_age` as leave_out where a cell of the run has it: no table has both."""
-    records = [
-        about["settings"] for _, about in cell_records(cfg.run_dir) if about["notebook"] == "04_federate"
-    ]
+    """Set `images_without_age` from auto to leave_out where a cell of the run has it: no table has both."""
     if cfg.federate.images_without_age == "auto" and any(
-        settings.get("images_without_age") == "leave_out" for settings in records
+        about["settings"].get("images_without_age") == "leave_out"
+        for _, about in cell_records(cfg.run_dir)
+        if about["notebook"] == "04_federate"
     ):
         return replace(cfg, federate=replace(cfg.federate, images_without_age="leave_out"))
     return cfg
 
 
 def collect_drift(cfg: Settings) -> pd.DataFrame:
-    """How the clients' updates went in all cells of these settings: see `landscape.drift_by_round`."""
-    tables = [
+    """Read how the clients' updates went in all cells of these settings: see `landscape.drift_by_round`."""
+    drifts = [
         pd.read_csv(folder / "drift.csv")
         for folder, _, other in _federations(cfg.run_dir, cfg)
         if not other and (folder / "drift.csv").exists()
     ]
     empty = pd.DataFrame(columns=["init", "split", "seed", "round", *landscape.DRIFT])
-    return pd.concat(tables, ignore_index=True) if tables else empty
+    return pd.concat(drifts, ignore_index=True) if drifts else empty
 
 
 def collect_variants(cfg: Settings) -> pd.DataFrame:
-    """Scores by image of the study's variants: those that differ from these settings in one alone.
+    """Read scores by image of the study's variants: those that differ from these settings in one alone.
 
     Returns:
         The columns of per_image.csv, and axis (the setting's name), value (its value there) and own (here),
@@ -242,13 +242,10 @@ def collect_variants(cfg: Settings) -> pd.DataFrame:
     for variant in sorted((cfg.run_dir / VARY).glob("*=*")):
         for folder, _, other in _federations(variant, cfg):
             if len(other) == 1:
-                ((axis, value),) = other.items()
-                about = {
-                    "axis": axis,
-                    "value": _on_axis(axis, value),
-                    "own": _on_axis(axis, cfg.flat()[axis]),
-                }
-                scores.append(tables.read_table(folder / "per_image.csv").assign(**about))
+                ((axis, values),) = other.items()
+                value, own = (_on_axis(axis, value) for value in values)
+                table = tables.read_table(folder / "per_image.csv")
+                scores.append(table.assign(axis=axis, value=value, own=own))
     empty = pd.DataFrame(columns=["arm", "init", "split", "seed", "axis", "value", "own"])
     return pd.concat(scores, ignore_index=True) if scores else empty
 
@@ -263,7 +260,7 @@ def as_text(value: object) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file's content.
+    """Return a JSON file's content.
 
     Raises:
         UserError: it is missing or damaged.
@@ -274,3 +271,12 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is missing: run the notebook that writes it again") from None
     except ValueError:
         raise UserError(f"{file} is damaged: delete it and run the notebook that writes it again") from None
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """Return a JSON file's object; empty where it is missing or damaged."""
+    try:
+        content = read_json(file)
+    except (OSError, UserError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""Provenance: the code, data, devices and settings behind a study's numbers."""
+"""Provenance: the code, versions and device behind a study's numbers."""
 
 import importlib.metadata
 import os
@@ -13,33 +13,24 @@ import fmfl
 from fmfl import devices, models, paths
 from fmfl.config import Settings
 
+#: Packages whose versions numbers depend on.
+PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scipy", "segmentation-models-pytorch",
+            "segment-anything")  # fmt: skip
+
 
 def where(cfg: Settings) -> dict[str, Any]:
-    """What a result was computed with: code, versions, device."""
+    """Describe the code, versions and device with which a result is computed."""
     device = devices.device_of(cfg.run)
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    packages = (
-        "torch",
-        "torchvision",
-        "numpy",
-        "pandas",
-        "scipy",
-        "segmentation-models-pytorch",
-        "segment-anything",
-    )
+    cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return {
         "fmfl": fmfl.__version__,
         "commit": commit(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "device": {
             "kind": device.type,
-            "name": name,
+            "name": cuda or platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_gib": memory_gib(),
@@ -49,20 +40,19 @@ def where(cfg: Settings) -> dict[str, Any]:
 
 
 def memory_gib() -> float | None:
-    """The machine's memory; None where the system does not tell (Windows)."""
+    """Return the machine's memory; None where the system does not tell (Windows)."""
     if not hasattr(os, "sysconf"):
         return None
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
 def commit() -> str:
-    """The checkout's commit, with `+changes` where the package's files differ; empty outside git."""
+    """Return the checkout's commit, with `+changes` where its files differ; empty outside git."""
 
     def git(*arguments: str) -> str:
-        found = subprocess.run(
-            ["git", *arguments], cwd=paths.ROOT, capture_output=True, text=True, check=True
-        )
-        return found.stdout.strip()
+        return subprocess.check_output(
+            ["git", *arguments], cwd=paths.ROOT, stderr=subprocess.DEVNULL, text=True
+        ).strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "fmfl", "notebooks", "data")
@@ -72,7 +62,7 @@ def commit() -> str:
 
 
 def student_card(name: str, size: int, batch_norm: str = "average") -> dict[str, Any]:
-    """What a student weighs: parameters, bytes on the wire, FLOPs of one image."""
+    """Describe a student's cost: parameters, bytes on the wire, FLOPs of one image of size x size pixels."""
     model = models.build(name, batch_norm=batch_norm)
     return {
         "student": name,

@@ -44,33 +44,8 @@ TABLES = {
     "claims.csv": ["claim", "paper", "ours", "low", "high", "n", "seeds", "verdict", "why"],
 }
 
-#: Tables that a study may have besides: writer of rows, title, caption, and the meaning of a dash.
-MORE_TABLES = {
-    "speed.csv": (
-        words.speed_row,
-        "How soon",
-        "Rounds until the mean Dice of the test images is at the target: mean over seeds, with 95 % interval "
-        "where there are several. Seconds, images and megabytes are those spent until then. A run that does "
-        "not get there counts with its whole length, so that the numbers are at least (≥) what it takes. "
-        "Curve: mean Dice in % over all rounds.",
-        "not measured",
-    ),
-    "gap.csv": (
-        words.gap_row,
-        "The gap closed",
-        "Share of the way from the random start to centralised training, with 95 % interval where there is "
-        "a share.",
-        "no share, for the reason beside it",
-    ),
-    "weakest.csv": (
-        words.weakest_row,
-        "Who fares worst",
-        "Final Dice in %: all test images, the tenth with the lowest, and, where groups have at least "
-        f"{tables.GROUP_PATIENTS} test patients, the worst age band and the mixture of the worst client. "
-        "Below 0.8: share of the images with a Dice under 0.8. HD95 and ASSD in pixels.",
-        "not measured, or no group with enough patients",
-    ),
-}
+#: Tables that a study may have besides, with the writers of their rows.
+MORE_TABLES = {"speed": words.speed_row, "gap": words.gap_row, "weakest": words.weakest_row}
 #: Columns that hold words, and so stand at the left.
 TEXT_COLUMNS = {"start", "partition", "arm", "why there is none", "reading", "difference", "worst age band"}
 
@@ -113,55 +88,39 @@ CAPTIONS = {name: caption for captions in STORY.values() for name, caption in ca
 #: Figures with a section of their own.
 PLACED = ("fig2", "fig3", "when_it_pays")
 
-#: Paragraphs of sentences. {a.b} is the manifest's value, {a.b|image} a number of images; a sentence needs
-#: all of its values.
-METHODS = (
-    (
-        "Images: {data.source}.",
-        "{data.images|image} with a mask, of {data.patients|patient}.",
-        "Left out: {data.left_out}.",
-        "Each is grey, {settings.size} × {settings.size} pixels.",
-        "Parts: {data.proxy|proxy image}, {data.test|test image} and {data.federated|image} of the clients; "
-        "no patient is in two parts.",
-    ),
-    (
-        "Teacher: {teacher.name}, {teacher.parameters|parameter}, frozen.",
-        "Its box prompts: rule {settings.box_rule}.",
-        "Its mean Dice on the proxy images: {teacher.percent} %.",
-        "{teacher.note}",
-        "The student is {settings.student}; the clients train the same network.",
-        "The fm start is the student after {settings.proxy_epochs|epoch} on the proxy images (Eq. 5).",
-        "Eq. 5 gives weight {settings.alpha} to the divergence from the teacher's mask (Eq. 4, "
-        "temperature {settings.temperature}) and the rest to the true mask.",
-    ),
-    (
-        "{settings.num_clients|client} trained for {settings.num_rounds|round} of "
-        "{settings.local_epochs|local epoch} (Eq. 2).",
-        "The server averaged their weights (Eq. 3), weighted by: {settings.client_weights}.",
-        "A local step of Adam: {settings.batch_size|image}, learning rate {settings.learning_rate}.",
-        "Partitions: {settings.splits}.",
-        "Starts: {settings.inits}.",
-        "Seeds: {settings.seeds}.",
-    ),
-)
-STATISTICS = (
-    "Scores are those of the last round; the test images select nothing. Intervals are 95 % over seeds "
-    "and test patients together; with one seed, over patients alone. All seeds share one draw of proxy,"
-    " test and client images: what another draw would give is in no interval. Differences are paired by"
-    " image and seed. They are tested on patients' means by Wilcoxon's signed-rank test and by "
-    "permutation of signs, and by the two-way t test, each with Holm's correction. Two starts are "
-    f"equivalent where two one-sided tests place their difference within {statistics.EQUIVALENCE:g} "
-    f"points. With fewer than {statistics.MIN_PATIENTS} test patients there is no interval and no test. "
-    "The effect size is d_z, the patients' mean over their standard deviation."
-)
-VERDICTS = (
-    f"Reproduced: a number within {claims.MARGIN:g} points of the paper's, noise included; or a "
-    "difference in the paper's direction, outside the noise and at least half the paper's size. "
-    "Direction only: outside the noise, but smaller. Not reproduced: outside the noise the other way, "
-    "or alike, or another number. Not testable here: an arm is missing, one seed, fewer than "
-    f"{statistics.MIN_PATIENTS} test patients, a skew by which the random start does not lose outside the "
-    "noise, or an interval too wide to say, be it by the correction for several tests alone."
-)
+#: Paragraphs with a sentence a line. {a.b} is the manifest's value, {a.b|image} a number of images; a
+#: sentence needs all of its values.
+METHODS = """\
+Images: {data.source}.
+{data.images|image} with a mask, of {data.patients|patient}.
+Left out: {data.left_out}.
+Each is grey, {settings.size} × {settings.size} pixels.
+Parts: {data.proxy|proxy image}, {data.test|test image} and {data.federated|image} of the clients; \
+no patient is in two parts.
+
+Teacher: {teacher.name}, {teacher.parameters|parameter}, frozen.
+Its box prompts: rule {settings.box_rule}.
+Its mean Dice on the proxy images: {teacher.percent} %.
+{teacher.note}
+The student is {settings.student}; the clients train the same network.
+The fm start is the student after {settings.proxy_epochs|epoch} on the proxy images (Eq. 5).
+Eq. 5 gives weight {settings.alpha} to the divergence from the teacher's mask (Eq. 4, temperature \
+{settings.temperature}) and the rest to the true mask.
+
+{settings.num_clients|client} trained for {settings.num_rounds|round} of \
+{settings.local_epochs|local epoch} (Eq. 2).
+The server averaged their weights (Eq. 3), weighted by: {settings.client_weights}.
+A local step of Adam: {settings.batch_size|image}, learning rate {settings.learning_rate}.
+Partitions: {settings.splits}.
+Starts: {settings.inits}.
+Seeds: {settings.seeds}."""
+#: The numbers that the page's prose names.
+LIMITS = {
+    "margin": f"{claims.MARGIN:g}",
+    "equivalence": f"{statistics.EQUIVALENCE:g}",
+    "patients": statistics.MIN_PATIENTS,
+    "group_patients": tables.GROUP_PATIENTS,
+}
 #: Values of the manifest that "This run" names.
 RUN = {
     "fmfl": "fmfl",
@@ -223,12 +182,12 @@ def methods(manifest: Mapping) -> list[str]:
     paragraphs = [
         " ".join(
             re.sub(place, word, sentence)
-            for sentence in sentences
+            for sentence in paragraph.splitlines()
             if all(values.get(name) for name, _ in re.findall(place, sentence))
         )
-        for sentences in METHODS
+        for paragraph in METHODS.split("\n\n")
     ]
-    return [*filter(None, paragraphs), STATISTICS]
+    return list(filter(None, paragraphs))
 
 
 # Reading
@@ -272,23 +231,27 @@ def _contents(directory: Path, read: Mapping[str, pd.DataFrame], manifest: Mappi
     # Verdicts are counted where the organ is the paper's. Older ledgers have no kinds.
     counted_here = subject["compared"] and "kind" in ledger
     counted_claims = ledger if counted_here else ledger.head(0).assign(kind="")
-    split = str(table1.split.iloc[0]) if len(table1) else None
+    split = str(table1.split.iloc[0]) if len(table1) else ""
     figures, left_out = _figures(directory, results, manifest, files)
     further = {name: figure for name, figure in figures.items() if name not in PLACED}
     tested = {_tested_on(row) for row in ledger.to_dict("records")} - {""}
     values = _flat(manifest)
     return {
         "subject": subject,
-        "answer": words.headline(results, differences, counted_claims, split),
-        "note": _text((manifest.get("teacher") or {}).get("note")),
+        "answer": words.headline(results, differences, counted_claims, split or None),
+        "note": values.get("teacher.note"),
         "facts": _facts(results, per_image, manifest, subject),
-        "table1": _table1(table1, per_image, subject, files["table1.csv"]),
-        "differences": _differences(differences, files["differences.csv"]),
-        "tables": _more_tables(directory),
+        "split": split_name(split),
+        "tested_on": words.tested_on(per_image),
+        "tables": {
+            "table1": _rows(_table1(table1, per_image, split, subject), files["table1.csv"]),
+            "differences": _rows(_differences(differences), files["differences.csv"]),
+            **_more_tables(directory),
+        },
+        "text_columns": TEXT_COLUMNS,
+        "limits": LIMITS,
         "ledger": _ledger(ledger) if subject["compared"] else [],
         "tested": tested.pop() if len(tested) == 1 else "",
-        "text_columns": TEXT_COLUMNS,
-        "verdicts": VERDICTS,
         "figures": figures,
         "stages": {
             stage: [figure for name, figure in further.items() if _stage(name) == stage] for stage in STORY
@@ -340,27 +303,21 @@ def _facts(
 # Tables
 
 
-def _section(
-    name: str, title: str, caption: str, rows: list[dict[str, str]], file: Mapping, dash: str
-) -> dict[str, object]:
+def _rows(rows: list[dict[str, str]], file: Mapping) -> dict[str, object]:
     """Return a table as the page shows it: no empty cell, and no column without content."""
     columns = [
         column for column in (rows[0] if rows else ()) if any(row[column] not in ("", DASH) for row in rows)
     ]
     rows = [{column: row[column] or DASH for column in columns} for row in rows]
     return {
-        "id": name,
-        "title": title,
-        "caption": caption,
         "columns": columns,
         "rows": rows,
-        "dash": f"{DASH}: {dash}." if any(DASH in row.values() for row in rows) else "",
+        "dashes": any(DASH in row.values() for row in rows),
         "file": file,
     }
 
 
-def _table1(table: pd.DataFrame, per_image: pd.DataFrame, subject: Mapping, file: Mapping) -> dict:
-    split = str(table.split.iloc[0]) if len(table) else ""
+def _table1(table: pd.DataFrame, per_image: pd.DataFrame, split: str, subject: Mapping) -> list[dict]:
     gap = tables.gap(per_image, table.init.drop_duplicates(), split).set_index("init").gap_closed
     paper = {(arm, init): words.number(value) for (arm, init, _), value in claims.PAPER.items()}
     paper |= {("gap closed", init): percent(share) for init, share in claims.PAPER_GAP.items()}
@@ -372,14 +329,7 @@ def _table1(table: pd.DataFrame, per_image: pd.DataFrame, subject: Mapping, file
             if subject["compared"] and (name, row["init"]) in paper:
                 cells[name] = f"{cell}\npaper {paper[name, row['init']]}"
         rows.append({"start": init_name(row["init"])} | cells)
-    caption = (
-        f"Final Dice on the test images in % under {split_name(split)}. {words.tested_on(per_image)} "
-        "Gap closed: the share of the way from the random start to centralised training."
-    )
-    if subject["compared"]:
-        caption += " Below each number the paper's, from other images, under age skew."
-    title = "Table 1: starts compared" if subject["compared"] else "Starts compared"
-    return _section("table1", title, caption, rows, file, "no share of a gap")
+    return rows
 
 
 def _arm(row: Mapping, arm: str) -> str:
@@ -388,29 +338,22 @@ def _arm(row: Mapping, arm: str) -> str:
     return estimate(row[arm], row.get(f"{arm}_low", np.nan), row.get(f"{arm}_high", np.nan))
 
 
-def _differences(differences: pd.DataFrame, file: Mapping) -> dict[str, object]:
-    caption = (
-        "Points of final Dice, paired by image and seed. “Higher” and “lower” only outside the noise: the "
-        "interval excludes zero and each test, corrected by Holm, stays below 5 %. p is the largest of the "
-        "tests'; d is the effect size d_z."
-    )
+def _differences(differences: pd.DataFrame) -> list[dict[str, str]]:
     rows = [words.difference_row(row) for row in differences.to_dict("records")]
-    rows = [{name: cell for name, cell in row.items() if "alone" not in name} for row in rows]
-    return _section("differences", "Differences between starts", caption, rows, file, "not tested")
+    return [{name: cell for name, cell in row.items() if "alone" not in name} for row in rows]
 
 
-def _more_tables(directory: Path) -> list[dict[str, object]]:
-    sections = []
-    for name, (words_of, title, caption, dash) in MORE_TABLES.items():
-        path = directory / name
+def _more_tables(directory: Path) -> dict[str, dict[str, object]]:
+    sections = {}
+    for name, row_of in MORE_TABLES.items():
+        path = directory / f"{name}.csv"
         if not path.is_file():
             continue
-        rows = [words_of(row) for row in _table(path).to_dict("records")]
-        # The start is the title of a card on a phone; the paper's share of the gap stands in Table 1.
-        rows = [
-            {"start": row["start"]} | {k: cell for k, cell in row.items() if k != "paper"} for row in rows
-        ]
-        sections.append(_section(path.stem, title, caption, rows, _download(name, path.read_bytes()), dash))
+        rows = [row_of(row) for row in _table(path).to_dict("records")]
+        for row in rows:
+            row.pop("paper", None)  # the paper's share of the gap stands in Table 1
+        rows = [{"start": row["start"]} | row for row in rows]  # the title of a card on a phone
+        sections[name] = _rows(rows, _download(path.name, path.read_bytes()))
     return sections
 
 

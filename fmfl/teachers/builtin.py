@@ -77,19 +77,17 @@ def load(path: Path) -> "Sam":
         UserError: the file does not hold the network's weights, all of them and no others.
     """
     state, settings = checkpoints.read(path), "{}"
-    with (
-        contextlib.suppress(SafetensorError),
-        safe_open(path, "pt") as file,
-    ):  # PyTorch's format has no metadata
+    # A file in PyTorch's format has no metadata: it holds the shipped size.
+    with contextlib.suppress(SafetensorError), safe_open(path, "pt") as file:
         settings = (file.metadata() or {}).get("network", settings)
     try:
-        sam = network(**json.loads(settings))
-        sam.load_state_dict(state)
+        built = network(**json.loads(settings))
+        built.load_state_dict(state)
     except (RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path} does not hold the built-in teacher's weights ({reason})") from None
-    checkpoints.usable(path, state, sam.state_dict())
-    return sam
+    checkpoints.usable(path, state, built.state_dict())
+    return built
 
 
 def standardise(images: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from fmfl.teachers import checkpoints
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
+    from segment_anything.utils.transforms import ResizeLongestSide
 
-#: What SAM and SAM-Med2D subtract from red, green and blue (0..255), and divide them by.
+#: Mean and standard deviation of red, green and blue (0..255), by which SAM and SAM-Med2D normalise.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
@@ -135,32 +136,28 @@ def _normalised(images: Tensor) -> Tensor:
     return (images.float() - mean) / std
 
 
-def _sam_image(images: Tensor, size: int) -> Tensor:
-    """Resize the longest side as the package does (Pillow, uint8), normalise, pad with zeros."""
+def _longest_side(size: int) -> "ResizeLongestSide":
+    """Return the package's own resizing of images and boxes, which keeps the aspect ratio."""
     from segment_anything.utils.transforms import ResizeLongestSide
 
-    transform = ResizeLongestSide(size)
+    return ResizeLongestSide(size)
+
+
+def _sam_image(images: Tensor, size: int) -> Tensor:
+    """Resize the longest side as the package does (Pillow, uint8), normalise, pad with zeros."""
     arrays = images.cpu().numpy()[:, 0, ..., None]
-    small = torch.stack([torch.from_numpy(transform.apply_image(array)) for array in arrays])
-    x = _normalised(small[:, None].to(images.device))
+    resized = [torch.from_numpy(_longest_side(size).apply_image(array)) for array in arrays]
+    x = _normalised(torch.stack(resized)[:, None].to(images.device))
     return F.pad(x, (0, size - x.shape[-1], 0, size - x.shape[-2]))
 
 
-def _sam_sides(size: int, height: int, width: int) -> tuple[int, int]:
-    """Return height and width of the image inside SAM's padded square."""
-    from segment_anything.utils.transforms import ResizeLongestSide
-
-    return ResizeLongestSide.get_preprocess_shape(height, width, size)
-
-
 def _sam_boxes(boxes: Tensor, size: int, height: int, width: int) -> Tensor:
-    inner_height, inner_width = _sam_sides(size, height, width)
-    return boxes * boxes.new_tensor([inner_width / width, inner_height / height] * 2)
+    return _longest_side(size).apply_boxes_torch(boxes, (height, width)).reshape(boxes.shape)
 
 
 def _sam_mask(low: Tensor, size: int, height: int, width: int) -> Tensor:
     """Resize to the padded square, cut the padding off, resize to the image."""
-    inner_height, inner_width = _sam_sides(size, height, width)
+    inner_height, inner_width = _longest_side(size).get_preprocess_shape(height, width, size)
     return bilinear(bilinear(low, size, size)[..., :inner_height, :inner_width], height, width)
 
 

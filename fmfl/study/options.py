@@ -1,0 +1,94 @@
+"""Options of the command line: their declaration, and their texts as parameters."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fmfl import config
+from fmfl.errors import UserError
+
+
+def option(text: str, *flags: str, **more: Any) -> Any:
+    """Return an option with a text, or with the meaning and the choices of the parameter of this name."""
+    if about := config.PARAMETERS.get(text):
+        return typer.Option(*flags, help=about.meaning, metavar="|".join(about.choices) or None, **more)
+    return typer.Option(*flags, help=text, **more)
+
+
+def argument(metavar: str, text: str) -> Any:
+    """Return an argument with a name for it and a text."""
+    return typer.Argument(metavar=metavar, help=text)
+
+
+Others = Annotated[
+    list[str] | None,
+    option(
+        "any other of `fmfl params`; repeat it",
+        "-p",
+        metavar="NAME=VALUE",
+        autocompletion=lambda: [f"{name}=" for name in config.PARAMETERS],
+    ),
+]
+Vary = Annotated[
+    list[str] | None,
+    option("also with other values of a parameter, for the map; repeat it", metavar="NAME=V1,V2,..."),
+]
+
+
+def read_values(option: str, text: str, read: Callable[[str], Any] = str) -> list:
+    """Return the values of an option that joins them by commas, each once."""
+    values = [read(part) for part in config.split_list(text)]
+    if not values:
+        raise UserError(f"{option} is empty: name at least one, with commas between them")
+    if len(set(values)) < len(values):
+        raise UserError(f"{option} names one twice ({', '.join(map(str, values))}): name each once")
+    return values
+
+
+def read_pairs(context: typer.Context, option: str, texts: list[str] | None) -> dict[str, str]:
+    """Return the NAME=VALUE texts of an option, without parameters that have an option of their own."""
+    own = {one.name: one.opts[0] for one in context.command.params if one.name in config.PARAMETERS}
+    pairs: dict[str, str] = {}
+    for pair in texts or []:
+        name, separator, text = pair.partition("=")
+        if not separator:
+            raise UserError(f"{option} {pair} has no value: write {option} NAME=VALUE")
+        if name in own:
+            raise UserError(f"{option} {name} has an option of its own: use {own[name]}")
+        if name in pairs:
+            raise UserError(f"{option} {name} is given twice: name each parameter once")
+        pairs[name] = text
+    return pairs
+
+
+def read_others(context: typer.Context, texts: list[str] | None) -> dict[str, Any]:
+    """Return the parameters given by -p."""
+    return {name: config.parse(name, text) for name, text in read_pairs(context, "-p", texts).items()}
+
+
+def read_variants(context: typer.Context, texts: list[str] | None, cfg: config.Settings) -> dict[str, list]:
+    """Return the values that --vary gives a parameter, without the study's own, which is there anyway."""
+    variants: dict[str, list] = {}
+    for name, text in read_pairs(context, "--vary", texts).items():
+        if name in config.tagged("free") | config.tagged("where"):
+            raise UserError(f"--vary {name} is no axis of the map: use -p {name}")
+        values = read_values(f"--vary {name}", text, partial(config.parse, name))
+        variants[name] = [value for value in values if value != cfg.flat()[name]]
+    return variants
+
+
+def absolute(path: str) -> str:
+    """Return a path that holds in every folder."""
+    return str(Path(path).expanduser().resolve())
+
+
+def read_source(text: str) -> str:
+    """Return a source of images; a folder is absolute, as notebooks run in a folder of their own."""
+    if text == "phantom":
+        return text
+    if not Path(folder := absolute(text)).is_dir():
+        raise UserError(f"--data {folder}: there is no such folder")
+    return folder
