@@ -1,13 +1,12 @@
 """The science imports none of what is built on it, and no two modules import each other."""
 
-import ast
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 
 import pytest
 
-from fmfl import paths
+from docs import modules
 
 #: What each wing may import besides itself; the science's own name is "".
 ALLOWED = {
@@ -20,37 +19,10 @@ ALLOWED = {
 }
 
 
-def imported(name: str, tree: ast.AST, modules: set[str]) -> set[str]:
-    """Find the modules that one imports, inside functions too; imports for types alone do not count."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fmfl":
-            home = node.module.removeprefix("fmfl").removeprefix(".")
-            for alias in node.names:
-                inside = f"{home}.{alias.name}".removeprefix(".")
-                found.add(inside if inside in modules else home)
-        elif isinstance(node, ast.Import):
-            found |= {
-                alias.name.removeprefix("fmfl.") for alias in node.names if alias.name.startswith("fmfl.")
-            }
-    return (found & modules) - {name}
-
-
 @pytest.fixture(scope="module")
 def imports() -> dict[str, set[str]]:
     """Each module of the package and those that it imports."""
-    files = {
-        file.relative_to(paths.PACKAGE).with_suffix("").as_posix().replace("/", "."): file
-        for file in paths.PACKAGE.rglob("*.py")
-        if file.name not in ("__init__.py", "__main__.py")
-    }
-    return {
-        name: imported(name, ast.parse(file.read_text(encoding="utf-8")), set(files))
-        for name, file in files.items()
-    }
+    return modules.imports(modules.modules())
 
 
 def wing(module: str) -> str:
@@ -76,3 +48,7 @@ def test_import_fmfl_gives_every_module_of_the_science():
     code = "import fmfl; fmfl.split.holdout; fmfl.losses.dice_loss; fmfl.nothing"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.stderr.splitlines()[-1] == "AttributeError: package 'fmfl' has no module 'nothing'"
+
+
+def test_the_table_of_modules_is_current():
+    assert modules.PAGE.read_text(encoding="utf-8") == modules.page(), "run python docs/modules.py"
