@@ -428,7 +428,7 @@ def test_teacher_download_says_where_the_others_are(fmfl):
     [
         ("server", "--port", "99999"),
         ("server", "--port", "0"),
-        ("client", "--port", "70000", "--data", "d", "--number", "0", "--server", "x:1"),
+        ("client", "--port", "70000", "--data", "d", "--server", "x:1"),
     ],
 )
 def test_a_port_that_no_machine_has_is_refused(arguments, fmfl, tmp_path):
