@@ -174,10 +174,8 @@ def _split(values: np.ndarray, lossy: bool, half: float | None = None) -> tuple[
             areas = f"{len(levels) - 1} grey levels beside the background"
         raise ValueError(f"it has {areas}, and which of them are lung is unknown")
     if len(levels) == 3 and levels[1] - levels[0] < DARKEST * (levels[2] - levels[0]):
-        low, high = levels[1], levels[2]
-        raise ValueError(
-            f"its values {low:g} and {high:g} are too far apart for two lungs; one may mean neither"
-        )
+        pair = f"{levels[1]:g} and {levels[2]:g}"
+        raise ValueError(f"its values {pair} are too far apart for two lungs; one may mean neither")
     # A darker lung may be written as 127 / 255, a little below the half.
     if half is not None and not levels[0] < half <= levels[1] * (1.02 if len(levels) == 3 else 1):
         raise ValueError(f"its areas have the probabilities {', '.join(f'{one:.2f}' for one in levels)}")
@@ -243,9 +241,7 @@ def _refuse_unexplained(values: np.ndarray, levels: np.ndarray, mask: np.ndarray
     """Raise a ValueError where much is brighter than every plateau, or an area of its own is in no lung."""
     least, step = LEAST_SHARE / 2 * values.size, 0.15 * (float(values.max()) - float(levels[0]))
     if (values > levels[-1] + step).sum() > least:
-        raise ValueError(
-            "it has lines or spots brighter than all of its areas, and what they mean is unknown"
-        )
+        raise ValueError("it has lines or spots brighter than all of its areas; their meaning is unknown")
     areas, count = scipy.ndimage.label((values > levels[0] + step) | mask)
     sizes = np.bincount(areas.ravel(), minlength=count + 1)
     kept = np.bincount(areas[mask], minlength=count + 1)

@@ -90,9 +90,7 @@ def _other_tables(folder: Path, names: list[str]) -> Iterator[SkippedFile]:
         stem, mark, suffix = name.lower().rpartition(".")
         table = f".{suffix}" in TABLE_SUFFIXES
         if plain(stem or suffix).startswith("metadata") and (table or not mark or suffix in LIKE_A_TABLE):
-            raise UserError(
-                f"{folder / name}: is not read; save it as metadata.csv, so that its patients count"
-            )
+            raise UserError(f"{folder / name}: is not read; save it as metadata.csv, and its patients count")
         if table:
             detail = "it is not read; save it as metadata.csv if it tells the patients"
             yield SkippedFile(folder / name, "table not read", detail)
@@ -116,9 +114,8 @@ def _lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         header.pop()
     separator = re.search(r"[;\t|]", header[0])
     if len(header) == 1 and separator:
-        mark = separator[0]
         raise UserError(
-            f"{path}: columns are separated by {mark!r} in it; save it with commas (image_id,...)"
+            f"{path}: columns are separated by {separator[0]!r}; save it with commas (image_id,...)"
         )
     # A spreadsheet ends each line with the same empty fields. One line alone that is longer has a comma
     # within a value, and then its values stand under other columns' names.
