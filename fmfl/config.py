@@ -37,7 +37,7 @@ TAGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where results go and what computes them."""
+    """Folder, device and engine of a run."""
 
     run_name: str = param("quick", "folder under runs/, or an absolute path", by=ALL, tags="where place")
     device: str = choice("auto", "auto cpu cuda", "auto: a GPU where there is one", by=ALL, tags="where")
@@ -89,7 +89,7 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """How the informed initial states are made from the proxy set (Eq. 4 and 5)."""
+    """Training of the informed initial states on the proxy set (Eq. 4 and 5)."""
 
     student: str = param("mobile_unet", "the student's network, see fmfl/models.py", paper="unet", by="2345F")
     labelled: float = param(
@@ -127,7 +127,7 @@ class SweepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FederateConfig:
-    """What one federated run depends on, besides its data and its initial state."""
+    """Settings of a federated run, besides its data and its initial state."""
 
     split: str = choice("age", SPLITS, "how the images are dealt to the clients", tags="free partition")
     age_strength: float = param(1.0, "0: as iid; 1: disjoint age ranges", 0, 1, by="145F", tags="partition")
@@ -182,7 +182,7 @@ class FederateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowerConfig:
-    """What a run on Flower depends on besides; docs/hospitals.md goes to more than one machine."""
+    """Further settings of a run on Flower; docs/hospitals.md goes to more than one machine."""
 
     start: str = param("", "file of a deployment's first weights; empty: random ones by the seed")
     test_data: str = param("", "folders that a deployment scores on; empty: none; held_out: part of data")
@@ -193,7 +193,7 @@ class FlowerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisConfig:
-    """What the figures and tables ask."""
+    """Settings of the figures and tables."""
 
     target_dice: float = param(0.9, "Dice that rounds and bytes are counted up to", 0, 1, tags="free")
     reference_split: str = choice("age", SPLITS, "split of Table 1", tags="free")
