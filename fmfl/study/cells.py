@@ -46,28 +46,28 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its name in the run's folder."""
+        """Name in the run's folder."""
         return outputs.cell_name(self.cfg, self.notebook)
 
     @property
     def key(self) -> str:
-        """Its name in the whole study."""
+        """Name in the whole study."""
         return f"{self.variant}/{self.name}" if self.variant else self.name
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Values that are injected: every setting that the notebook depends on, and where it runs."""
+        """Values to inject: every setting that the notebook depends on, and where it runs."""
         names = config.taken_by(self.notebook)
         return {name: value for name, value in self.cfg.flat().items() if name in names}
 
     @property
     def executed(self) -> Path:
-        """The executed notebook."""
+        """File of the executed notebook."""
         return self.cfg.run_dir / "notebooks" / f"{self.name}.ipynb"
 
     @property
     def marker(self) -> Path:
-        """The file that says with which fingerprint the cell was done."""
+        """File of the fingerprint with which the cell was done."""
         return self.cfg.run_dir / "cells" / self.name / "done.json"
 
     def is_done(self, fingerprint: str) -> bool:

@@ -93,8 +93,9 @@ class CellLocks:
                         file.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove the folder of locks, once all cells are done."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder of locks once all cells are done, unless other processes have more to do."""
+        if not any(self.held()):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _unfinished(root: Path) -> Iterator[Path]:

@@ -46,7 +46,7 @@ def changed(about: dict[str, Any], cfg: Settings, by: str = "05_analysis") -> Di
         The settings that differ, without those in `FREE`.
     """
     used, here = config.defaults() | about["settings"], cfg.flat()
-    if here["images_without_age"] == "auto":  # whatever the study has decided
+    if here["images_without_age"] == "auto":  # as the study has decided
         here["images_without_age"] = used["images_without_age"]
     names = (depends_on(about["notebook"]) & depends_on(by)).difference(FREE)
     return {name: (used[name], here[name]) for name in here if name in names and used[name] != here[name]}
@@ -255,7 +255,7 @@ def _on_axis(axis: str, value: object) -> str:
 
 
 def as_text(value: object) -> str:
-    """A setting's value as it stands in the name of a variant."""
+    """Write a setting's value as in the name of a variant."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -100,7 +100,7 @@ def check_folder(folder: Path) -> None:
 
 
 class Trace(NamedTuple):
-    """What a file in a study's folder tells of the study that wrote it.
+    """Origin of a file in a study's folder, compared with the study that is to run.
 
     Attributes:
         differences: settings that differ from those that are to run.
@@ -138,8 +138,8 @@ def other_study(cells: list[Cell], inputs: dict[str, str]) -> Differences:
         if others := seen - {inputs[name]}:
             there, here = (f"of fingerprint {digest[:8]}" for digest in (min(others), inputs[name]))
             differences[f"{name} (by its bytes)"] = (there, here)
-    # The splits decide it, and a study may add one. Where that changes the clients' images, the cells are
-    # run again and the rounds that there are move aside.
+    # The splits decide images_without_age, and a study may add a split. Where that changes the clients'
+    # images, cells are run again and the rounds that there are move aside.
     differences.pop("images_without_age", None)
     return differences
 
@@ -170,7 +170,7 @@ def _of_checkpoints(cfg: Settings) -> Iterator[Trace]:
 
 
 def _of_results(cfg: Settings) -> Iterator[Trace]:
-    """The manifest, or results without one that were passed on without their cells."""
+    """Manifest, or results that were passed on without it and without their cells."""
     manifest = outputs.read_record(cfg.run_dir / "manifest.json")
     if isinstance(settings := manifest.get("settings"), dict):
         settings = {name: value for name, value in settings.items() if name not in config.tagged("place")}

@@ -25,8 +25,8 @@ CAUSES = ("fmfl", "commit", "versions", "device", "settings", "data", "teacher",
 KEY = ["arm", "init", "split", "seed", "round"]
 VALUES = ["dice", "iou", "hd95", "bytes_up", "bytes_down", "images_seen"]  # all of results.csv but seconds
 
+#: Sentence on two things that are compared, and whether they are equal.
 Verdict = tuple[str, bool]
-"""A sentence on two things that are compared, and whether they are equal."""
 
 
 def compare(one: Path, other: Path, tolerance: float = 0.0) -> tuple[list[str], bool]:
