@@ -6,8 +6,8 @@ PAGE = Path(__file__).with_suffix(".svg")
 SIZE = (830, 370)  # pixels
 
 ABOUT = (
-    "Patients are dealt to a proxy set, clients and a test set. A frozen teacher labels the proxy images, and "
-    "a small U-Net learns from it and from the masks. Hospitals train this start in rounds, and a server "
+    "Patients are dealt to a proxy set, clients and a test set. A frozen teacher labels the proxy images. "
+    "A small U-Net learns from it and from the masks. Hospitals train this start in rounds, and a server "
     "averages their weights. The result is scored on the test patients."
 )
 
