@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import measure
-from fmfl import augment, devices, federate, losses, models, runs, seeds, train
+from fmfl import augment, devices, federate, losses, models, seeds, train
 from fmfl.config import FederateConfig
 from fmfl.runs import Run
 from fmfl.states import State
@@ -20,7 +20,11 @@ FOREVER = 10**5
 
 def fmfl_round(run: Run, cohort: measure.Cohort) -> State:
     """As the notebook has it: clients, average, checkpoint."""
-    updates = runs.train_clients(run, run.clients)
+    number = run.round_number + 1
+    updates = (
+        run.note(k, federate.train_client(run.model, run.theta, own, run.cfg, key=(run.cfg.seed, k, number)))
+        for k, own in run.clients.items()
+    )
     state = federate.aggregate(updates)
     run.finish_round(state, cohort, run.clients[0].indices[:1])
     return state

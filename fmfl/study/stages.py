@@ -102,11 +102,7 @@ def partition(
     scheme = scheme or cfg.split
     if cfg.images_without_age == "leave_out":
         federated = split.with_age(cohort.table, federated)
-    options = {
-        "age": {"strength": cfg.age_strength},
-        "quantity": {"ratio": cfg.quantity_ratio},
-        "dirichlet": {"concentration": cfg.dirichlet_concentration},
-    }.get(scheme, {})
+    options = {name: getattr(cfg, f"{scheme}_{name}") for name in split.OPTIONS[scheme]}
     return split.partition(cohort.table, federated, scheme, cfg.num_clients, cfg.seed, **options)
 
 
