@@ -1,50 +1,72 @@
-"""Each `fmfl study` command in the docs still parses: no option, parameter or value of it has gone."""
+"""Commands in the docs still parse: no command, option, parameter or value of them has gone."""
 
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from fmfl import paths
+from bench.__main__ import app as bench
+from docs import pipeline
+from fmfl import config, paths
 from fmfl.study import cli, grid
 
-PAGES = [
-    paths.ROOT / "README.md",
-    # privacy.md says at which commit its command ran, and that the code was removed after it.
-    *(page for page in sorted((paths.ROOT / "docs").rglob("*.md")) if page.name != "privacy.md"),
-]
+FOLDERS = {"data": "README.md", "bench": "README.md", "docs": "**/*.md", ".": "*.md"}
+PAGES = sorted(page for folder, pages in FOLDERS.items() for page in (paths.ROOT / folder).glob(pages))
+#: Pages that name what is gone, at its commit or as a change.
+OTHER_TIMES = {"CHANGELOG.md", "docs/privacy.md"}
 
 
-def commands() -> list[tuple[str, str]]:
-    """The pages' commands, each with its page; a line that ends in a backslash goes on in the next one."""
-    found = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-        for line in re.findall(r"^(?: {4}|`)?(fmfl study [^\n`#]*)", text, flags=re.M):
-            if "..." not in line:
-                found.append((str(page.relative_to(paths.ROOT)), line.strip()))
-    return found
+def title(page):
+    return page.relative_to(paths.ROOT).as_posix()
 
 
-def test_the_results_pages_have_their_commands():
-    pages = {page for page, _ in commands()}
-    assert {"docs/batches.md", "docs/data.md"} <= pages
-    assert {f"docs/results/{name}/README.md" for name in ("v7-cpu", "v7-labels", "v7-choices")} <= pages
+def code(page):
+    """Lines of a page's blocks of code, continued lines joined, comments cut; then its code in sentences."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"^```.*?\n(.*?)^```", text, flags=re.S | re.M)
+    words = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    lines = "\n".join(blocks).splitlines() + re.findall(r"^ {4}(.*)", words, flags=re.M)
+    return [re.sub(r"  *#.*", "", line).strip() for line in lines] + re.findall(r"`([^`\n]+)`", words)
 
 
-@pytest.mark.parametrize(("page", "command"), commands())
-def test_a_command_parses(page, command, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    seen = []
+def commands():
+    """Every command of the project in the docs, with its page; parameters alone count as a study's."""
+    for page in (page for page in PAGES if title(page) not in OTHER_TIMES):
+        for line in dict.fromkeys(code(page)):
+            line = re.sub(r"^-p ([a-z]\w*)[ =](\S+)", r"fmfl study -p \1=\2", line)
+            line = re.sub(r"^(ExecStart=)?(\S*/bin/)?(?=(fmfl|python|papermill) )", "", line)
+            if re.match(r"fmfl \w|python -m bench \w|papermill ", line):
+                yield title(page), line.replace(" ... ", " ")
 
-    def plan(cfg, *arguments):
-        seen.append(cfg)
-        raise KeyboardInterrupt  # parsed; nothing is to be run
+
+def parse(app, arguments):
+    """Parse a command line, run nothing, and return the values of its options."""
+    parsed = []
+
+    def without_calls(command):
+        for one in getattr(command, "commands", {}).values():  # of a group
+            without_calls(one)
+        if not hasattr(command, "commands"):
+            command.callback = lambda **values: parsed.append(values)
+        return command
+
+    without_calls(typer.main.get_command(app)).main(arguments, standalone_mode=False)
+    assert parsed or arguments[-1] == "--help"
+    return parsed[0] if parsed else {}
+
+
+def check_study(arguments, monkeypatch):
+    """Run a study's command up to its plan; its folders are made first."""
+    planned = []
+
+    def plan(cfg, *others):
+        planned.append(cfg)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(grid, "plan", plan)
-    arguments = shlex.split(command)[1:]
     for position, argument in enumerate(arguments[:-1]):
         if argument == "--data":
             names = [name for name in arguments[position + 1].split(",") if name != "phantom"]
@@ -52,5 +74,71 @@ def test_a_command_parses(page, command, tmp_path, monkeypatch):
             for folder in folders:
                 folder.mkdir(parents=True)
             arguments[position + 1] = ",".join(map(str, folders)) or "phantom"
+        if argument == "--checkpoint":
+            Path(arguments[position + 1]).touch()
     result = CliRunner().invoke(cli.app, arguments)
-    assert len(seen) == 1, f"{page}: {command}: {result.output} {result.exception}"
+    assert len(planned) == 1, f"{result.output} {result.exception}"
+
+
+@pytest.mark.parametrize(("page", "command"), list(commands()))
+def test_a_command_parses(page, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program, *arguments = shlex.split(command)
+    if program == "papermill":
+        notebook = paths.ROOT / arguments[0]
+        assert notebook.is_file()
+        for name, value in re.findall(r" -[pr] (\S+) (\S+)", command):
+            assert name in config.taken_by(notebook.stem)
+            config.parse(name, value.strip('"'))
+    elif page == "CONTRIBUTING.md" and "-p" in arguments:
+        pass  # of a recipe: tests/test_contributing.py
+    elif program == "python":
+        parse(bench, arguments[2:])
+    elif all(argument.isalpha() and argument.islower() for argument in arguments):
+        parse(cli.app, [*arguments, "--help"])
+    elif arguments[0] == "study":
+        check_study(arguments, monkeypatch)
+    else:
+        for pair in parse(cli.app, arguments).get("p") or []:
+            config.parse(*pair.split("=", 1))
+
+
+def test_the_commands_are_found():
+    """By hand: how often each program stands on a page of each kind."""
+    found = list(commands())
+    assert {page for page, command in found if command.startswith("fmfl study")} >= {
+        *(f"docs/results/{name}/README.md" for name in ("v7-cpu", "v7-labels", "v7-choices")),
+        *(f"docs/results/{name}/README.md" for name in ("centralised-128", "guangzhou-centralised")),
+        *("README.md", "docs/batches.md", "docs/data.md", "docs/hospitals.md"),
+    }
+    assert ("docs/batches.md", "fmfl study -p deterministic=true") not in found
+    assert ("docs/reproducibility.md", "fmfl study -p deterministic=true") in found
+    assert any("fmfl flower client --data /data/xrays" in command for _, command in found)
+    assert sum(command.startswith("python -m bench") for _, command in found) > 15
+    assert any(command.startswith("papermill") for _, command in found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["study", "--jobs", "2"], "No such option"),
+        (["study", "-p", "teacher_noise=0.1"], "is unknown"),
+        (["study", "-p", "box_rule=point"], "choose one of"),
+    ],
+)
+def test_a_command_with_what_is_gone_is_found(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match=message):
+        check_study(arguments, monkeypatch)
+
+
+def test_parameters_in_the_table_of_what_the_paper_leaves_open_exist():
+    text = (paths.ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[-2] for line in text.splitlines() if line.startswith("|")]
+    names = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    assert len(names) >= 11
+    assert set(names) <= set(config.PARAMETERS)
+
+
+def test_the_picture_is_what_its_script_draws():
+    assert pipeline.PAGE.read_text(encoding="utf-8") == pipeline.picture()

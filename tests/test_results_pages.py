@@ -67,7 +67,8 @@ def test_each_figure_is_what_the_command_draws(rebuilt):
 
 
 def test_links_of_the_pages_lead_somewhere():
-    for page in [paths.ROOT / "README.md", *RESULTS.glob("*/README.md"), paths.ROOT / "docs" / "verdicts.md"]:
+    pages = [page for folder in (".", "data", "bench") for page in (paths.ROOT / folder).glob("*.md")]
+    for page in [*pages, *(paths.ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page}: {link}"
 
