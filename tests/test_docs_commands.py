@@ -85,7 +85,7 @@ def test_a_command_parses(page, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     program, *arguments = shlex.split(command)
     if program == "papermill":
-        notebook = paths.ROOT / arguments[0]
+        notebook = paths.ROOT / next(name for name in arguments if name.endswith(".ipynb"))
         assert notebook.is_file()
         for name, value in re.findall(r" -[pr] (\S+) (\S+)", command):
             assert name in config.taken_by(notebook.stem)
