@@ -81,6 +81,15 @@ def test_the_rule_of_the_verdicts_is_one_click_away():
         assert "verdicts.md)" in (paths.ROOT / page).read_text(encoding="utf-8")
 
 
+def test_the_first_page_says_of_few_masks_what_the_table_holds():
+    gains = pd.read_csv(RESULTS / "v7-labels" / "gains.csv", dtype={"value": str})
+    (row,) = gains[(gains.value == "30") & (gains.lower == "pretraining")].itertuples()
+    assert row.reading == "higher"
+    text = " ".join((paths.ROOT / "README.md").read_text(encoding="utf-8").split())
+    within = f"{row.low:.2f} to {row.high:.2f}"
+    assert f"30 true masks the teacher's student ends {row.gain:.2f} points higher ({within}," in text
+
+
 def test_the_rule_of_the_verdicts_names_the_numbers_that_the_code_uses():
     text = (paths.ROOT / "docs" / "verdicts.md").read_text(encoding="utf-8")
     for said in (
