@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
-README = RESULTS.parents[1] / "README.md"
+FINDINGS = RESULTS.parent / "findings.md"
 STARTS = ("random", "pretraining", "fm")
 
 
@@ -105,9 +105,9 @@ def test_differences(study):
     ).all()
 
 
-def test_the_answer_of_the_first_page():
+def test_the_answer_of_the_findings():
     """fm less random under age skew: +1.00, 0.69 to 1.32; fm less pre-training: -0.05, -0.15 to 0.04."""
-    text = README.read_text(encoding="utf-8")
+    text = FINDINGS.read_text(encoding="utf-8")
     scores = table("v7-cpu", "per_image")
     patients = patients_of(scores)
     fm, random, pretraining = (
@@ -188,10 +188,10 @@ def test_losses_from_iid_to_a_skew_and_what_is_said_of_them():
         assert row.verdict == "not testable here" and "does not lose" in row.why
 
 
-def test_the_ledger_counts_as_the_first_page_says():
+def test_the_ledger_counts_as_the_findings_say():
     found = table("v7-cpu", "claims")
     assert not found.claim.duplicated().any()
-    text = README.read_text(encoding="utf-8")
+    text = FINDINGS.read_text(encoding="utf-8")
     order = ("reproduced", "direction only", "not reproduced", "not testable here")
     for kind, name in (("size", "numbers of the paper"), ("direction", "differences whose sign it gives")):
         verdicts = list(found.verdict[found.kind == kind])

@@ -35,7 +35,7 @@ def main(root: Path = ROOT, *, figures: bool = True) -> None:
     report.write(results / REPORTED)
     for name, blocks in PAGES.items():
         markdown.write_into(results / name / "README.md", results / name, markdown.BLOCKS | blocks)
-    markdown.write_into(root / "README.md", results / REPORTED)
+    markdown.write_into(root / "docs" / "findings.md", results / REPORTED)
 
 
 def analyse(folder: Path) -> None:
