@@ -140,5 +140,15 @@ def test_parameters_in_the_table_of_what_the_paper_leaves_open_exist():
     assert set(names) <= set(config.PARAMETERS)
 
 
+def test_notebooks_call_what_the_page_says():
+    text = (paths.ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[.*?\]\(\.\./(notebooks/.*?)\).*\| (`.*`) \|$", text, flags=re.M)
+    assert len(rows) == 5
+    for notebook, called in rows:
+        code = (paths.ROOT / notebook).read_text(encoding="utf-8")
+        for module in re.findall(r"`(\w+)`", called):
+            assert f"fmfl.{module}" in code, f"{notebook} does not call {module}"
+
+
 def test_the_picture_is_what_its_script_draws():
     assert pipeline.PAGE.read_text(encoding="utf-8") == pipeline.picture()
