@@ -26,7 +26,7 @@ ALL = "12345F"
 
 #: Groups of parameters, and what the members have in common.
 TAGS = {
-    "where": "no number depends on it, and it may differ too",
+    "where": "says where a run happens; fingerprints leave it out, and cells of one study may differ in it",
     "free": "may differ between the cells of one study",
     "place": "names files or folders of this machine",
     "partition": "decides which client holds which images",
@@ -96,7 +96,7 @@ class DistillConfig:
         1.0, "fraction (<= 1) or number of proxy masks that are used, else the teacher's", 0
     )
     alpha: float = param(0.6, "weight of the teacher in Eq. 5; 0: supervised pre-training", 0, 1, paper=0.6)
-    temperature: float = param(1.0, "T of Hinton et al. 2015; the paper names none", 0.01, 100)
+    temperature: float = param(1.0, "softens both masks in Eq. 4; 1: not at all", 0.01, 100, paper=1.0)
     teacher_labels: str = choice("soft", "soft hard", "hard: the teacher's mask instead of its logits")
     teacher_views: str = choice("cached", "cached fresh", "fresh: logits of each augmented image")
     proxy_epochs: int = param(15, "passes over the proxy set; the paper names none", 0, 10_000)

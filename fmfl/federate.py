@@ -47,7 +47,9 @@ def train_client(
 ) -> ClientUpdate:
     """Eq. 2: train from the global state for E local epochs on a client's own images.
 
-        theta_k = argmin of the loss on D_k, by Adam from theta
+        theta_k = argmin of the loss on D_k, begun at theta
+
+    E epochs of Adam stand in for the argmin.
 
     Order and augmentation depend on the key and the epoch alone, so a client sees the same batches from every
     initial state: the arms are paired.

@@ -1,8 +1,8 @@
 """Losses of a student: Kullback-Leibler to the teacher (Eq. 4), soft Dice to the masks, and both (Eq. 5).
 
-Reference: Li & Yang 2023, arXiv 2311.15463, section 2.2. The paper distils at temperature 1; softening with
-its factor T^2 is Hinton, Vinyals & Dean 2015, arXiv 1503.02531, section 2. The soft Dice loss is Milletari,
-Navab & Ahmadi 2016, arXiv 1606.04797, with the plain sums (not squares) in the denominator.
+Reference: Li & Yang 2023, arXiv 2311.15463, section 2.2. Its Eq. 4 has no temperature, which is T = 1;
+softening with its factor T^2 is Hinton, Vinyals & Dean 2015, arXiv 1503.02531, section 2. The Dice loss is
+Milletari, Navab & Ahmadi 2016, arXiv 1606.04797, with the plain sums (not squares) in the denominator.
 """
 
 import torch

@@ -29,12 +29,12 @@ from fmfl.errors import UserError
 AGE_BANDS = ("0-5", "6-17", "18-29", "30-39", "40-49", "50-59", "60-69", "70-79", "80+")
 BEGINNINGS = (0, 6, 18, 30, 40, 50, 60, 70, 80)
 
-#: The partition schemes, and the options of each: `strength` of `age` is the parameter `age_strength`.
+#: Options of each scheme: the parameters tagged `partition` that begin with its name, such as `age_strength`.
 OPTIONS = {
     scheme: {
         name.removeprefix(f"{scheme}_"): parameter
         for name, parameter in config.PARAMETERS.items()
-        if name.startswith(f"{scheme}_")
+        if name.startswith(f"{scheme}_") and name in config.tagged("partition")
     }
     for scheme in config.SPLITS
 }

@@ -435,3 +435,8 @@ def test_a_port_that_no_machine_has_is_refused(arguments, fmfl, tmp_path):
     code, out, err = fmfl("flower", *arguments, "--keys", tmp_path)
     assert code == 2 and out == "" and "Traceback" not in err
     assert "not in the range" in err
+
+
+def test_an_empty_folder_is_refused(fmfl):
+    """An unset $OUT would put the study between the other runs."""
+    assert sentence(*fmfl("study", "--out", "")) == "fmfl: --out is empty: name a folder\n"

@@ -21,9 +21,9 @@ def squares(logits, masks, _):
 def test_the_state_half_way_is_the_mean_and_counts_stay():
     one = {"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(3)}
     other = {"w": torch.tensor([1.0, 4.0]), "n": torch.tensor(5)}
-    middle = landscape.line(one, other, 0.5)
+    middle = landscape.interpolate(one, other, 0.5)
     assert middle["w"].tolist() == [0.5, 3.0] and middle["n"] == 3
-    assert torch.equal(landscape.line(one, other, 1.0)["w"], other["w"])
+    assert torch.equal(landscape.interpolate(one, other, 1.0)["w"], other["w"])
 
 
 @pytest.mark.parametrize(

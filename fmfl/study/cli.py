@@ -76,6 +76,8 @@ def study(
     progress: Annotated[bool, option("show a bar with the time left")] = True,
 ) -> None:
     """Run the five notebooks over all splits, starts and seeds; run again, it finishes what is missing."""
+    if not run_name.strip():
+        raise UserError("--out is empty: name a folder")
     given = options.read_others(context, p) | {"run_name": run_name, "checkpoint": checkpoint}
     given |= {name: absolute(given[name]) for name in config.tagged("place") if given.get(name)}
     given |= {"data": ",".join(read_values("--data", data, options.read_source))}

@@ -58,9 +58,7 @@ def read(path: str | Path) -> State:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(
-            f"the teacher's weights {path} are not there: name an existing file with --checkpoint"
-        )
+        raise UserError(f"the teacher's weights {path} are not there: name an existing file")
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a file of weights: name the file in it")
     with path.open("rb") as file:
