@@ -21,6 +21,9 @@ SPLITS = ("iid", "age", "quantity", "site", "dirichlet")
 BOX_RULES = ("ground_truth", "ground_truth_jitter", "whole_image", "predicted")
 BOXES_PER_IMAGE = ("per_lung", "one")
 
+#: Parameters of older versions and their defaults: a study made with another value is another study.
+REMOVED = {"adapter": True, "passed_over": "", "teacher_noise": 0.0, "privacy": "none"}
+
 #: `by` of a parameter that all take: the notebooks by their numbers, and F for Flower's nodes.
 ALL = "12345F"
 
@@ -41,7 +44,9 @@ class RunConfig:
 
     run_name: str = param("quick", "folder under runs/, or an absolute path", by=ALL, tags="where place")
     device: str = choice("auto", "auto cpu cuda", "auto: a GPU where there is one", by=ALL, tags="where")
-    precision: str = choice("auto", "auto float32 bfloat16", "auto: bfloat16 on a GPU that has it")
+    precision: str = choice(
+        "auto", "auto float32 bfloat16", "auto: bfloat16 on a GPU that has it", by="2345F"
+    )
     deterministic: bool = param(False, "the same bytes twice also on a GPU, by slower kernels")
     cohort_device: str = choice(
         "auto",
@@ -99,8 +104,8 @@ class DistillConfig:
     temperature: float = param(1.0, "softens both masks in Eq. 4; 1: not at all", 0.01, 100, paper=1.0)
     teacher_labels: str = choice("soft", "soft hard", "hard: the teacher's mask instead of its logits")
     teacher_views: str = choice("cached", "cached fresh", "fresh: logits of each augmented image")
-    proxy_epochs: int = param(15, "passes over the proxy set; the paper names none", 0, 10_000)
-    proxy_learning_rate: float = param(1e-3, "learning rate of Adam on the proxy set", 0, 10)
+    proxy_epochs: int = param(15, "passes over the proxy set; the paper names none", 0, 10_000, by="2345")
+    proxy_learning_rate: float = param(1e-3, "learning rate of Adam on the proxy set", 0, 10, by="2345")
     encoder_file: str = param("", "the encoder's weights for the initial state imagenet", tags="place")
     init_file: str = param("", "the student's weights for the initial state file", tags="place")
 
@@ -149,7 +154,7 @@ class FederateConfig:
     num_clients: int = param(3, "number of clients", 1, 100_000, paper=3, by="145F", tags="partition")
     num_rounds: int = param(5, "rounds of local training and averaging", 1, 100_000, paper=100)
     local_epochs: int = param(1, "E, passes of a client over its images in a round", 1, 1000, paper=5)
-    batch_size: int = param(8, "B, images in a local step", 1, 4096, by="345F")
+    batch_size: int = param(8, "B, images in a local step", 1, 4096, by="2345F")
     learning_rate: float = param(1e-3, "learning rate of the clients' Adam", 0, 10, paper=1e-4)
     proximal: float = param(0.0, "mu of FedProx (arXiv 1812.06127); 0: FedAvg", 0, 1000, tags="server")
     loss: str = choice("dice", "dice dice_bce", "loss of the clients", paper="dice")
@@ -175,7 +180,7 @@ class FederateConfig:
     server_momentum: float = param(0.9, "beta in FedAvgM, beta_1 in FedAdam", 0, 0.9999, tags="server")
     server_beta2: float = param(0.99, "beta_2 in FedAdam", 0, 0.9999, tags="server")
     server_epsilon: float = param(1e-3, "tau in FedAdam; larger: less adaptive", 1e-12, 1, tags="server")
-    augmentation: str = choice("device", "device albumentations none", "none: images as they are", by="345F")
+    augmentation: str = choice("device", "device albumentations none", "none: images as they are", by="2345F")
     score_every: int = param(1, "rounds between scores; the last round is always scored", 1, 100_000)
     seed: int = param(0, "random seed of partition, weights and training", 0, 2**31, by="1345F", tags="free")
 

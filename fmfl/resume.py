@@ -19,7 +19,7 @@ IDENTITIES = {
     "start": "other weights to begin with",
     "clients": "other images at the clients",
     "test images": "other test images",
-    "engine": "another engine",
+    "engine": "another engine, or other code for drift",
 }
 
 

@@ -472,3 +472,20 @@ def test_a_server_that_is_killed_and_started_again_finds_its_clients(tmp_path):
     assert pd.read_csv(out / "results.csv")["round"].tolist() == [0, 1, 2, 3]
     record = states.read_record(out / "weights" / "federated-age-random-seed0.safetensors")
     assert [done["clients"] for done in record["rounds"]] == [[], [0, 1], [0, 1], [0, 1]]
+
+
+def test_a_registry_is_not_mixed_with_what_a_killed_server_left(tmp_path):
+    """SQLite would replay the log of the old database into the fresh copy."""
+    home, known = tmp_path / "home", tmp_path / "registry.db"
+    home.mkdir()
+    for suffix in ("", "-wal", "-shm"):
+        (home / f"superlink.db{suffix}").write_text("of a killed server")
+    known.write_text("fresh")
+    deploy.lay_registry(known, home)
+    assert {file.name: file.read_text() for file in home.iterdir()} == {"superlink.db": "fresh"}
+
+
+def test_a_clients_number_is_its_folders_also_from_inside_it(tmp_path, monkeypatch):
+    keyring.make(tmp_path / "keys", ["localhost"], 2)
+    monkeypatch.chdir(tmp_path / "keys" / "client-1")
+    assert "partition-id=1" in " ".join(deploy.client_command(None, "localhost:1", Path()))

@@ -90,7 +90,10 @@ def test_a_cell_gets_the_settings_it_depends_on_and_no_others(tmp_path):
     where = {"run_name", "device", "cohort_device"}
     client = {"num_clients", "age_strength", "quantity_ratio", "images_without_age"}
     assert set(cells["01_data"]) == where | stages["data"] | client | {"seed"}
-    assert set(cells["02_teacher"]) == where | stages["data"] | stages["teacher"] | {"student"}
+    of_predicted_boxes = {"precision", "proxy_epochs", "proxy_learning_rate", "batch_size", "augmentation"}
+    assert set(cells["02_teacher"]) == (
+        where | stages["data"] | stages["teacher"] | {"student"} | of_predicted_boxes
+    )
     assert set(cells["03_distill"]) == (
         where | stages["data"] | stages["teacher"] | stages["distill"] | stages["sweep"]
         | {"precision", "deterministic", "inits", "batch_size", "augmentation", "batch_norm", "seed"}
@@ -276,6 +279,22 @@ OTHER = {
     "phantom_seed": (1, "0 there and 1 here"),
     "engine": ("flower", "'local' there and 'flower' here"),
 }
+
+
+@pytest.mark.parametrize(("name", "value"), [("teacher_noise", 1.0), ("privacy", "dp"), ("adapter", False)])
+def test_a_study_made_with_a_parameter_that_has_gone_is_another_one(tmp_path, notebooks, name, value):
+    folder = tmp_path / "run"
+    run(settings(folder))
+    record = folder / "cells" / "04_federate-age-seed0" / "cell.json"
+    about = json.loads(record.read_text())
+    about["settings"][name] = config.REMOVED[name]
+    record.write_text(json.dumps(about))
+    run(settings(folder))  # at its default it changed nothing
+    about = json.loads(record.read_text())
+    about["settings"][name] = value
+    record.write_text(json.dumps(about))
+    with pytest.raises(UserError, match=f"holds another study \\({name} is {value!r} there and 'gone' here"):
+        run(settings(folder))
 
 
 @pytest.mark.parametrize("name", OTHER)

@@ -737,7 +737,7 @@ def test_fresh_views_are_asked_in_every_epoch_and_the_others_not(tmp_path, asked
     assert states.state_digest(own.state) != states.state_digest(fresh.state)
 
 
-@pytest.mark.parametrize("module", [*teacher.CODE, "study/stages.py"])
+@pytest.mark.parametrize("module", [*teacher.CODE, "prompts.py", "study/stages.py"])
 def test_fresh_views_of_other_code_are_other_answers(tmp_path, monkeypatch, module):
     cfg = config.settings(TINY | {"run_name": tmp_path, "teacher_views": "fresh"})
     cohort = stages.load_cohort(cfg)

@@ -188,6 +188,13 @@ def registry(keys: Path) -> Path:
     return partial.replace(file)
 
 
+def lay_registry(known: Path, home: Path) -> None:
+    """Put a copy of a registry where a SuperLink has its database, without what a killed one left."""
+    for suffix in ("-wal", "-shm"):  # SQLite would replay them into the copy
+        (home / f"superlink.db{suffix}").unlink(missing_ok=True)
+    shutil.copyfile(known, home / "superlink.db")
+
+
 @contextmanager
 def superlink(keys: Path, home: Path, *, host: str, port: int, known: Path | None = None) -> Iterator[None]:
     """Run a SuperLink, which has the name `fmfl` in `home`, Flower's own folder.
@@ -208,7 +215,7 @@ def superlink(keys: Path, home: Path, *, host: str, port: int, known: Path | Non
     here = "127.0.0.1" if host == "0.0.0.0" else host
     env = environment(home)
     if known:
-        shutil.copyfile(known, home / "superlink.db")
+        lay_registry(known, home)
     (home / "config.toml").write_text(
         "[superlink]\ndefault = 'fmfl'\n\n[superlink.fmfl]\n"
         f"address = {json.dumps(f'{here}:{port}')}\n"
@@ -259,7 +266,7 @@ def client_command(data: str | None, server: str, keys: Path, port: int | None =
     Raises:
         UserError: a key is missing, or a folder's name does not do.
     """
-    number = re.fullmatch(r"client-(\d+)", keys.name)
+    number = re.fullmatch(r"client-(\d+)", keys.resolve().name)
     if not number:
         raise UserError(f"--keys {keys}: the folder's name tells the client's number, so call it client-K")
     if data and ("'" in data or '"' in data):
@@ -276,4 +283,4 @@ def client_command(data: str | None, server: str, keys: Path, port: int | None =
 def client(data: str, server: str, keys: Path, port: int | None = None) -> None:
     """Become a client's SuperNode, which waits for its server and trains until it is stopped."""
     command = client_command(data, server, keys, port)
-    os.execve(command[0], command, environment(paths.CACHE / "flower" / keys.name))
+    os.execve(command[0], command, environment(paths.CACHE / "flower" / keys.resolve().name))

@@ -35,9 +35,9 @@ def connect(cfg: Settings) -> Callable[[Run], Iterable[ClientUpdate]]:
             return runs.train_clients(run)
         nodes = simulated(cfg, run)
         updates = train_round(nodes, run)
-        for k in run.traffic.clients:  # into the checkpoint, so that a stopped run goes on in the same bytes
-            if memory := recall(nodes.grid.contexts[FIRST_NODE + k]):
-                run.memory[k] = memory
+        # Into the checkpoint, so that a stopped run goes on in the same bytes; of clients left out as well.
+        kept = {k: recall(nodes.grid.contexts[FIRST_NODE + k]) for k in run.clients}
+        run.memory = {k: memory for k, memory in kept.items() if memory}
         return updates
 
     return train

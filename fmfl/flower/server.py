@@ -68,7 +68,7 @@ def _start_or_resume(cfg: Settings, cohort: Cohort, test: Tensor) -> Run:
         cohort=cohort,
         test=test,
         precision=devices.precision_of(cfg.run),
-        engine=cfg.run.engine,
+        engine=stages.engine_key(cfg),
         move_aside=False,
     )
 

@@ -213,7 +213,8 @@ def _record(
     required = table is not None and table.has_patients and "patient_id" not in known
     row = metadata.row(image, image_id, known | _listed(image, image_id, table, required))
     rule = partial(_draw, drawings) if drawings else None
-    return Record(image, rule, row, "CT slice" if known.get("ct") else _why_no_mask(row["view"], mask_class))
+    reason = "CT slice" if known.get("is a CT slice") else _why_no_mask(row["view"], mask_class)
+    return Record(image, rule, row, reason)
 
 
 def _draw(drawings: Sequence[Callable], grey: np.ndarray) -> tuple[np.ndarray, str]:
@@ -288,7 +289,7 @@ def _darwin_tags(content: Mapping[str, Any]) -> dict[str, Any]:
         "patient_id": valued.get("patientid", ""),
         "view": valued.get("view", "").replace("_", " "),
         "finding": next((ours for theirs, ours in DARWIN_FINDINGS.items() if theirs.lower() in texts), ""),
-        "ct": "ct" in texts,
+        "is a CT slice": "ct" in texts,
     }
 
 

@@ -49,7 +49,10 @@ def changed(about: dict[str, Any], cfg: Settings, by: str = "05_analysis") -> Di
     if here["images_without_age"] == "auto":  # as the study has decided
         here["images_without_age"] = used["images_without_age"]
     names = (depends_on(about["notebook"]) & depends_on(by)).difference(FREE)
-    return {name: (used[name], here[name]) for name in here if name in names and used[name] != here[name]}
+    gone = {name: used[name] for name in config.REMOVED if name in used}
+    return {name: (used[name], here[name]) for name in here if name in names and used[name] != here[name]} | {
+        name: (value, "gone") for name, value in gone.items() if value != config.REMOVED[name]
+    }
 
 
 def in_words(differences: Differences) -> str:

@@ -271,7 +271,7 @@ def taught(cfg: Settings, cohort: Cohort, proxy: Tensor) -> Taught:
         boxes = _boxes(cfg, masks, cfg.data.holdout_seed + int(masks.sum()))
         return model.logits(images, boxes).clone()  # outside inference mode, so that gradients can pass by
 
-    code = states.code_digest((*teacher.CODE, "study/stages.py"))  # makes the answers
+    code = states.code_digest((*teacher.CODE, "prompts.py", "study/stages.py"))  # makes the answers
     key = states.fingerprint("fresh", code, model.about(), asdict(cfg.teacher), cfg.data.holdout_seed)
     return Taught(Examples(cohort.images, cohort.masks, proxy, ask=ask, device=cohort.device), key, 0.0)
 
@@ -372,6 +372,11 @@ def _students(plans: list[tuple[Settings, str, str]], cohort: Cohort, proxy: Ten
 # ---------------------------------------------------------------------------------------------------
 
 
+def engine_key(cfg: Settings) -> list[str]:
+    """Name the engine, and the code that measures drift beside it: a run's record depends on both."""
+    return [cfg.run.engine, states.code_digest(("analysis/landscape.py",))]
+
+
 def engine(cfg: Settings) -> Callable[[Run], Iterable[ClientUpdate]]:
     """Return the function that trains a round's clients: `runs.train_clients`, or Flower's by messages.
 
@@ -401,7 +406,7 @@ def start_runs(
         cohort=cohort,
         test=parts.test,
         precision=devices.precision_of(cfg.run),
-        engine=cfg.run.engine,
+        engine=engine_key(cfg),
     )
     holders = runs.clients_of(cohort, clients)
     # As in Table 1 of the paper, both comparisons are trained from random weights only. Centralised training

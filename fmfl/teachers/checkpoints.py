@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import socket
 import zipfile
 from collections.abc import Mapping
 from itertools import groupby
@@ -236,7 +237,7 @@ def download(name: str, *, progress: bool = True) -> Path:
         raise UserError(f"{known.file} is not the published file (other SHA-256): move it away or delete it")
     try:
         known.file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(known.url, str(known.file), known.sha256, progress)
+        _download(known.url, known.file, known.sha256, progress)
     except OSError as error:
         reason = getattr(error, "reason", None) or error.strerror or error
         raise UserError(f"{known.url} could not be fetched ({reason}): try again") from None
@@ -246,3 +247,13 @@ def download(name: str, *, progress: bool = True) -> Path:
             f"or save it by hand as {known.file}"
         ) from None
     return known.file
+
+
+def _download(url: str, file: Path, sha256: str, progress: bool) -> None:
+    """Call PyTorch's download with a limit of a minute for a silent server; it sets none itself."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(60)
+    try:
+        torch.hub.download_url_to_file(url, str(file), sha256, progress)
+    finally:
+        socket.setdefaulttimeout(before)
