@@ -440,3 +440,9 @@ def test_a_port_that_no_machine_has_is_refused(arguments, fmfl, tmp_path):
 def test_an_empty_folder_is_refused(fmfl):
     """An unset $OUT would put the study between the other runs."""
     assert sentence(*fmfl("study", "--out", "")) == "fmfl: --out is empty: name a folder\n"
+
+
+def test_help_tells_what_a_positional_argument_is(fmfl):
+    """Typer with click 8.5 left it out."""
+    _, out, _ = fmfl("data", "--help")
+    assert "phantom, or folders" in out
