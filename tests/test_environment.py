@@ -113,7 +113,7 @@ def test_environment_yml_gives_each_package_a_reason():
 def test_torch_and_torchvision_are_moved_together():
     """As torchvision's metadata admits builds of torch that it fails to import with."""
     constraints = [Requirement(line) for line in PROJECT["tool"]["uv"]["constraint-dependencies"]]
-    pair = {line.name: [exact_version(line)] for line in constraints}
+    pair = {line.name: [exact_version(line)] for line in constraints if line.name.startswith("torch")}
     assert set(pair) == {"torch", "torchvision"}
     for python in PYTHONS:
         for system, machine in SYSTEMS:
