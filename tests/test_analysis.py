@@ -482,6 +482,13 @@ def test_the_gap_has_an_interval_and_none_where_there_is_no_gap():
     assert "too few" in tables.gap_closed(scores(paper, patients=12), "fm", "age")["why"]
 
 
+def test_the_random_start_has_no_share_of_its_own_way():
+    """Its difference from itself is nothing; Table 1 of the report printed -14443 %."""
+    paper = {cell: mean for cell, mean in claims.PAPER.items() if cell != claims.STANDALONE}
+    row = tables.gap(scores(paper), ["random", "fm"], "age").set_index("init").loc["random"]
+    assert np.isnan(row.gap_closed) and row.why == "the way begins at the random start"
+
+
 @pytest.mark.slow
 def test_the_gaps_interval_covers_the_true_share_at_about_its_rate():
     """Patients and seeds both shift each arm; the true share is 60 %; 3 standard errors are 4.6 %."""

@@ -184,11 +184,13 @@ def gap_closed(per_image: pd.DataFrame, init: str, split: str, *, level: float =
     Returns:
         gap_closed, low, high (1 is all of it), images, patients, seeds, and why there is no share: an arm was
         not run, there are too few test patients, or centralised training is not above the random start
-        outside the noise, so that the share would be a number over nothing.
+        outside the noise, so that the share would be a number over nothing. The random start itself has none.
     """
     random = ("federated", "random", split)
     result = dict.fromkeys(("gap_closed", "low", "high"), np.nan)
     result |= dict.fromkeys(("images", "patients", "seeds"), 0)
+    if init == "random":
+        return result | {"why": "the way begins at the random start"}
     whole, missing = paired_scores(per_image, {CENTRALISED: 1, random: -1})
     own, own_missing = paired_scores(per_image, {("federated", init, split): 1, random: -1})
     if missing or own_missing:
