@@ -7,6 +7,8 @@ BIN := .venv/bin
 # pip's progress is for people; a CI log needs none. ARGS go to `fmfl study`.
 PIP_FLAGS ?= $(if $(CI),--quiet)
 ARGS ?=
+# In a container one is root, which JupyterLab wants to be told.
+LAB_FLAGS := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .PHONY: study paper lab test notebooks lock clean
 .NOTPARALLEL:
@@ -19,7 +21,7 @@ paper: .venv/installed  ## the paper's sizes and rounds (hours on a GPU); data a
 	$(BIN)/fmfl study --profile paper --out runs/paper $(ARGS)
 
 lab: .venv/installed  ## the notebooks in JupyterLab
-	$(BIN)/jupyter-lab --ServerApp.root_dir=. notebooks/01_data.ipynb
+	$(BIN)/jupyter-lab --ServerApp.root_dir=. $(LAB_FLAGS) notebooks/01_data.ipynb
 
 test: .venv/installed  ## every check: style, tests (slow ones too; the page needs Chromium), notebooks
 	$(BIN)/ruff check
@@ -48,4 +50,6 @@ clean:  ## what make can make again; results (runs) and downloads (data/cache) s
 	@echo "Setting up .venv; the first time this downloads some packages of several hundred megabytes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint requirements.lock --editable '.[test]'
+	@# JupyterLab would ask about its news, and look for newer versions in the network.
+	$(BIN)/jupyter-labextension disable --level sys_prefix "@jupyterlab/apputils-extension:announcements"
 	@touch $@

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmfl import losses, models, parallel, seeds, train
 from fmfl.config import DistillConfig
@@ -85,23 +86,25 @@ def initial_state(
     model = models.build(cfg.student, seed=seed, device=device, batch_norm=batch_norm)
     if name in GIVEN:
         models.load_weights(model, weights_of(name, cfg), encoder_only=name == "imagenet")
-    result = train.fit(
-        model,
-        proxy if alpha else replace(proxy, teacher_logits=None, ask=None),
-        eq5(alpha, cfg),
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer=train.adam(model, cfg.proxy_learning_rate),
-        key=(seed, seeds.PROXY),
-        augmentation=augmentation,
-        precision=precision,
-    )
+    examples = proxy if alpha else replace(proxy, teacher_logits=None, ask=None)
+    how = {"batch_size": batch_size, "augmentation": augmentation, "precision": precision}
+    result = _fit(model, examples, eq5(alpha, cfg), cfg, epochs, seed, **how)
     if alpha:
         result.seconds += teacher_seconds
     state = models.copy_state(model)
     if file is not None:
         write_state(file, state, fingerprint=key, fit=vars(result), init=name)
     return InitialState(name, state, result)
+
+
+def _fit(
+    model: nn.Module, examples: Examples, loss: Loss, cfg: DistillConfig, epochs: int, seed: int, **how: Any
+) -> FitResult:
+    """Train a student on proxy images, under the random key of the proxy set; see `train.fit`."""
+    optimizer = train.adam(model, cfg.proxy_learning_rate)
+    return train.fit(
+        model, examples, loss, epochs=epochs, optimizer=optimizer, key=(seed, seeds.PROXY), **how
+    )
 
 
 def eq5(alpha: float, cfg: DistillConfig) -> Loss:
@@ -181,17 +184,9 @@ def predicted_masks(
 
     def predict_rest(learned_from: Tensor) -> float:
         model = models.build(cfg.student, seed=seed, device=examples.device)
-        result = train.fit(
-            model,
-            replace(examples, indices=examples.indices[learned_from]),
-            train.LOSSES["dice"],
-            epochs=epochs,
-            batch_size=batch_size,
-            optimizer=train.adam(model, cfg.proxy_learning_rate),
-            key=(seed, seeds.PROXY),
-            augmentation=augmentation,
-            precision=precision,
-        )
+        part = replace(examples, indices=examples.indices[learned_from])
+        how = {"batch_size": batch_size, "augmentation": augmentation, "precision": precision}
+        result = _fit(model, part, train.LOSSES["dice"], cfg, epochs, seed, **how)
         rest = ~learned_from
         logits = train.predict(model, examples.images, examples.indices[rest], precision=precision)
         masks[rest] = (logits > 0).to(masks.device, torch.uint8)

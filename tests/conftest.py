@@ -41,3 +41,21 @@ def handled():
     yield handle
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def diverging(monkeypatch):
+    """Client 1's training of round 2 ends in NaN, its Adam's moments too."""
+    from fmfl import train
+
+    fit = train.fit
+
+    def diverge(model, *arguments, key, optimizer, **options):
+        result = fit(model, *arguments, key=key, optimizer=optimizer, **options)
+        if key[1:] == (1, 2):
+            for parameter in model.parameters():
+                parameter.data.fill_(float("nan"))
+                optimizer.state[parameter]["exp_avg"].fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(train, "fit", diverge)

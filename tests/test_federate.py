@@ -334,19 +334,9 @@ def test_the_arms_without_a_server_keep_their_optimizer(tmp_path):
     assert server.memory[seeds.POOLED]
 
 
-def test_a_client_that_diverged_comes_back_in_the_next_round(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("diverging")
+def test_a_client_that_diverged_comes_back_in_the_next_round(tmp_path):
     """Kept moments that are not finite would spoil all its later rounds too."""
-    fit = train.fit
-
-    def diverge(model, examples, *args, key, optimizer, **options):
-        fitted = fit(model, examples, *args, key=key, optimizer=optimizer, **options)
-        if key[1:] == (1, 2):  # client 1 in round 2
-            for parameter in model.parameters():
-                parameter.data.fill_(torch.nan)
-                optimizer.state[parameter]["exp_avg"].fill_(torch.nan)
-        return fitted
-
-    monkeypatch.setattr(train, "fit", diverge)
     with pytest.warns(UserWarning, match="update 1 is not finite") as caught:
         server = run(serve(tmp_path, cfg=settings(optimizer_state="keep")))
     assert sum("not finite" in str(warning.message) for warning in caught) == 1, "in round 2 alone"

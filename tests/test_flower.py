@@ -13,7 +13,7 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.common.config import get_fab_config
 from torch import nn
 
-from fmfl import config, federate, models, runs, states, train
+from fmfl import config, federate, models, runs, states
 from fmfl.analysis import landscape
 from fmfl.data import Cohort
 from fmfl.distill import InitialState
@@ -132,20 +132,10 @@ def test_the_rounds_are_the_local_engines_to_the_last_bit(tmp_path, given):
     assert one.equals(other) and one.update_norm.notna().all()
 
 
+@pytest.mark.usefixtures("diverging")
 @pytest.mark.parametrize("given", [{"optimizer_state": "keep"}, {"batch_norm": "local"}])
-def test_a_client_that_diverged_comes_back_as_with_the_local_engine(tmp_path, monkeypatch, given):
+def test_a_client_that_diverged_comes_back_as_with_the_local_engine(tmp_path, given):
     """Its update is left out of the round; what it keeps for the next one is its own affair."""
-    fit = train.fit
-
-    def diverge(model, *arguments, key, optimizer, **options):
-        result = fit(model, *arguments, key=key, optimizer=optimizer, **options)
-        if key[1:] == (1, 2):  # client 1 in round 2
-            for parameter in model.parameters():
-                parameter.data.fill_(math.nan)
-                optimizer.state[parameter]["exp_avg"].fill_(math.nan)
-        return result
-
-    monkeypatch.setattr(train, "fit", diverge)
     with pytest.warns(UserWarning, match="is not finite"):
         local = finish(start(settings(tmp_path / "local", engine="local", num_rounds=4, **given)), LOCAL)
     cfg = settings(tmp_path / "flower", num_rounds=4, **given)

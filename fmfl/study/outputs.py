@@ -49,10 +49,10 @@ def changed(about: dict[str, Any], cfg: Settings, by: str = "05_analysis") -> Di
     if here["images_without_age"] == "auto":  # as the study has decided
         here["images_without_age"] = used["images_without_age"]
     names = (depends_on(about["notebook"]) & depends_on(by)).difference(FREE)
-    gone = {name: used[name] for name in config.REMOVED if name in used}
-    return {name: (used[name], here[name]) for name in here if name in names and used[name] != here[name]} | {
-        name: (value, "gone") for name, value in gone.items() if value != config.REMOVED[name]
-    }
+    differences = {name: (used[name], here[name]) for name in here if name in names}
+    differences |= {name: (used[name], "gone") for name in config.REMOVED if name in used}
+    as_if_here = here | config.REMOVED
+    return {name: pair for name, pair in differences.items() if pair[0] != as_if_here[name]}
 
 
 def in_words(differences: Differences) -> str:
