@@ -24,6 +24,9 @@ from fmfl.train import Examples
 #: Parts of a checkpoint's record that make up a run, besides its name.
 STORED = ("round_number", "seconds", "images_seen", "bytes_up", "bytes_down", "history", "rounds")
 
+#: Modules that decide what a run's checkpoint holds.
+RUN_CODE = (*TRAINING_CODE, "runs.py", "metrics.py")
+
 #: Begins the names of the tensors in a checkpoint that are not the model's.
 KEPT = "kept/"
 
@@ -243,7 +246,7 @@ def _made_of(run: Run, student: str, cohort: Cohort, test: Tensor, engine: objec
     about = {"arm": run.arm, "student": student, "precision": run.precision}
     return {
         "settings": about | run_settings(run.cfg, run.arm),
-        "code": code_digest((*TRAINING_CODE, "runs.py", "metrics.py")),
+        "code": code_digest(RUN_CODE),
         "data": cohort.fingerprint,
         "start": state_digest(run.initial),
         "clients": fingerprint({k: examples.indices.tolist() for k, examples in run.clients.items()}),

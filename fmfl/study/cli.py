@@ -115,6 +115,30 @@ def study(
 
 
 @app.command()
+def merge(
+    folders: Annotated[list[Path], argument("DIR DIR...", "studies' folders, made on several machines")],
+    run_name: Annotated[str, option("new folder of the whole study", "--out")],
+    data: Annotated[str, option("where the images are here, if not where they were there")] = "",
+    checkpoint: Annotated[str, option("likewise the teacher's weights")] = "",
+    plain: Annotated[bool, option("run the notebooks' code in this process, without Jupyter")] = False,
+    progress: Annotated[bool, option("show a bar with the time left")] = True,
+) -> None:
+    """Put the parts of a study, made on machines that share no folder, together, and run its analysis."""
+    if not run_name.strip():
+        raise UserError("--out is empty: name a folder")
+    sources = ",".join(read_values("--data", data, options.read_source)) if data else ""
+    with interrupt.while_importing():
+        from fmfl.study import merge
+
+    out, shown = Path(absolute(run_name)), progress and sys.stderr.isatty()
+    places = {"data": sources, "checkpoint": absolute(checkpoint) if checkpoint else ""}
+    if merge.merge(folders, out, **places, plain=plain, progress=shown):
+        typer.echo(f"{out}: `fmfl study` with the same settings and this --out runs what is missing")
+    else:
+        typer.echo(f"report: {out / 'report.html'}")
+
+
+@app.command()
 def params(word: Annotated[str, argument("WORD", "in a name, meaning or range")] = "") -> None:
     """List the parameters: default, the paper's value, range, the notebooks that take them, meaning."""
     listed = [about for about in config.PARAMETERS.values() if word.lower() in str(about).lower()]
