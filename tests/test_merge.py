@@ -234,11 +234,11 @@ def test_images_that_lay_elsewhere_are_known_by_their_bytes(tmp_path, notebooks)
 # ------------------------------------------------------------------------------------------ unfinished parts
 
 
-def unfinished(folder: Path, run: str, rounds: int, **changes) -> Path:
-    """Takes a run back to a checkpoint with some rounds of three."""
+def unfinished(folder: Path, run: str, number: int, **changes) -> Path:
+    """Takes a run back to a checkpoint with a number of rounds, and leaves the one before it."""
     file = folder / "weights" / f"{run}.safetensors"
-    record = states.read_record(file) | {"round_number": rounds} | changes
-    state = {"w": torch.tensor([float(rounds)])}
+    record = states.read_record(file) | {"round_number": number} | changes
+    state = {"w": torch.tensor([float(number)])}
     states.write_state(file, state, **{name: record[name] for name in record if name != "sha256"})
     shutil.copy(file, states.previous(file))
     return file
@@ -304,13 +304,11 @@ def refused(tmp_path: Path, *parts: Path, **places) -> str:
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("num_rounds", 3, "num_rounds is 3 in {b} (04_federate-iid-seed2) and 1 in {a}"),
-        ("learning_rate", 0.5, "learning_rate is 0.5 in {b} (04_federate-iid-seed2) and 0.001 in {a}"),
+        ("num_rounds", 3, "num_rounds is 3 in {b} (04_federate-age-seed2) and 1 in {a}"),
         ("size", 64, "size is 64 in {b} (01_data) and 96 in {a}"),
         ("alpha_sweep", "0,1", "alpha_sweep is '0,1' in {b} (03_distill-seed2) and '' in {a}"),
         ("inits", "random", "inits is 'random' in {b} (03_distill-seed2) and 'random,fm' in {a}"),
         ("target_dice", 0.8, "target_dice is 0.8 in {b} (05_analysis) and 0.9 in {a}"),
-        ("engine", "flower", "engine is 'flower' in {b} (04_federate-iid-seed2) and 'local' in {a}"),
     ],
 )
 def test_another_setting_is_named_with_folders_and_values(tmp_path, notebooks, name, value, said):
