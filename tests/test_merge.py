@@ -436,6 +436,11 @@ def test_a_folder_that_was_not_copied_whole_is_refused(tmp_path, halves):
     content = file.read_bytes()
     file.write_bytes(content[:-3])
     assert refused(tmp_path, *halves).startswith(f"{file} is damaged: copy the folder here again")
+    record = halves[1] / "cells" / "02_teacher" / "cell.json"
+    about = record.read_text()
+    record.write_text(about[:-3])
+    assert refused(tmp_path, *halves) == f"cell.json in {record.parent} is damaged: copy it here again"
+    record.write_text(about)
     file.unlink()
     said = refused(tmp_path, *halves)
     assert said.startswith(

@@ -138,7 +138,7 @@ def run(
             where its outputs are kept.
         OutOfTime: it has stopped at its time limit; the sentence says what is left.
     """
-    with contextlib.nullcontext() if progress else _no_bars(), deadline.at(stop_at):
+    with contextlib.nullcontext() if progress else no_bars(), deadline.at(stop_at):
         inputs = preflight.check(cells)
         root = cells[0].cfg.run_dir
         preflight.check_folder(root)
@@ -229,7 +229,7 @@ def _finished_files(cells: list[Cell]) -> dict[Path, int]:
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Set the environment so that notebooks show no bars, see `stages.show_bars`."""
     before = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"

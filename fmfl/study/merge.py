@@ -5,6 +5,7 @@ taken from a part where they are done there by their fingerprints. What is left 
 `fmfl study` would run: the analysis, and whatever no part has finished.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -134,7 +135,8 @@ def merge(
     whole = _whole(parts)
     _refuse_other_parts(parts, whole)
     cells = whole.plan(_places(parts, data, checkpoint) | {"run_name": str(out)})
-    inputs = preflight.check(cells)
+    with contextlib.nullcontext() if progress else grid.no_bars():
+        inputs = preflight.check(cells)
     _refuse_other_inputs(parts, whole, inputs, cells[0])
     gathered = _gather(parts, whole, inputs, say)
     _check_files(gathered)
@@ -315,8 +317,10 @@ def _done(part: Part, whole: Whole, inputs: dict[str, str]) -> dict[str, Cell]:
     keys, done = fingerprints(cells, inputs), {}
     for cell in cells:
         about = read_record(cell.marker.with_name("cell.json"))
-        if cell.notebook == "05_analysis" or not cell.marker.exists() or not about:
+        if cell.notebook == "05_analysis" or not cell.marker.exists():
             continue
+        if not about:
+            raise UserError(f"cell.json in {cell.marker.parent} is damaged: copy it here again")
         if cell.notebook == "01_data" and about["settings"]["seed"] != cell.cfg.federate.seed:
             continue  # it shows the clients of the study's first seed, and this is another one
         if read_record(cell.marker).get("fingerprint") != keys[cell.key]:
@@ -369,11 +373,17 @@ def _gather(parts: list[Part], whole: Whole, inputs: dict[str, str], say: Callab
     for cell in gathered.missing(list(own.values())):
         gathered.rounds[cell.key] = 0.0
         _take_unfinished([plan[cell.key] for plan in plans.values()], gathered)
-    precisions = {states.read_record(file).get("made_of", {}).get("settings", {}).get("precision")
-                  for file in gathered.files.values() if file.suffix == ".safetensors"} - {None}  # fmt: skip
-    if len(precisions) > 1:
-        say(f"warning: the parts were trained in {' and '.join(sorted(precisions))}: see parameter precision")
+    _warn_of_precisions(gathered, say)
     return gathered
+
+
+def _warn_of_precisions(gathered: Gathered, say: Callable[[str], None]) -> None:
+    """Say where some machines trained in bfloat16 and others, without such a GPU, in float32."""
+    weights = (file for file in gathered.files.values() if file.suffix == ".safetensors")
+    made_of = (states.read_record(file).get("made_of", {}) for file in weights)
+    precisions = sorted({about["settings"]["precision"] for about in made_of if about})
+    if len(precisions) > 1:
+        say(f"warning: the parts were trained in {' and '.join(precisions)}: see parameter precision")
 
 
 def _below(cell: Cell, file: Path) -> Path:
