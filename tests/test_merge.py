@@ -181,6 +181,8 @@ def test_halves_by_seed_become_the_files_of_the_whole(tmp_path, halves):
     assert said[:2] == [f"{halves[1]}: 4 notebooks are done", f"{halves[0]}: 5 notebooks are done"]
     assert [line.split(":")[0] for line in said[2:]] == ["05_analysis"]
     assert_same_files(tmp_path / "m", tmp_path / "w")
+    for file in (tmp_path / "m" / "cells").glob("*/cell.json"):
+        assert json.loads(file.read_text())["settings"]["run_name"] == str(tmp_path / "m")
     assert run(tmp_path / "m") == []
     assert [everything(half) for half in halves] == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b", "m", "notebooks", "w"]
@@ -231,7 +233,8 @@ def test_images_that_lay_elsewhere_are_known_by_their_bytes(tmp_path, notebooks)
     (tmp_path / "two").rmdir()
     with pytest.raises(UserError, match=r"one, which is not here: name their folders with --data"):
         merged(tmp_path, tmp_path / "a", tmp_path / "b")
-    merged(tmp_path, tmp_path / "a", tmp_path / "b", data=str(tmp_path / "here"))
+    said = merged(tmp_path, tmp_path / "a", tmp_path / "b", data=str(tmp_path / "here"))
+    assert [line.split(":")[0] for line in said[2:]] == ["05_analysis"]
     assert run(tmp_path / "m", data=str(tmp_path / "here")) == []
 
 
