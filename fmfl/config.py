@@ -19,6 +19,7 @@ INITS = ("random", "pretraining", "fm", "imagenet", "file")
 ARMS = ("federated", "centralised", "standalone")
 SPLITS = ("iid", "age", "quantity", "site", "dirichlet")
 BOX_RULES = ("ground_truth", "ground_truth_jitter", "whole_image", "predicted")
+#: Boxes of lungs: 02_teacher compares these.
 BOXES_PER_IMAGE = ("per_lung", "one")
 
 #: Parameters of older versions and their defaults: a study made with another value is another study.
@@ -88,7 +89,11 @@ class TeacherConfig:
     box_rule: str = choice(
         "ground_truth", BOX_RULES, "source of boxes; predicted: another network's masks", paper="ground_truth"
     )
-    boxes_per_image: str = choice("per_lung", BOXES_PER_IMAGE, "one: round both; the paper does not say")
+    boxes_per_image: str = choice(
+        "per_lung",
+        (*BOXES_PER_IMAGE, "per_part"),
+        "one: round both; the paper does not say; per_part: another organ, a box round each of its parts",
+    )
     jitter_pixels: float = param(5.0, "most that each side of a jittered box moves, in pixels", 0, 100)
 
 

@@ -141,6 +141,18 @@ def check_data(
         typer.echo(f"sheet: {sheet} with {inspection.sheet(cohort, sheet)} images")
 
 
+@app.command()
+def example(
+    folder: Annotated[Path, argument("FOLDER", "a new folder")],
+    number: Annotated[int, option("how many", "--images", min=1, max=100_000)] = 120,
+    seed: Annotated[int, option("of the drawing", min=0)] = 0,
+) -> None:
+    """Write a folder of synthetic images of another organ: kidneys, with masks and a table without ages."""
+    from fmfl.sources import kidneys
+
+    typer.echo(f"example: {kidneys.write(folder, number, seed)} with {number} images and masks")
+
+
 @app.command("report")
 def rebuild_report(
     directory: Annotated[Path, argument("DIR", "a study's folder")],
