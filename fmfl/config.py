@@ -64,12 +64,14 @@ class DataConfig:
     """Images, their size, and which of them are proxy, test and federated."""
 
     data: str = param(
-        "phantom", "phantom, or folders with X-rays and masks, with commas between them", tags="place"
+        "phantom", "phantom, or folders with images and masks, with commas between them", tags="place"
     )
     size: int = param(96, "pixels a side; a U-Net halves it five times", 32, 1024, multiple=32, paper=256)
     num_phantoms: int = param(160, "number of synthetic images that phantom holds", 20, 100_000)
     phantom_seed: int = param(0, "random seed of the synthetic images", 0)
-    mask_class: str = param("lung", "the annotated class that is segmented")
+    mask_class: str = param(
+        "lung", "the annotated class that is segmented; kidney:2 takes label 2 of mask files"
+    )
     strict: bool = param(False, "stop at a bad file instead of leaving it out and counting it")
     proxy: float = param(1504 / 6504, "fraction (< 1) or number of proxy images", 0, paper=1504 / 6504)
     test: float = param(500 / 6504, "fraction (< 1) or number of test images", 0, paper=500 / 6504)

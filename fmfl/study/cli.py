@@ -123,8 +123,10 @@ def check_data(
     """Check a data source: what it holds, what is left out and why, and what is worth a look."""
     with interrupt.while_importing():
         from fmfl import data
+        from fmfl.sources.mask_files import organ_of
         from fmfl.study import inspection
 
+    organ = organ_of(mask_class).name
     if sheet is not None:
         inspection.sheet_file(sheet)  # before the long work
     cohort = data.load(sources, size=size, mask_class=mask_class, strict=strict, progress=sys.stderr.isatty())
@@ -135,10 +137,10 @@ def check_data(
     )
     for row in cohort.left_out[cohort.left_out.defect].itertuples():
         typer.echo(f"left out: {row.source}/{row.file}: {row.detail}", err=True)
-    for sentence in inspection.warnings(cohort):
+    for sentence in inspection.warnings(cohort, organ):
         typer.echo(f"warning: {sentence}", err=True)
     if sheet is not None:
-        typer.echo(f"sheet: {sheet} with {inspection.sheet(cohort, sheet)} images")
+        typer.echo(f"sheet: {sheet} with {inspection.sheet(cohort, sheet, organ)} images")
 
 
 @app.command()
