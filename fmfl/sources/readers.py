@@ -120,7 +120,8 @@ def _masks_by_image(
         if key in named:
             masks_of[key].append(path)
         else:
-            yield SkippedFile(path, "mask without an image", f"there is no image file images/{key}.*")
+            detail = f"there is no image file images/{key}.*; name a mask as its image, or with _mask behind"
+            yield SkippedFile(path, "mask without an image", detail)
     return masks_of
 
 
