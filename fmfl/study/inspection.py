@@ -220,7 +220,8 @@ def sheet(cohort: Cohort, file: Path, organ: str = "lung") -> int:
     figure.set_size_inches(1.5 * SHEET_COLUMNS, 1.9 * rows)  # room for the names
     for axis, index in zip(figure.axes, chosen, strict=False):
         name = cohort.table.image_id[index].replace("$", r"\$")
-        axis.set_xlabel(f"{name[-24:]}\n{organ} {share[index]:.0%}", fontsize=7)
+        digits = 0 if share[index] >= 0.1 else 1
+        axis.set_xlabel(f"{name[-24:]}\n{organ} {share[index]:.{digits}%}", fontsize=7)
     try:
         figure.savefig(file, dpi=110)
     finally:
