@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import fmfl
 from fmfl import config, metrics, models, paths, prompts, split, states, train
+from fmfl.analysis import plots
 from fmfl.errors import UserError
 from fmfl.sources import kidneys, mask_files
 from fmfl.sources.mask_files import Organ, organ_of
@@ -299,6 +300,13 @@ def test_warnings_and_sheet_name_the_organ_and_compare_with_the_folders_own_mask
     assert inspection.sheet(tiny, tmp_path / "s.png", "kidney") == 60
 
 
+def test_figures_of_ages_say_that_there_are_none(cohort):
+    parts = split.partition(cohort.table, split.holdout(cohort.table).federated, "iid")
+    for figure in (plots.ages(cohort.table), plots.clients(cohort.table, parts)):
+        assert [text.get_text() for text in figure.axes[-1].texts] == ["no image has an age"]
+        plots.plt.close(figure)
+
+
 def test_a_folder_without_patients_is_warned_of_near_copies(tmp_path):
     (line,) = [
         one for one in inspection.warnings(load(make_folder(tmp_path / "bare"))) if "patient_id" in one
@@ -367,9 +375,8 @@ def test_the_notebook_goes_from_a_folder_to_masks_in_their_own_size(folder, tmp_
         namespace["In"].append(source)
         exec(source, namespace)
     masks = sorted((tmp_path / "run" / "predicted").glob("*.png"))
-    assert [file.stem for file in masks] == sorted(
-        namespace["cohort"].table.image_id[namespace["parts"].test]
-    )
+    tested = namespace["cohort"].table.image_id.iloc[namespace["parts"].test.tolist()]
+    assert [file.stem for file in masks] == sorted(tested)
     for file in masks:
         assert Image.open(file).size == Image.open(folder / "images" / file.name).size
         assert set(np.unique(np.asarray(Image.open(file)))) <= {0, 255}
