@@ -9,7 +9,7 @@ PAGE = Path(__file__).with_suffix(".md")
 #: The wings in the order of reading, each with one line; the science has no name of its own.
 WINGS = {
     "": "The science: what the paper needs. It imports nothing of the wings but sources and teachers.",
-    "sources": "Readers of images and masks, and synthetic chest X-rays.",
+    "sources": "Readers of images and masks, and synthetic images: chest X-rays, kidneys.",
     "teachers": "The Segment Anything family as its authors call it, and the built-in teacher.",
     "analysis": "Statistics, tables, the paper's claims, figures, the loss landscape.",
     "study": "The notebooks' inputs and files, the grid of a study, the report, the command line.",

@@ -19,6 +19,7 @@ INITS = ("random", "pretraining", "fm", "imagenet", "file")
 ARMS = ("federated", "centralised", "standalone")
 SPLITS = ("iid", "age", "quantity", "site", "dirichlet")
 BOX_RULES = ("ground_truth", "ground_truth_jitter", "whole_image", "predicted")
+#: Boxes of lungs: 02_teacher compares these.
 BOXES_PER_IMAGE = ("per_lung", "one")
 
 #: Parameters of older versions and their defaults: a study made with another value is another study.
@@ -63,12 +64,14 @@ class DataConfig:
     """Images, their size, and which of them are proxy, test and federated."""
 
     data: str = param(
-        "phantom", "phantom, or folders with X-rays and masks, with commas between them", tags="place"
+        "phantom", "phantom, or folders with images and masks, with commas between them", tags="place"
     )
     size: int = param(96, "pixels a side; a U-Net halves it five times", 32, 1024, multiple=32, paper=256)
     num_phantoms: int = param(160, "number of synthetic images that phantom holds", 20, 100_000)
     phantom_seed: int = param(0, "random seed of the synthetic images", 0)
-    mask_class: str = param("lung", "the annotated class that is segmented")
+    mask_class: str = param(
+        "lung", "the annotated class that is segmented; kidney:2 takes label 2 of mask files"
+    )
     strict: bool = param(False, "stop at a bad file instead of leaving it out and counting it")
     proxy: float = param(1504 / 6504, "fraction (< 1) or number of proxy images", 0, paper=1504 / 6504)
     test: float = param(500 / 6504, "fraction (< 1) or number of test images", 0, paper=500 / 6504)
@@ -88,7 +91,11 @@ class TeacherConfig:
     box_rule: str = choice(
         "ground_truth", BOX_RULES, "source of boxes; predicted: another network's masks", paper="ground_truth"
     )
-    boxes_per_image: str = choice("per_lung", BOXES_PER_IMAGE, "one: round both; the paper does not say")
+    boxes_per_image: str = choice(
+        "per_lung",
+        (*BOXES_PER_IMAGE, "per_part"),
+        "one: round both; the paper does not say; per_part: another organ, a box round each of its parts",
+    )
     jitter_pixels: float = param(5.0, "most that each side of a jittered box moves, in pixels", 0, 100)
 
 

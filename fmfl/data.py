@@ -31,6 +31,7 @@ from fmfl import paths
 from fmfl.errors import UserError
 from fmfl.sources import caches, contents
 from fmfl.sources.files import first_line, printable
+from fmfl.sources.mask_files import organ_of
 from fmfl.sources.metadata import COLUMNS, words
 
 
@@ -40,7 +41,7 @@ class Cohort:
 
     Attributes:
         images: [N, 1, H, W] uint8, 0..255, H = W; index tensors lie where they do.
-        masks: [N, 1, H, W] uint8, 1 where there is lung, else 0.
+        masks: [N, 1, H, W] uint8, 1 where there is lung (or another organ, by `mask_class`), else 0.
         table: one row an image, in the order of `images`; the columns are `COLUMNS`.
         left_out: one row a file that is not used: source, file (below the source's folder), reason (to count
             by), detail (one sentence), defect (True: to be mended; False: a file of another kind).
@@ -114,6 +115,7 @@ def load(
         device: where the tensors go.
         num_phantoms, phantom_seed: number and random seed of the synthetic X-rays.
         mask_class: the annotated class that is the mask; "left lung", "Lungs" and "LUNG_R" are "lung" too.
+            "kidney:2+3" takes the labels 2 and 3 of mask files.
         strict: a file that is to be mended is an error; an image of another kind (lateral, CT slice) is not.
         cache: folder of decoded sources; None to decode every time.
         workers: decoding threads; None for one a core.
@@ -151,7 +153,7 @@ def _check(size: int, device: str | torch.device, mask_class: str, workers: int 
     low, high = contents.SIZES
     if not isinstance(size, int) or isinstance(size, bool) or not low <= size <= high:
         raise UserError(f"size is {size!r}: give a whole number of pixels in {low}..{high}")
-    if not words(mask_class):
+    if not words(organ_of(mask_class).name):
         raise UserError(f"mask_class is {mask_class!r}: give the name of the annotated class, such as 'lung'")
     if workers is not None and workers < 1:
         raise UserError(f"workers is {workers!r}: give the number of decoding threads, at least 1")
@@ -175,7 +177,7 @@ def _names(sources: str | os.PathLike | Sequence[str | os.PathLike]) -> dict[str
         folder = None if source == "phantom" else Path(source).expanduser()
         if folder is not None and not folder.is_dir():
             what = "is a file, not a folder" if folder.exists() else "there is no such folder"
-            raise UserError(f"{folder}: {what}; give a folder with chest X-rays and masks, or 'phantom'")
+            raise UserError(f"{folder}: {what}; give a folder with images and masks, or 'phantom'")
         if printable(source) != source:
             raise UserError(f"{source}: this name is not valid UTF-8; rename the folder")
         if any(folder == other or (folder and other and folder.samefile(other)) for other in folders):

@@ -33,7 +33,7 @@ def prose(name: str) -> list[str]:
 
 
 def test_these_are_all_notebooks():
-    assert sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb")) == NAMES == list(config.NOTEBOOKS)
+    assert sorted(file.stem for file in paths.NOTEBOOKS.glob("0*.ipynb")) == NAMES == list(config.NOTEBOOKS)
 
 
 @pytest.mark.parametrize("name", NAMES)

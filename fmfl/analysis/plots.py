@@ -181,6 +181,8 @@ def ages(table: pd.DataFrame, groups: str | Mapping[str, Iterable[int]] = "site"
         sns.histplot(frame, x="age", hue="group", hue_order=list(labelled), bins=bins, ax=axis, **style)
         sns.move_legend(axis, "lower left", bbox_to_anchor=(0, 1), ncols=2, title="")
     axis.set(xlabel="age (years)", ylabel="images")
+    if frame.empty:
+        _say_no_age(axis)
     return figure
 
 
@@ -208,6 +210,8 @@ def clients(table: pd.DataFrame, clients: Sequence[Iterable[int]], *, title: str
         sns.boxplot(frame, x="age", y="client", hue="client", order=list(parts), ax=ages, **style)
     ages.set(xlabel="age (years)", ylabel="")
     _grid_of_x(sizes, ages)
+    if frame.empty:
+        _say_no_age(ages)
     figure.suptitle(title)
     return figure
 
@@ -477,6 +481,12 @@ def _grid_of_x(*axes: Axes) -> None:
     for axis in axes:
         axis.grid(axis="x")
         axis.grid(visible=False, axis="y")
+
+
+def _say_no_age(axis: Axes) -> None:
+    """Write into an empty panel why it is empty."""
+    axis.text(0.5, 0.5, "no image has an age", ha="center", va="center", transform=axis.transAxes)
+    axis.xaxis.set_ticks([])
 
 
 def _legend_above(figure: Figure, axis: Axes) -> Figure:

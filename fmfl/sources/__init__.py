@@ -1,1 +1,1 @@
-"""Sources of images: files in the layouts that people have them in, and synthetic chest X-rays."""
+"""Sources of images: files in the layouts that people have them in, synthetic chest X-rays and kidneys."""

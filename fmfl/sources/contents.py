@@ -76,7 +76,7 @@ def of_folder(folder: Path, size: int, mask_class: str, workers: int | None, tit
     """Plan the reading of a folder on `workers` threads, with a bar of that title, "" for no bar."""
     files = list_files(folder)
     if not files:
-        raise UserError(f"{folder}: this folder is empty; give a folder with chest X-rays and masks")
+        raise UserError(f"{folder}: this folder is empty; give a folder with images and masks")
     settings = {"folder": str(folder.resolve()), "size": size, "mask_class": mask_class}
     settings["pydicom"] = importlib.util.find_spec("pydicom") is not None
     return Plan(partial(_read_folder, folder, size, mask_class, workers, title), settings, files)
@@ -164,7 +164,7 @@ def decode(record: Record, size: int) -> Decoded:
     if grey.min() == grey.max():
         raise SkippedFile(record.image, "constant image", "all its pixels are the same: it shows nothing")
     if min(height, width) < SIZES[0]:
-        detail = f"it has {width} x {height} pixels: an X-ray has at least {SIZES[0]} a side"
+        detail = f"it has {width} x {height} pixels: an image has at least {SIZES[0]} a side"
         raise SkippedFile(record.image, "image too small", detail)
     mask, remark = record.mask(grey)
     if not mask.any():

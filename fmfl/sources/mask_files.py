@@ -1,4 +1,4 @@
-"""Mask pictures, and the rule that tells which of their pixels are lung.
+"""Mask pictures, and the rule that tells which of their pixels are the organ: lung, unless another is named.
 
 Programs write masks as 0/1, 0/255, labels, one colour or grey level a lung, probabilities; and JPEG, resizing
 or smoothing leaves values between. One rule reads them all:
@@ -11,15 +11,21 @@ or smoothing leaves values between. One rule reads them all:
    no plateaus (a photograph, a copy of the X-ray), an area that rule 2 would drop, two lungs of which one is
    hardly brighter than the background (a label beside "ignore"), a mask that is lung at most of the picture's
    border or its own (inverted, a box), and outlines that are not filled.
+
+Where labels are named, as in `kidney:2` or `kidney:2+3`, no rule is needed: the pixels of these values are
+the organ, and all others are not.
 """
 
+import re
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import scipy  # its parts are imported where they are first used: ndimage takes half a second
 from PIL import Image, ImageOps
 
+from fmfl.errors import UserError
 from fmfl.sources.files import SkippedFile
 from fmfl.sources.pixels import is_deep, on_black, open_picture, unreadable
 
@@ -32,18 +38,52 @@ DARKEST = 1 / 16  # of the brighter lung's value; below, as in 1 and 255, one is
 COPY = 0.9  # correlation with the image from which on a mask of many values is taken for its copy
 
 
-def read_mask(path: Path, grey: np.ndarray) -> tuple[np.ndarray, str]:
+class Organ(NamedTuple):
+    """Annotated class that is the mask, and its labels in mask files; none: the rule tells them."""
+
+    name: str
+    labels: tuple[int, ...] = ()
+
+
+LUNG = Organ("lung")
+
+
+def organ_of(mask_class: str) -> Organ:
+    """Return the organ that a `mask_class` names: `lung`, `kidney:2` or `kidney:2+3`.
+
+    Raises:
+        UserError: what follows the colon is no list of labels, or one of them is the background, 0.
+    """
+    name, colon, labels = (part.strip() for part in mask_class.partition(":"))
+    if not colon:
+        return Organ(name)
+    if not re.fullmatch(r"[1-9]\d{0,4}(\+[1-9]\d{0,4})*", labels):
+        raise UserError(
+            f"mask_class is {mask_class!r}: after the colon give labels of the mask files, whole numbers "
+            "from 1 joined by +, such as 'kidney:2' or 'kidney:2+3'"
+        )
+    return Organ(name, tuple(map(int, labels.split("+"))))
+
+
+def is_lung(organ: str) -> bool:
+    """Return True for the paper's organ, which has two sides in many mask files."""
+    return organ.lower() in ("lung", "lungs")
+
+
+def read_mask(path: Path, grey: np.ndarray, organ: Organ = LUNG) -> tuple[np.ndarray, str]:
     """Read a mask picture for an image.
 
     Args:
         path: the mask's file.
         grey: [H, W] uint8, the image that it belongs to.
+        organ: named in the remark; its labels, if any, are the mask.
 
     Returns:
         [H, W] bool, and a remark, "" where every pixel stands for itself.
 
     Raises:
-        SkippedFile: the file cannot be read, has another size, or does not say which pixels are lung.
+        SkippedFile: the file cannot be read, has another size, or does not say which pixels are the
+            organ.
     """
     try:
         image = open_picture(path)
@@ -57,30 +97,72 @@ def read_mask(path: Path, grey: np.ndarray) -> tuple[np.ndarray, str]:
         detail = f"the mask has {columns} x {rows} pixels, its image {width} x {height}"
         raise SkippedFile(path, "mask of another size", detail)
     unclear = partial(SkippedFile, path, "mask unclear")
-    copied = SkippedFile(path, "mask is its image", "it shows the X-ray itself, not where its lungs are")
+    if organ.labels:
+        return _labelled(path, values, hues, organ), ""
+    copied = SkippedFile(path, "mask is its image", "it shows the image itself, and no mask")
     try:
         if hues > 2:
-            raise ValueError(f"it has areas of {hues} colours, and not all can be lungs")
+            raise ValueError(f"it has areas of {hues} colours, and which of them are {organ.name} is unknown")
         mask, between = lung_pixels(values, lossy=image.format in ("JPEG", "MPO", "WEBP"))
     except ValueError as error:
-        raise (copied if _alike(values, grey) > COPY else unclear(str(error))) from None
+        choose = _choose_labels(values, hues, organ)
+        raise (copied if _alike(values, grey) > COPY else unclear(f"{error}{choose}")) from None
     if _alike(mask, grey) > 0.98 or (between and _alike(values, grey) > COPY):
         raise copied
-    if doubt := _no_lungs(mask):
+    if doubt := _no_areas(mask):
         raise unclear(doubt)
-    return mask, "grey levels between lung and background" if between else ""
+    if between:
+        return mask, f"grey levels between {organ.name} and background"
+    return mask, "" if is_lung(organ.name) else _two_labels(values, mask, organ)
 
 
-def _no_lungs(mask: np.ndarray) -> str:
-    """Return why a mask shows something else than areas of lung; "" where nothing speaks against it."""
+def _labelled(path: Path, values: np.ndarray, hues: int, organ: Organ) -> np.ndarray:
+    """Return the pixels that have one of the organ's labels; of a palette its numbers are the labels.
+
+    Raises:
+        SkippedFile: the file holds colours or fractions.
+    """
+    with Image.open(path) as opened:
+        if opened.mode == "P":
+            values, hues = np.asarray(ImageOps.exif_transpose(opened)), 0
+    if hues > 1 or values.dtype.kind == "f":
+        kind = "colours" if hues > 1 else "fractions"
+        detail = f"it holds {kind}, not labels: name the organ alone, mask_class={organ.name}"
+        raise SkippedFile(path, "mask unclear", detail)
+    return np.isin(values, organ.labels)
+
+
+def _choose_labels(values: np.ndarray, hues: int, organ: Organ) -> str:
+    """Return what to do where a file of whole numbers has more labels than a mask; "" for other files."""
+    distinct = _distinct(values)
+    labels = [int(value) for value in distinct[:FEW_VALUES] if value > 0]
+    if hues or values.dtype.kind == "f" or len(labels) < 2 or len(distinct) > FEW_VALUES:
+        return ""
+    listed = ", ".join(map(str, labels))
+    return f" (its labels are {listed}: choose by mask_class={organ.name}:{labels[0]}, or several with +)"
+
+
+def _two_labels(values: np.ndarray, mask: np.ndarray, organ: Organ) -> str:
+    """Return a remark where two values count as one organ: they may be an organ and its tumour."""
+    labels, counts = np.unique(values[mask], return_counts=True)
+    two = labels[counts > LEAST_SHARE / 2 * values.size] if len(labels) <= FEW_VALUES else ()
+    if len(two) < 2:
+        return ""
+    pair = " and ".join(f"{label:g}" for label in two)
+    choose = f"; mask_class={organ.name}:{two[0]:g} takes the first alone"
+    return f"a mask of two values ({pair}) that both count as {organ.name}{choose}"
+
+
+def _no_areas(mask: np.ndarray) -> str:
+    """Return why a mask shows something else than areas of an organ; "" where nothing speaks against it."""
     if not mask.any():
         return ""
     if _border(mask) > 0.5:
-        return "it is bright along most of the picture's border: bright has to be lung, dark the rest"
+        return "it is bright along most of the picture's border: bright has to be the organ, dark the rest"
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     if min(box.shape[0] / mask.shape[0], box.shape[1] / mask.shape[1]) > 0.5 and _border(box) > 0.5:
-        return "its bright part is a box or a frame: bright has to be lung, dark the rest"
+        return "its bright part is a box or a frame: bright has to be the organ, dark the rest"
     if mask.mean() < 0.1 and scipy.ndimage.binary_fill_holes(mask).sum() > 3 * mask.sum():
         return "it draws outlines: fill the areas that they enclose"
     return ""
@@ -172,10 +254,10 @@ def _split(values: np.ndarray, lossy: bool, half: float | None = None) -> tuple[
         areas = "no clear areas"
         if len(levels) > 3:
             areas = f"{len(levels) - 1} grey levels beside the background"
-        raise ValueError(f"it has {areas}, and which of them are lung is unknown")
+        raise ValueError(f"it has {areas}, and which of them are the organ is unknown")
     if len(levels) == 3 and levels[1] - levels[0] < DARKEST * (levels[2] - levels[0]):
         pair = f"{levels[1]:g} and {levels[2]:g}"
-        raise ValueError(f"its values {pair} are too far apart for two lungs; one may mean neither")
+        raise ValueError(f"its values {pair} are too far apart for two sides; one may mean neither")
     # A darker lung may be written as 127 / 255, a little below the half.
     if half is not None and not levels[0] < half <= levels[1] * (1.02 if len(levels) == 3 else 1):
         raise ValueError(f"its areas have the probabilities {', '.join(f'{one:.2f}' for one in levels)}")
@@ -246,4 +328,4 @@ def _refuse_unexplained(values: np.ndarray, levels: np.ndarray, mask: np.ndarray
     sizes = np.bincount(areas.ravel(), minlength=count + 1)
     kept = np.bincount(areas[mask], minlength=count + 1)
     if ((sizes[1:] > max(4, least)) & (kept[1:] == 0)).any():
-        raise ValueError("it has an area brighter than the background and darker than half of its lungs")
+        raise ValueError("it has an area brighter than the background and darker than half of its mask")

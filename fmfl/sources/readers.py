@@ -18,13 +18,15 @@ import numpy as np
 from fmfl.errors import UserError
 from fmfl.sources import metadata
 from fmfl.sources.files import ImageIndex, SkippedFile, annotation_files, image_root, is_folder, read_json
-from fmfl.sources.mask_files import read_mask
+from fmfl.sources.mask_files import organ_of, read_mask
 from fmfl.sources.metadata import Table, plain, whole, without_fraction, words
 from fmfl.sources.outlines import Shape, coco_shapes, fill_even_odd, from_runs, points, unite
 
 #: [H, W] uint8 image -> [H, W] bool mask, and a remark on how it was read, "" without one.
 MaskRule = Callable[[np.ndarray], tuple[np.ndarray, str]]
 
+#: Ends of a mask's name behind that of its image, as in `x_mask.png` and `x-seg.png`.
+MASK_ENDING = re.compile(r"[_-](masks?|seg|segmentation|labels?|gt)$", re.IGNORECASE)
 #: If an image has several of V7's tags, the first match here is its finding (specific before general).
 DARWIN_FINDINGS = {
     "COVID-19": "covid-19",
@@ -82,6 +84,7 @@ def read_folder(folder: Path, mask_class: str) -> Iterator[Record | SkippedFile]
     both sides of a split.
     """
     images, masks = ImageIndex(folder / "images"), ImageIndex(folder / "masks")
+    organ = organ_of(mask_class)
     yield from images.others
     yield from masks.others
     table = yield from metadata.read(folder, images)
@@ -93,14 +96,14 @@ def read_folder(folder: Path, mask_class: str) -> Iterator[Record | SkippedFile]
         except SkippedFile as reason:
             yield reason
             continue
-        paths, without_mask = masks_of[image_id], _why_no_mask(row["view"], mask_class)
+        paths, without_mask = masks_of[image_id], _why_no_mask(row["view"], organ.name)
         if len(paths) > 1:
             names = " and ".join(path.name for path in paths)
             yield SkippedFile(image, "several masks", f"which is its mask is unknown: {names}")
-        elif not paths and without_mask == _why_no_mask("", mask_class):
+        elif not paths and without_mask == _why_no_mask("", organ.name):
             yield SkippedFile(image, "missing mask", f"there is no mask file masks/{image_id}.*")
         else:
-            rule = partial(read_mask, paths[0]) if paths else None
+            rule = partial(read_mask, paths[0], organ=organ) if paths else None
             yield Record(image, rule, row, without_mask)
 
 
@@ -112,12 +115,13 @@ def _masks_by_image(
     masks_of: dict[str, list[Path]] = defaultdict(list)
     for path in masks.files:
         key = masks.key(path)
-        if key not in named and key.removesuffix("_mask") in named:
-            key = key.removesuffix("_mask")
+        if key not in named and (image := MASK_ENDING.sub("", key)) in named:
+            key = image
         if key in named:
             masks_of[key].append(path)
         else:
-            yield SkippedFile(path, "mask without an image", f"there is no image file images/{key}.*")
+            detail = f"there is no image file images/{key}.*; name a mask as its image, or with _mask behind"
+            yield SkippedFile(path, "mask without an image", detail)
     return masks_of
 
 
@@ -166,6 +170,11 @@ def _read_annotated(
     one_file_an_image: bool,
 ) -> Iterator[Record | SkippedFile]:
     """Lay each entry on its image; without `one_file_an_image` the masks of several files are united."""
+    if organ_of(mask_class).labels:
+        raise UserError(
+            f"{folder}: its annotation files name their classes, and mask_class={mask_class} names a label: "
+            "give the class's name alone"
+        )
     images = ImageIndex(image_root(folder))
     yield from images.others
     table = yield from metadata.read(folder, images)

@@ -159,8 +159,10 @@ def check_data(
     """Check a data source: what it holds, what is left out and why, and what is worth a look."""
     with interrupt.while_importing():
         from fmfl import data
+        from fmfl.sources.mask_files import organ_of
         from fmfl.study import inspection
 
+    organ = organ_of(mask_class).name
     if sheet is not None:
         inspection.sheet_file(sheet)  # before the long work
     cohort = data.load(sources, size=size, mask_class=mask_class, strict=strict, progress=sys.stderr.isatty())
@@ -171,10 +173,22 @@ def check_data(
     )
     for row in cohort.left_out[cohort.left_out.defect].itertuples():
         typer.echo(f"left out: {row.source}/{row.file}: {row.detail}", err=True)
-    for sentence in inspection.warnings(cohort):
+    for sentence in inspection.warnings(cohort, organ):
         typer.echo(f"warning: {sentence}", err=True)
     if sheet is not None:
-        typer.echo(f"sheet: {sheet} with {inspection.sheet(cohort, sheet)} images")
+        typer.echo(f"sheet: {sheet} with {inspection.sheet(cohort, sheet, organ)} images")
+
+
+@app.command()
+def example(
+    folder: Annotated[Path, argument("FOLDER", "a new folder")],
+    number: Annotated[int, option("how many", "--images", min=1, max=100_000)] = 120,
+    seed: Annotated[int, option("of the drawing", min=0)] = 0,
+) -> None:
+    """Write a folder of synthetic images of another organ: kidneys, with masks and a table without ages."""
+    from fmfl.sources import kidneys
+
+    typer.echo(f"example: {kidneys.write(folder, number, seed)} with {number} images and masks")
 
 
 @app.command("report")

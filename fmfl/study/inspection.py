@@ -3,19 +3,25 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from fmfl import split, states
 from fmfl.analysis.statistics import MIN_PATIENTS
 from fmfl.config import DataConfig, FederateConfig
 from fmfl.data import Cohort
 from fmfl.errors import UserError, first_few
+from fmfl.sources.mask_files import is_lung
 
 #: Share of the picture that lungs usually take, least and most.
 COVER = (0.01, 0.70)
+
+#: Share of another organ's median cover below which a mask is doubtful.
+SMALL = 0.1
 
 #: Least share of images with an age; a study by age uses only those that have one.
 FEW_AGES = 0.5
@@ -24,10 +30,10 @@ SHEET_IMAGES = 60
 SHEET_COLUMNS = 10
 
 
-def warnings(cohort: Cohort) -> list[str]:
+def warnings(cohort: Cohort, organ: str = "lung") -> list[str]:
     """Return sentences on what may be wrong with images that are used, or is too little for a study."""
     checks: tuple[Callable[[Cohort], Iterator[str]], ...] = (
-        _cover,
+        partial(_cover, organ=organ),
         _patients,
         _near_patients,
         _copies,
@@ -42,13 +48,19 @@ def cover(cohort: Cohort) -> np.ndarray:
     return cohort.masks.flatten(1).float().mean(dim=1).cpu().numpy()
 
 
-def _cover(cohort: Cohort) -> Iterator[str]:
-    """Name masks that cover less or more of their picture than lungs do."""
-    share, (least, most) = cover(cohort), COVER
-    for doubtful, part in ((share < least, f"under {least:.0%}"), (share > most, f"over {most:.0%}")):
+def _usual(share: np.ndarray, organ: str) -> tuple[float, float]:
+    """Return the least and most of a picture that an organ's mask usually takes; lungs' are known."""
+    return COVER if is_lung(organ) else (SMALL * float(np.median(share)), COVER[1])
+
+
+def _cover(cohort: Cohort, organ: str) -> Iterator[str]:
+    """Name masks that cover less or more of their picture than lungs do, or than other organs' do here."""
+    share, usual = cover(cohort), "lungs do" if is_lung(organ) else "most of them do"
+    least, most = _usual(share, organ)
+    for doubtful, part in ((share < least, f"under {100 * least:.2g}%"), (share > most, f"over {most:.0%}")):
         if doubtful.any():
             names = first_few(cohort.table.image_id[doubtful])
-            yield f"{doubtful.sum()} masks cover {part} of their picture, which is not what lungs do: {names}"
+            yield f"{doubtful.sum()} masks cover {part} of their picture, which is not what {usual}: {names}"
 
 
 def _patients(cohort: Cohort) -> Iterator[str]:
@@ -62,8 +74,9 @@ def _patients(cohort: Cohort) -> Iterator[str]:
         )
         if own.all():
             yield (
-                f"{name}: no image has a patient_id, so each counts as a patient of its own; two of one "
-                "patient can then lie on both sides of a split: give patient_id in metadata.csv"
+                f"{name}: no image has a patient_id, so each counts as a patient of its own; images of one "
+                "patient, which may be nearly the same, can then lie on both sides of a split, and the score "
+                "is too good: give patient_id in metadata.csv"
             )
         elif own.any():
             counted = f"{own.sum()} of {len(own)} images"
@@ -107,7 +120,11 @@ def _ages(cohort: Cohort) -> Iterator[str]:
     known = f"{ages.notna().sum()} of {len(ages)} images have an age"
     if ages.nunique() == 1:
         known += f", and all the same, {ages.max():g} years"
-    working = [name for name in split.OPTIONS if name not in split.AGE_SCHEMES and _works(cohort.table, name)]
+    try:
+        federated = _holdout(cohort.table).federated
+        working = working_splits(cohort.table, federated, FederateConfig().num_clients)
+    except UserError:  # see `_test_patients`
+        working = []
     use = (
         f"use --splits {','.join(working)}"
         if working
@@ -116,12 +133,16 @@ def _ages(cohort: Cohort) -> Iterator[str]:
     yield f"{known}: too few for the splits {' and '.join(split.AGE_SCHEMES)}; {use}"
 
 
-def _works(table: pd.DataFrame, scheme: str) -> bool:
-    try:
-        split.partition(table, _holdout(table).federated, scheme, FederateConfig().num_clients)
-    except UserError:
-        return False
-    return True
+def working_splits(table: pd.DataFrame, federated: Tensor, num_clients: int) -> list[str]:
+    """Return the splits that need no age and can deal these images to so many clients."""
+
+    def works(scheme: str) -> bool:
+        try:
+            return bool(split.partition(table, federated, scheme, num_clients))
+        except UserError:
+            return False
+
+    return [name for name in split.OPTIONS if name not in split.AGE_SCHEMES and works(name)]
 
 
 def _holdout(table: pd.DataFrame, test: float | None = None) -> split.Holdout:
@@ -168,12 +189,13 @@ def sheet_file(file: Path) -> None:
         ) from None
 
 
-def sheet(cohort: Cohort, file: Path) -> int:
-    """Write a contact sheet: X-rays with the contours of their masks, the doubtful covers first.
+def sheet(cohort: Cohort, file: Path, organ: str = "lung") -> int:
+    """Write a contact sheet: images with the contours of their masks, the doubtful covers first.
 
     Args:
         cohort: whose images.
         file: a PNG.
+        organ: named below each image.
 
     Returns:
         How many images it shows: all, or `SHEET_IMAGES` of them.
@@ -187,7 +209,8 @@ def sheet(cohort: Cohort, file: Path) -> int:
 
     sheet_file(file)
     share = cover(cohort)
-    doubtful = np.flatnonzero((share < COVER[0]) | (share > COVER[1]))[: SHEET_IMAGES // 2]
+    least, most = _usual(share, organ)
+    doubtful = np.flatnonzero((share < least) | (share > most))[: SHEET_IMAGES // 2]
     usual = np.setdiff1d(np.arange(len(cohort)), doubtful)
     count = min(SHEET_IMAGES - len(doubtful), len(usual))
     places = np.linspace(0, len(usual) - 1, count).round().astype(int)
@@ -197,7 +220,8 @@ def sheet(cohort: Cohort, file: Path) -> int:
     figure.set_size_inches(1.5 * SHEET_COLUMNS, 1.9 * rows)  # room for the names
     for axis, index in zip(figure.axes, chosen, strict=False):
         name = cohort.table.image_id[index].replace("$", r"\$")
-        axis.set_xlabel(f"{name[-24:]}\nlung {share[index]:.0%}", fontsize=7)
+        digits = 0 if share[index] >= 0.1 else 1
+        axis.set_xlabel(f"{name[-24:]}\n{organ} {share[index]:.{digits}%}", fontsize=7)
     try:
         figure.savefig(file, dpi=110)
     finally:

@@ -9,6 +9,7 @@ import pandas as pd
 from fmfl import config, split, states
 from fmfl.analysis import tables
 from fmfl.config import Settings, split_list
+from fmfl.sources.mask_files import is_lung, organ_of
 from fmfl.study import outputs
 from fmfl.study.provenance import where
 
@@ -16,6 +17,11 @@ STAND_IN = (
     "The built-in teacher stands in for SAM-Med2D and is no foundation model: it was trained on lungs alone, "
     "among them images of the Guangzhou source and synthetic ones of the built-in generator, so its student "
     "also carries labels that pre-training has not seen."
+)
+
+OTHER_ORGAN = (
+    "The built-in teacher was trained on lungs alone and does not know this organ ({organ}): its Dice on the "
+    "proxy images says what a student can learn from it."
 )
 
 
@@ -34,7 +40,8 @@ def manifest(cfg: Settings, results: pd.DataFrame, others: Iterable[str] = ()) -
     figures += outputs.drawn.get(cfg.run_dir, {})  # by the analysis that writes this manifest
     teacher = records.get("02_teacher", {})
     if teacher.get("name") == "builtin":
-        teacher = teacher | {"note": STAND_IN}
+        organ = organ_of(cfg.data.mask_class).name
+        teacher |= {"note": STAND_IN if is_lung(organ) else OTHER_ORGAN.format(organ=organ)}
     here = where(cfg)
     return {
         "fmfl": here["fmfl"],

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fmfl import config, devices, distill, models, parallel, runs, split, states, train
 from fmfl.config import Settings, split_list
 from fmfl.data import Cohort
 from fmfl.errors import UserError
 from fmfl.split import Holdout
-from fmfl.study import outputs, stages
+from fmfl.study import inspection, outputs, stages
 from fmfl.study.cells import Cell, fingerprints
 from fmfl.study.locks import CellLocks
 from fmfl.study.outputs import Differences
@@ -50,6 +51,7 @@ def check(cells: list[Cell]) -> dict[str, str]:
     teacher = stages.load_teacher(on_cpu)
     cohort = stages.load_cohort(on_cpu)
     parts = stages.holdout(on_cpu, cohort)
+    _check_ages(cells, cohort, parts.federated)
     for cell in cells:
         if cell.notebook == "03_distill" and PROXY_INITS & {*split_list(cell.cfg.federate.inits)}:
             known = int(stages.labelled(cell.cfg, parts.proxy).sum())
@@ -61,6 +63,21 @@ def check(cells: list[Cell]) -> dict[str, str]:
             clients = stages.partition(cohort, parts.federated, federation)
             _check_batches(cell.cfg, {f"client {k}": len(images) for k, images in enumerate(clients)})
     return {"data": cohort.fingerprint, "teacher": teacher.sha256}
+
+
+def _check_ages(cells: list[Cell], cohort: Cohort, federated: Tensor) -> None:
+    """Raise a UserError where a split deals by age and no image has one; it names the splits that work."""
+    schemes = {cell.cfg.federate.split for cell in cells if cell.notebook == "04_federate"}
+    by_age = [name for name in split.AGE_SCHEMES if name in schemes]
+    unknown = split.without_age(cohort.table, federated)
+    if not by_age or unknown < len(federated):
+        return
+    working = inspection.working_splits(cohort.table, federated, cells[0].cfg.federate.num_clients)
+    remedy = f"give --splits {','.join(working)}, which need none" if working else "use fewer clients"
+    raise UserError(
+        f"split {' and '.join(by_age)} deals by age, but none of the clients' {unknown} images has one "
+        f"(column age of metadata.csv): {remedy}"
+    )
 
 
 def _check_batches(cfg: Settings, sizes: dict[str, int]) -> None:

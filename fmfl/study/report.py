@@ -24,6 +24,7 @@ from fmfl.analysis import claims, statistics, tables, words
 from fmfl.analysis.words import DASH, counted, estimate, init_name, percent, split_name
 from fmfl.config import ARMS
 from fmfl.errors import UserError
+from fmfl.sources.mask_files import is_lung, organ_of
 from fmfl.study.outputs import read_json
 
 #: Bytes that a phone on a slow line still takes.
@@ -264,7 +265,7 @@ def _contents(directory: Path, read: Mapping[str, pd.DataFrame], manifest: Mappi
 def _subject(manifest: Mapping) -> dict[str, object]:
     """Return the images' organ and source, and which of them are synthetic ("", "all" or "some")."""
     settings, data = manifest.get("settings") or {}, manifest.get("data") or {}
-    organ = str(data.get("organ") or settings.get("mask_class") or "lung")
+    organ = organ_of(str(data.get("organ") or settings.get("mask_class") or "lung")).name
     sources = [source.strip() for source in str(settings.get("data") or "").split(",") if source.strip()]
     drawn = [source == "phantom" for source in sources]
     synthetic = data.get("kind") == "synthetic" or (bool(drawn) and all(drawn))
@@ -273,7 +274,7 @@ def _subject(manifest: Mapping) -> dict[str, object]:
     return {
         "organ": organ,
         "images": names or (phantoms if synthetic else "not stated"),
-        "compared": organ.lower() in ("lung", "lungs"),
+        "compared": is_lung(organ),
         "synthetic": "all" if synthetic else "some" if any(drawn) else "",
     }
 
