@@ -336,13 +336,14 @@ def test_a_corrected_cell_leaves_no_trace_of_its_mistake():
     assert config.from_notebook(notebook(wrong, OWN_CELL)).changed() == {}
 
 
-def test_there_are_five_notebooks():
+def test_there_are_six_notebooks():
     assert [notebook.stem for notebook in NOTEBOOKS] == [
         "01_data",
         "02_teacher",
         "03_distill",
         "04_federate",
         "05_analysis",
+        "06_use",
     ]
 
 

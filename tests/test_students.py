@@ -64,8 +64,8 @@ def test_the_runs_own_reference_split_is_taken(tmp_path):
 @pytest.mark.parametrize(
     ("wanted", "says"),
     [
-        ({"init": "imagenet"}, "--init imagenet: there are no such final weights for arm federated, split age; "
-         "there is: fm, random"),
+        ({"init": "imagenet"}, "--init imagenet: there are no such final weights for arm federated, split "
+         "age; there is: fm, random"),
         ({"arm": "alone"}, "--arm alone: there are no such final weights; there is: federated, centralised"),
         ({"split": "site"}, "for arm federated; there is: age, iid"),
         ({"seed": 7}, "for arm federated, split age, init fm; there is: 0, 1"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fmfl import train, use
+from fmfl import models, train, use
 from tests import made_runs, made_sources
 
 
@@ -87,9 +87,7 @@ def test_pictures_are_squeezed_as_a_study_reads_them(tmp_path):
 
 
 def test_logits_are_those_of_the_training_code():
-    """The scores of a study come from `train.predict`; other images of any size in the batch change nothing."""
-    from fmfl import models
-
+    """The scores of a study come from `train.predict`."""
     model = models.build(made_runs.STUDENT)
     models.load_state(model, made_runs.trained())
     images = made_runs.cohort().images[:5]

@@ -17,13 +17,21 @@ from fmfl.study.outputs import read_json, read_record
 #: Modules whose code changes no number.
 NO_NUMBERS = (
     "__main__.py",
+    "export.py",
+    "use.py",
     "flower/deploy.py",
     *(f"study/{name}.py" for name in ("cli", "execute", "grid", "inspection", "interrupt", "locks")),
-    *(f"study/{name}.py" for name in ("options", "preflight", "verify")),
+    *(
+        f"study/{name}.py"
+        for name in ("options", "predictions", "preflight", "scoring", "students", "verify")
+    ),
 )
 
 #: Files of a finished study, besides figures, weights and executed notebooks.
-FILES = ("results.csv", "per_image.csv", "table1.csv", "claims.csv", "manifest.json", "report.html")
+FILES = (
+    *("results.csv", "per_image.csv", "table1.csv", "claims.csv", "manifest.json", "report.html"),
+    "MODEL_CARD.md",
+)
 
 
 @dataclass(frozen=True)

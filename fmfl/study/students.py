@@ -12,7 +12,7 @@ from torch import nn
 from fmfl import config, devices, models, states
 from fmfl.analysis import tables
 from fmfl.analysis.tables import known_first
-from fmfl.config import ARMS, SPLITS
+from fmfl.config import ARMS, SPLITS, Settings
 from fmfl.errors import UserError, first_few
 from fmfl.study import outputs
 
@@ -118,6 +118,23 @@ def settings(run_dir: Path) -> dict[str, Any]:
     """Return a run's settings by name, as its cells or its manifest have them; empty where neither is."""
     of_cells = [about["settings"] for name, about in outputs.cell_records(run_dir) if name.startswith("04_")]
     return of_cells[0] if of_cells else outputs.read_record(run_dir / "manifest.json").get("settings", {})
+
+
+def as_settings(run_dir: Path) -> Settings:
+    """Return a run's settings, as those of a run in its folder.
+
+    Raises:
+        UserError: the folder does not tell them.
+    """
+    told = settings(run_dir)
+    if not told:
+        raise UserError(f"{run_dir} does not tell its settings: run 04_federate into it again")
+    own = {
+        name: ",".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in told.items()
+        if name in config.PARAMETERS
+    }
+    return config.settings(own | {"run_name": str(run_dir)})
 
 
 def image_size(run_dir: Path, given: int = 0) -> int:
