@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fmfl.augment import to_float
 from fmfl.errors import UserError
+from fmfl.parallel import one_thread
 from fmfl.sources import phantom
 from fmfl.states import write_bytes
 
@@ -141,7 +142,7 @@ def largest_difference(file: bytes, model: nn.Module, images: Tensor) -> float:
     model.eval()
     largest = 0.0
     for batch in to_float(images).tensor_split([1, 3]):
-        with torch.inference_mode():
+        with torch.inference_mode(), one_thread(batch.device):
             expected = model(batch)
         (answer,) = session.run([OUTPUT], {INPUT: batch.numpy()})
         largest = max(largest, float((torch.from_numpy(answer) - expected).abs().max()))

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fmfl import metrics, train
+from fmfl import metrics, split, train
 from fmfl.analysis import statistics
 from fmfl.errors import UserError
 from fmfl.study import cli, scoring, students
@@ -80,8 +80,12 @@ def test_a_standalone_image_is_scored_by_the_mean_of_its_clients(scores):
 def test_ages_are_grouped_by_bands_and_an_unknown_one_is_said(scores):
     some = scores.copy()
     some.loc[some.image_id == some.image_id.iloc[0], "age"] = np.nan
-    groups = list(dict.fromkeys(scoring.summary(some, "age").group))
-    assert groups[0] == "all" and "unknown" in groups and "60+" in groups
+    table = scoring.summary(some, "age")
+    groups = list(dict.fromkeys(table.group))
+    known = [band for band in split.AGE_BANDS if band in groups]
+    assert groups == ["all", *known, "unknown"] and len(known) > 3
+    own = table[(table.split == "iid") & (table.group != "all")]
+    assert own.images.sum() == some.image_id.nunique(), "each image is in one group"
 
 
 @pytest.fixture

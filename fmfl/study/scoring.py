@@ -69,7 +69,7 @@ def summary(scores: pd.DataFrame, by: str = "site") -> pd.DataFrame:
     group = pd.Series(split.age_bands(scores.age), scores.index) if by == "age" else scores[by]
     group = group.replace("", "unknown")
     rows = []
-    for name in ["all", *sorted(group.unique())]:
+    for name in ["all", *tables.known_first(sorted(group.unique()), split.AGE_BANDS)]:
         chosen = scores if name == "all" else scores[group == name]
         for key, runs in chosen.groupby(tables.RUN[:3], sort=False):
             rows.append({"group": name} | dict(zip(tables.RUN[:3], key, strict=True)) | _estimates(runs))
