@@ -107,6 +107,8 @@ def test_tables_are_whole_so_that_github_shows_them(run):
             assert line.count("|") == above.count("|"), line
         if line.startswith("|") and not above.startswith("|"):
             assert above == "", "a table needs an empty line before it"
+        if above.startswith("|") and not line.startswith("|"):
+            assert line == "", "or the text after it becomes a row"
     assert "\n\n\n" not in "\n".join(lines)
     for link in re.findall(r"\]\(([^)]+)\)", "\n".join(lines)):
         assert link.startswith("https://"), "the card travels alone"

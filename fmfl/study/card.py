@@ -115,6 +115,7 @@ def _ages(per_image: pd.DataFrame) -> str:
 def _training(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Return rows on how the weights came about, each where the manifest has it."""
     settings, teacher = manifest["settings"], manifest.get("teacher", {})
+    device = manifest.get("device") or {}
 
     def listed(name: str) -> str:
         return ", ".join(map(str, settings.get(name) or ()))
@@ -130,9 +131,10 @@ def _training(manifest: Mapping[str, Any]) -> dict[str, str]:
         "local epochs a round": settings.get("local_epochs"),
         "a local step": f"{settings.get('batch_size')} images, Adam at {rate:g}" if rate is not None else "",
         "loss of the clients": settings.get("loss"),
-        "average and server": f"{settings.get('batch_norm')} BatchNorm, {settings.get('server')}",
+        "BatchNorm": settings.get("batch_norm"),
+        "step of the server": settings.get("server"),
         "teacher of the start fm": _teacher(teacher),
-        "device": (manifest.get("device") or {}).get("name"),
+        "device": ", ".join(str(device[name]) for name in ("kind", "name") if device.get(name)),
         "commit": f"`{manifest['commit']}`" if manifest.get("commit") else "",
         "made": manifest.get("created"),
     }
@@ -149,7 +151,9 @@ def _teacher(teacher: Mapping[str, Any]) -> str:
 def _scores(per_image: pd.DataFrame) -> str:
     """Return a table of final Dice with intervals, one row a (partition, start)."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for arm, init, split in per_image[tables.RUN[:3]].drop_duplicates().itertuples(index=False):
+    splits = tables.known_first(per_image.split, words.SPLITS)
+    cells = per_image[tables.RUN[:3]].drop_duplicates()
+    for arm, init, split in sorted(cells.itertuples(index=False), key=lambda cell: splits.index(cell.split)):
         cell = contrast(per_image, {(arm, init, split): 1})
         rows.setdefault((split, init), {})[arm] = words.estimate(cell["value"], cell["low"], cell["high"])
     arms = [arm for arm in ARMS if any(arm in row for row in rows.values())]
