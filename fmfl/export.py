@@ -25,6 +25,7 @@ TOLERANCE = 1e-4
 #: Synthetic X-rays of the check.
 IMAGES = 8
 
+#: Names of the tensors in a file.
 INPUT, OUTPUT = "image", "logits"
 
 

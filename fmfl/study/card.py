@@ -18,6 +18,7 @@ from fmfl.analysis.statistics import contrast
 from fmfl.config import ARMS
 from fmfl.study import outputs
 
+#: File of the card.
 NAME = "MODEL_CARD.md"
 
 

@@ -1,4 +1,4 @@
-"""Command line `fmfl`: the study, a look at data, the parameters, reports, comparisons, teachers, Flower."""
+"""Command line `fmfl`: study, data, parameters, reports, use of a result, comparisons, teachers, Flower."""
 
 import importlib
 import io

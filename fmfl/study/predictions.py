@@ -37,6 +37,7 @@ from fmfl.sources.files import (
 )
 from fmfl.study.students import NOTE, Final
 
+#: The table of a prediction, which also tells its files from somebody else's.
 TABLE = "predictions.csv"
 
 #: Images that are in memory at a time, for each core.

@@ -26,8 +26,10 @@ METRICS = {"dice": (0.0, 1.0), "iou": (0.0, 1.0), "hd95": (0.0, np.inf), "assd":
 #: Images whose logits are in memory at a time.
 CHUNK = 512
 
+#: Tables by image and by group.
 SCORES, SUMMARY = "scores.csv", "summary.csv"
 
+#: Stands below every scoring.
 NOTE = (
     "Other sets may outline lungs otherwise: the masks of V7 include most of the heart, those of Montgomery "
     "and JSRT leave it out. A lower Dice there is a difference of outlines as well as of networks."

@@ -29,6 +29,7 @@ RULES = {
 }
 
 
+#: Stands below everything that a student gives.
 NOTE = "Research only: this is not a medical device, and must not be used for diagnosis or treatment."
 
 
