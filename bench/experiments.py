@@ -5,7 +5,8 @@
     budgets   the images and steps that an informed start has cost, given to the others
     plateau   60 rounds, constant and decaying learning rate: what is left of the differences at the end
 
-`run NAME` trains what is missing, one JSON file a training, and can be stopped at any time. The rounds are
+`run NAME` trains what is missing, one JSON file a training, and can be stopped at any time; `tables NAME`
+writes what is finished. The rounds are
 those of `fmfl.federate`; the images are real chest X-rays at 96 x 96 pixels.
 """
 
@@ -23,6 +24,7 @@ import torch
 import typer
 from torch import Tensor
 
+from bench import experiment_tables
 from fmfl import data, distill, federate, metrics, models, prompts, runs, seeds, split, teacher, train
 from fmfl.config import DistillConfig, FederateConfig
 from fmfl.data import Cohort
@@ -293,11 +295,6 @@ def train_trial(trial: Trial, setting: Setting, starts: Path) -> dict[str, Any]:
     }
 
 
-@app.callback()
-def _named() -> None:
-    """Let a single command have a name."""
-
-
 @app.command("run")
 def run_all(
     name: str,
@@ -326,3 +323,10 @@ def run_all(
         unfinished.write_text(json.dumps(result))
         os.replace(unfinished, file)
         print(trial.name, round(100 * float(np.mean(result["dice"][-1])), 2), flush=True)
+
+
+@app.command()
+def tables(name: str, folder: Path | None = None, out: Path | None = None) -> None:
+    """Write the tables, the figure and the page's tables of the finished trials."""
+    out = out or RESULTS / name
+    experiment_tables.write(name, folder or out / "runs", out)
