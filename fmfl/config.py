@@ -14,6 +14,7 @@ from fmfl import paths
 from fmfl.errors import UserError
 from fmfl.parameters import Parameter, choice, param, split_list
 
+#: Notebooks of a study, in the story's order. 06_use is for people alone: a study does not run it.
 NOTEBOOKS = ("01_data", "02_teacher", "03_distill", "04_federate", "05_analysis")
 INITS = ("random", "pretraining", "fm", "imagenet", "file")
 ARMS = ("federated", "centralised", "standalone")
@@ -43,7 +44,9 @@ TAGS = {
 class RunConfig:
     """Folder, device and engine of a run."""
 
-    run_name: str = param("quick", "folder under runs/, or an absolute path", by=ALL, tags="where place")
+    run_name: str = param(
+        "quick", "folder under runs/, or an absolute path", by="123456F", tags="where place"
+    )
     device: str = choice("auto", "auto cpu cuda", "auto: a GPU where there is one", by=ALL, tags="where")
     precision: str = choice(
         "auto", "auto float32 bfloat16", "auto: bfloat16 on a GPU that has it", by="2345F"
@@ -141,7 +144,9 @@ class SweepConfig:
 class FederateConfig:
     """Settings of a federated run, besides its data and its initial state."""
 
-    split: str = choice("age", SPLITS, "how the images are dealt to the clients", tags="free partition")
+    split: str = choice(
+        "age", SPLITS, "how the images are dealt to the clients", by="456F", tags="free partition"
+    )
     age_strength: float = param(1.0, "0: as iid; 1: disjoint age ranges", 0, 1, by="145F", tags="partition")
     quantity_ratio: float = param(
         9.0, "images of the largest client over the smallest", 1, 1000, by="145F", tags="partition"
@@ -189,7 +194,7 @@ class FederateConfig:
     server_epsilon: float = param(1e-3, "tau in FedAdam; larger: less adaptive", 1e-12, 1, tags="server")
     augmentation: str = choice("device", "device albumentations none", "none: images as they are", by="2345F")
     score_every: int = param(1, "rounds between scores; the last round is always scored", 1, 100_000)
-    seed: int = param(0, "random seed of partition, weights and training", 0, 2**31, by="1345F", tags="free")
+    seed: int = param(0, "random seed of partition, weights and training", 0, 2**31, by="13456F", tags="free")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -217,7 +217,7 @@ def test_names_are_unique_over_the_stages():
 def test_every_parameter_says_what_it_means_in_one_line_and_who_takes_it():
     for name, about in config.PARAMETERS.items():
         assert about.meaning and "\n" not in about.meaning and not about.meaning.endswith("."), name
-        assert set(about.by) <= set(config.ALL) and set(about.by) & set("12345"), name
+        assert set(about.by) <= {*config.ALL, "6"} and set(about.by) & set("12345"), name
         assert set(about.tags.split()) <= set(config.TAGS), name
     assert set(config.TAGS) == {tag for about in config.PARAMETERS.values() for tag in about.tags.split()}
 
@@ -336,13 +336,14 @@ def test_a_corrected_cell_leaves_no_trace_of_its_mistake():
     assert config.from_notebook(notebook(wrong, OWN_CELL)).changed() == {}
 
 
-def test_there_are_five_notebooks():
+def test_there_are_six_notebooks():
     assert [notebook.stem for notebook in NOTEBOOKS] == [
         "01_data",
         "02_teacher",
         "03_distill",
         "04_federate",
         "05_analysis",
+        "06_use",
     ]
 
 

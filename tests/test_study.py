@@ -106,7 +106,7 @@ def test_a_study_leaves_every_file_of_the_contract_and_nothing_half_written(done
     assert list(done.rglob(".*")) == []
     known = {"results.csv", "per_image.csv", "table1.csv", "claims.csv", "differences.csv", "cost.csv"}
     known |= {f"{name}.csv" for name in ("gap", "speed", "weakest", "drift", "starts", "gains", "by_variant")}
-    known |= {"report.html", "manifest.json", "weights", "notebooks", "figures", "cells"}
+    known |= {"report.html", "manifest.json", "MODEL_CARD.md", "weights", "notebooks", "figures", "cells"}
     assert {file.name for file in done.iterdir()} == known
 
 
@@ -215,7 +215,7 @@ def test_the_manifest_is_true(done):
 
 @pytest.mark.slow
 def test_what_is_passed_on_does_not_tell_where_it_lay(done):
-    for name in ("manifest.json", "report.html", "results.csv", "per_image.csv"):
+    for name in ("manifest.json", "report.html", "MODEL_CARD.md", "results.csv", "per_image.csv"):
         assert str(done.parent) not in (done / name).read_text(encoding="utf-8")
 
 

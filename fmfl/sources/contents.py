@@ -146,6 +146,22 @@ def _decode_or_skip(record: Record, size: int) -> Decoded | SkippedFile:
         return reason
 
 
+def read_xray(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """Read a picture and its header as `read_image` does, and refuse one that can be no X-ray.
+
+    Raises:
+        SkippedFile: it cannot be read, shows nothing, or is too small.
+    """
+    grey, header = read_image(path)
+    height, width = grey.shape
+    if grey.min() == grey.max():
+        raise SkippedFile(path, "constant image", "all its pixels are the same: it shows nothing")
+    if min(height, width) < SIZES[0]:
+        detail = f"it has {width} x {height} pixels: an image has at least {SIZES[0]} a side"
+        raise SkippedFile(path, "image too small", detail)
+    return grey, header
+
+
 def decode(record: Record, size: int) -> Decoded:
     """Decode one image and its mask, and finish its row by what only the file knows.
 
@@ -159,13 +175,8 @@ def decode(record: Record, size: int) -> Decoded:
     no_mask = partial(SkippedFile, record.image, record.without_mask, defect=False)
     if record.mask is None:
         raise no_mask("nothing of the mask class is annotated")
-    grey, header = read_image(record.image)
+    grey, header = read_xray(record.image)
     height, width = grey.shape
-    if grey.min() == grey.max():
-        raise SkippedFile(record.image, "constant image", "all its pixels are the same: it shows nothing")
-    if min(height, width) < SIZES[0]:
-        detail = f"it has {width} x {height} pixels: an image has at least {SIZES[0]} a side"
-        raise SkippedFile(record.image, "image too small", detail)
     mask, remark = record.mask(grey)
     if not mask.any():
         raise no_mask("its mask is empty")

@@ -24,7 +24,9 @@ def read_image(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
 
     Returns:
         [H, W] uint8, and a dict that may hold age (years), sex, patient_id and view; `age_without_unit` is
-        True for an age that is a number alone, `age_not_valid` the text of one that is none.
+        True for an age that is a number alone, `age_not_valid` the text of one that is none; `spacing` is the
+        height and width of a pixel in mm, `spacing_from` the tag that gives it, `orientation` the patient's
+        directions along a row and a column.
 
     Raises:
         SkippedFile: the file cannot be read, or holds several pictures.
@@ -157,6 +159,7 @@ def _header(dataset: Any) -> dict[str, Any]:
         "sex": {"M": "M", "F": "F"}.get(str(dataset.get("PatientSex") or ""), ""),
         "view": str(dataset.get("ViewPosition") or "").strip(),
     }
+    header |= _geometry(dataset)
     text = str(dataset.get("PatientAge") or "").strip()
     age = re.fullmatch(r"([0-9]{1,3})([DWMY]?)", text.upper())
     years = int(age[1]) / DICOM_AGE_UNITS[age[2] or "Y"] if age else OLDEST + 1
@@ -165,3 +168,19 @@ def _header(dataset: Any) -> dict[str, Any]:
     elif text.lower() not in UNKNOWN_AGE:
         header["age_not_valid"] = text
     return header
+
+
+def _geometry(dataset: Any) -> dict[str, Any]:
+    """Return the size of a pixel and the patient's directions, where a header has them.
+
+    ImagerPixelSpacing is measured at the detector (PS3.3, 10.7.1), where a lung is larger than in the chest.
+    """
+    geometry: dict[str, Any] = {}
+    for tag in ("ImagerPixelSpacing", "PixelSpacing"):  # the second one, in the patient, is preferred
+        values = [float(value) for value in dataset.get(tag) or ()]
+        if len(values) == 2 and all(0 < value < 100 for value in values):
+            geometry |= {"spacing": tuple(values), "spacing_from": tag}
+    directions = [str(value).strip().upper() for value in dataset.get("PatientOrientation") or ()]
+    if len(directions) == 2 and all(directions):
+        geometry["orientation"] = "\\".join(directions)
+    return geometry

@@ -18,13 +18,19 @@ from fmfl.study.outputs import read_json, read_record
 NO_NUMBERS = (
     "__main__.py",
     "deadline.py",
+    "export.py",
+    "use.py",
     "flower/deploy.py",
     *(f"study/{name}.py" for name in ("cli", "execute", "grid", "inspection", "interrupt", "locks")),
-    *(f"study/{name}.py" for name in ("merge", "options", "preflight", "verify")),
+    *(f"study/{name}.py" for name in ("merge", "options", "predictions", "preflight", "scoring")),
+    *(f"study/{name}.py" for name in ("students", "verify")),
 )
 
 #: Files of a finished study, besides figures, weights and executed notebooks.
-FILES = ("results.csv", "per_image.csv", "table1.csv", "claims.csv", "manifest.json", "report.html")
+FILES = (
+    *("results.csv", "per_image.csv", "table1.csv", "claims.csv", "manifest.json", "report.html"),
+    "MODEL_CARD.md",
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Command line `fmfl`: the study, a look at data, the parameters, reports, comparisons, teachers, Flower."""
+"""Command line `fmfl`: study, data, parameters, reports, use of a result, comparisons, teachers, Flower."""
 
 import importlib
 import io
@@ -240,6 +240,98 @@ def download_teacher(
         from fmfl.teachers import checkpoints
 
     typer.echo(f"weights: {checkpoints.download(name, progress=sys.stderr.isatty())}")
+
+
+Run = Annotated[Path, argument("RUN", "the folder of a run, such as runs/study")]
+Device = Annotated[str, option("device")]
+Size = Annotated[int, option("pixels a side, where the run's folder does not tell", min=0)]
+WhichArm = Annotated[str, option("arm of the weights", metavar="|".join(config.ARMS))]
+WhichInit = Annotated[str, option("start of the weights", metavar="|".join(config.INITS))]
+WhichSplit = Annotated[str, option("split of the weights", metavar="|".join(config.SPLITS))]
+WhichSeed = Annotated[int | None, option("seed of the weights")]
+WhichClient = Annotated[int | None, option("client of standalone weights")]
+
+
+@app.command()
+def predict(
+    run: Run,
+    images: Annotated[list[Path], argument("IMAGE|FOLDER...", "X-rays: PNG, JPEG, TIFF, DICOM")],
+    out: Annotated[Path, option("folder of masks, overlays and predictions.csv")],
+    arm: WhichArm = "",
+    init: WhichInit = "",
+    split: WhichSplit = "",
+    seed: WhichSeed = None,
+    client: WhichClient = None,
+    size: Size = 0,
+    device: Device = "auto",
+) -> None:
+    """Segment X-rays by a run's student; exit code 1 where some files could not be used."""
+    with interrupt.while_importing():
+        from fmfl.study import predictions, students
+
+    where = students.device(device)
+    pixels = students.image_size(run, size)
+    final, why = students.choose(run, arm=arm, init=init, split=split, seed=seed, client=client)
+    typer.echo(f"weights: {final}\nwhy: {why}")
+    model = students.load(final, where)
+    progress = sys.stderr.isatty()
+    done = predictions.predict(model, pixels, images, out, weights=final, progress=progress)
+    for one in done.left_out:
+        typer.echo(f"left out: {one.file}: {one}", err=True)
+    for line in predictions.in_words(done, out):
+        typer.echo(line)
+    raise typer.Exit(1 if done.left_out else 0)
+
+
+@app.command("export")
+def export_student(
+    run: Run,
+    onnx: Annotated[Path, option("file to write")],
+    arm: WhichArm = "",
+    init: WhichInit = "",
+    split: WhichSplit = "",
+    seed: WhichSeed = None,
+    client: WhichClient = None,
+    size: Size = 0,
+) -> None:
+    """Write a run's student as an ONNX file, and check it against the network."""
+    with interrupt.while_importing():
+        from fmfl import export
+        from fmfl.study import students
+
+    export.check_file(onnx)
+    pixels = students.image_size(run, size)
+    final, why = students.choose(run, arm=arm, init=init, split=split, seed=seed, client=client)
+    typer.echo(f"weights: {final}\nwhy: {why}")
+    metadata = {"fmfl": fmfl.__version__, "weights": final.file.name, "weights_sha256": final.sha256}
+    difference = export.write(onnx, students.load(final), pixels, metadata)
+    typer.echo(f"largest difference from the network: {difference:.1e}, allowed: {export.TOLERANCE:g}")
+    typer.echo(f"onnx: {onnx}\n{students.NOTE}")
+
+
+@app.command()
+def score(
+    run: Run,
+    sources: Annotated[str, argument("SOURCE[,SOURCE...]", "phantom, or folders with masks")],
+    by: Annotated[str, option("site, source, age, sex, view or finding: the groups")] = "site",
+    out: Annotated[Path | None, option("folder of the tables; else RUN/scores/SOURCE")] = None,
+    mask_class: Annotated[str, option("mask_class")] = "lung",
+    size: Size = 0,
+    device: Device = "auto",
+) -> None:
+    """Score all final weights of a run on other images: scores.csv by image, summary.csv by group."""
+    with interrupt.while_importing():
+        from fmfl import data
+        from fmfl.study import scoring, students
+
+    where, progress = students.device(device), sys.stderr.isatty()
+    finals, pixels = students.finals(run), students.image_size(run, size)
+    folder = scoring.check_folder(out or scoring.folder_of(run, sources), by)
+    cohort = data.load(sources, size=pixels, mask_class=mask_class, progress=progress)
+    scores, by_group = scoring.score(finals, cohort.to(where), by, progress=progress)
+    scoring.write(folder, scores, by_group)
+    for line in scoring.in_words(finals, by_group, cohort, run, folder):
+        typer.echo(line)
 
 
 @app.command()

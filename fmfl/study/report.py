@@ -25,6 +25,7 @@ from fmfl.analysis.words import DASH, counted, estimate, init_name, percent, spl
 from fmfl.config import ARMS
 from fmfl.errors import UserError
 from fmfl.sources.mask_files import is_lung, organ_of
+from fmfl.study import card
 from fmfl.study.outputs import read_json
 
 #: Bytes that a phone on a slow line still takes.
@@ -143,7 +144,8 @@ def write(directory: str | Path) -> Path:
 
     It reads the files of TABLES, manifest.json and figures/*.png: those that the manifest lists, or else
     those of STORY. The figures of PLACED have their sections; the others follow in the story's order, each
-    with the data beside it if figures/NAME.csv exists. The page appears whole or not at all.
+    with the data beside it if figures/NAME.csv exists. The page appears whole or not at all. Where weights/
+    has the study's weights, MODEL_CARD.md is written too, see `card.write`.
 
     Raises:
         UserError: one of these files is missing or cannot be read.
@@ -161,6 +163,7 @@ def write(directory: str | Path) -> Path:
     page = environment.get_template("report.html.j2").render(_contents(directory, read, manifest))
     path = directory / "report.html"
     states.write_bytes(path, page.encode("utf-8"))
+    card.write(directory)
     return path
 
 
