@@ -64,9 +64,8 @@ def judge(task: str, value: object, right: object, mistakes: Sequence[Mistake] =
             raise NotYet(mistake.name, mistake.says)
     raise NotYet(
         "another answer",
-        f"{task} is {shown(value)}, but here it has to be {shown(right)}. It is none of the typical "
-        "mistakes: "
-        "do the case by hand, and compare line by line.",
+        f"{task} is {shown(value)}, but here it has to be {shown(right)}. None of the typical mistakes "
+        "gives this: do the case by hand, and compare line by line.",
     )
 
 
@@ -105,8 +104,7 @@ def asked(task: str, function: object, *arguments: object) -> Any:
         raise NotYet(
             "an input is changed",
             f"{task} changes a tensor that it was given: adding in place (`+=`, `add_`) changes what a "
-            "hospital "
-            "has sent. Begin with `total = 0`, and write `total = total + ...`.",
+            "hospital has sent. Begin with `total = 0`, and write `total = total + ...`.",
         )
     return answer
 
@@ -122,8 +120,10 @@ def _tensors(values: object) -> list[torch.Tensor]:
 
 def _is_open(function: Callable) -> bool:
     """Tell if a function's body is nothing but a docstring and dots."""
-    constants = {value for value in function.__code__.co_consts if value is not None}
-    return not function.__code__.co_names and constants <= {function.__doc__, ...}
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_names or code.co_nlocals > code.co_argcount:
+        return False
+    return {value for value in code.co_consts if value is not None} <= {function.__doc__, ...}
 
 
 def _line_of(error: Exception, function: Callable) -> str:
@@ -137,7 +137,10 @@ def _line_of(error: Exception, function: Callable) -> str:
 def same(one: object, other: object) -> bool:
     """Tell if two answers agree: numbers to four digits, tensors in shape and values, the rest exactly."""
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
-        one, other = torch.as_tensor(one), torch.as_tensor(other)
+        try:
+            one, other = torch.as_tensor(one), torch.as_tensor(other)
+        except (TypeError, ValueError, RuntimeError):  # text, None, lists of several lengths
+            return False
         close = one.shape == other.shape and torch.allclose(
             one.double(), other.double(), rtol=1e-4, atol=1e-6, equal_nan=True
         )
@@ -263,7 +266,7 @@ def labels(
     for item, word in right.items():
         if given.get(item, ...) is ...:
             raise NotYet("still open", f"Choose a word for {item!r} in {task}: {', '.join(options)}.")
-        if given[item] not in options:
+        if not isinstance(given[item], str) or given[item] not in options:
             raise NotYet(
                 "none of the choices", f"{given[item]!r} for {item!r}: choose one of {', '.join(options)}."
             )

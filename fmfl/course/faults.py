@@ -47,13 +47,12 @@ def check_forget_statistics(forget_statistics: Callable) -> None:
             f"{name} is still averaged. Replace what ends with running_mean or running_var by the start's.",
         )
         judge(f"{name} after the fault", answer[name], begun[name], [whole, first, reset])
-    for name in (server.WEIGHT, "norm.weight", "norm.bias"):
+    for name in (server.WEIGHT, server.SCALE, server.SHIFT):
         too_much = Mistake(
             "too much is forgotten",
             begun[name],
             f"{name} is a weight that the hospitals have trained, though it belongs to BatchNorm: average "
-            "it. "
-            "Only running_mean and running_var are statistics.",
+            "it. Only running_mean and running_var are statistics.",
         )
         typical = [too_much, *server.weighting_mistakes(one[name], other[name])]
         judge(f"the average of {name}", answer[name], right[name], typical)
@@ -92,8 +91,8 @@ def check_gap(gap: Callable) -> None:
         Mistake(
             "the round before",
             30.0,
-            "This is the gap after round 1. Rounds count from 0, before any training: choose by the column "
-            "`round`.",
+            "This is the gap after round 1. Rounds count from 0, before any training: choose by the "
+            "column `round`.",
         ),
         Mistake(
             "rows taken by position",

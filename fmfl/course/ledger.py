@@ -52,17 +52,14 @@ LOOK = {
     "3": "the cost of the start left out: Look at `images_seen` in `speed`: the start has been trained "
     "before round 1.",
     "4": "an interval asked for too much: docs/verdicts.md says what an interval covers. All seeds share "
-    "one draw of "
-    "proxy, test and client images (`holdout_seed`): another draw is covered by none.",
-    "5": "a limit read as a result: Look at `reached` and `capped` in `speed`. Had any seed got there when "
-    "the run ended?",
+    "one draw of proxy, test and client images (`holdout_seed`): another draw is covered by none.",
+    "5": "a limit read as a result: Look at `reached` and `capped` in `speed`. Had any seed got there "
+    "when the run ended?",
     "6": "the correction ignored: Read `why` in that row of `claims`: what does it say about several tests?",
     "7": "a check of the manipulation ignored: Read `why` in that row of `claims`: did the random start "
-    "itself lose by "
-    "the skew? If not, there was nothing to protect against.",
+    "itself lose by the skew? If not, there was nothing to protect against.",
     "8": "no evidence read as evidence: A large p never shows that two are equal. What shows it are two "
-    "one-sided tests "
-    "(`equivalent`): the sentence may be true, but not for this reason.",
+    "one-sided tests (`equivalent`): the sentence may be true, but not for this reason.",
 }
 
 
@@ -108,9 +105,9 @@ PLANTED = {
 }  # fmt: skip
 
 WHY = {
-    "A": "a round chosen by the test score: Who knows in which round a run is highest? The test set selects "
-    "nothing. That the number is the same as another one's is luck: every run here is highest in its last "
-    "round.",
+    "A": "a round chosen by the test score: Who knows in which round a run is highest? The test set "
+    "selects nothing. That the number is the same as another one's is luck: every run here is highest in "
+    "its last round.",
     "B": "a fair comparison doubted: Same split, same round, same arm, all three seeds: what would you "
     "object to?",
     "C": "runs chosen by their outcome: The best of one and the worst of the other: how many seeds are left?",
@@ -129,23 +126,20 @@ def _falling(results: pd.DataFrame) -> pd.DataFrame:
     return results
 
 
-def check_fair_difference(fair_difference: Callable) -> None:
-    """Check a function from the results to fm less random under age skew, in points."""
-    results = _falling(starts.table("results"))
-    answer = asked("fair_difference", fair_difference, results)
-    if isinstance(answer, (pd.Series, pd.DataFrame)):
-        raise NotYet("a table instead of a number", "Take the mean over the seeds: one number, in points.")
+def _difference(results: pd.DataFrame) -> float:
+    """Return fm less random in points, as the mean over whatever rows there are."""
+    ends = 100 * results.groupby("init").dice.mean()
+    return float(ends["fm"] - ends["random"])
+
+
+def difference_mistakes(results: pd.DataFrame) -> list[Mistake]:
+    """Return what typical mistakes make of the difference between fm and random."""
     fm, random = _all_rounds(results, "fm"), _all_rounds(results, "random")
     right = float((fm.iloc[-1] - random.iloc[-1]).mean())
-    fed = results[results.arm == "federated"]
-    last = fed[fed["round"] == fed["round"].max()]
-    ends = 100 * last.groupby("init").dice.mean()
-    every = results[results["round"] == results["round"].max()]
-    age = every[every.split == "age"]
-    mixed = 100 * (every[every.init == "fm"].dice.mean() - every[every.init == "random"].dice.mean())
-    arms = 100 * (age[age.init == "fm"].dice.mean() - age[age.init == "random"].dice.mean())
+    last = results[results["round"] == results["round"].max()]
+    splits, arms = _difference(last[last.arm == "federated"]), _difference(last[last.split == "age"])
     other = "Keep only arm `federated` and split `age`."
-    typical = [
+    return [
         Mistake("the sign is turned", -right, "Take fm less random."),
         Mistake(
             "a fraction instead of points", right / 100, "A point is a hundredth of Dice: multiply by 100."
@@ -160,11 +154,9 @@ def check_fair_difference(fair_difference: Callable) -> None:
             float(fm.mean().mean() - random.mean().mean()),
             "This is the mean over all rounds, the start included. Take the last round.",
         ),
-        Mistake(
-            "all splits together", float(ends["fm"] - ends["random"]), f"This mixes three splits. {other}"
-        ),
-        Mistake("all arms together", float(arms), f"Standalone training has a random start too. {other}"),
-        Mistake("all arms together", float(mixed), f"This mixes three arms and splits. {other}"),
+        Mistake("all splits together", splits, f"This mixes three splits. {other}"),
+        Mistake("all arms together", arms, f"Standalone training has a random start too. {other}"),
+        Mistake("all arms together", _difference(last), f"This mixes three arms and splits. {other}"),
         *(
             Mistake(
                 "one seed",
@@ -174,7 +166,16 @@ def check_fair_difference(fair_difference: Callable) -> None:
             for seed in fm.columns
         ),
     ]
-    judge("fair_difference(results)", answer, right, typical)
+
+
+def check_fair_difference(fair_difference: Callable) -> None:
+    """Check a function from the results to fm less random under age skew, in points."""
+    results = _falling(starts.table("results"))
+    answer = asked("fair_difference", fair_difference, results)
+    if isinstance(answer, (pd.Series, pd.DataFrame)):
+        raise NotYet("a table instead of a number", "Take the mean over the seeds: one number, in points.")
+    right = float((_all_rounds(results, "fm").iloc[-1] - _all_rounds(results, "random").iloc[-1]).mean())
+    judge("fair_difference(results)", answer, right, difference_mistakes(results))
     real = fair_difference(starts.table("results"))
     print(f"Right: {real:.2f} points on the study's results, as in the first row of `differences`.")
 

@@ -108,8 +108,8 @@ def check_deal_by_age(deal_by_age: Callable) -> None:
     if set(dealt) != set(rows):
         raise NotYet(
             "images lost",
-            f"Rows {sorted(set(rows) - set(dealt))} are nobody's. If 5 patients are cut by a whole number a "
-            "hospital, the rest falls off: `np.array_split` keeps it.",
+            f"Rows {sorted(set(rows) - set(dealt))} are nobody's. If 5 patients are cut by a whole number "
+            "a hospital, the rest falls off: `np.array_split` keeps it.",
         )
     if max(ages[0]) > min(ages[1]):
         oldest_first = min(ages[0]) > max(ages[1])
@@ -143,7 +143,11 @@ def check_leak(leak: object, table: pd.DataFrame, one: Sequence[int], other: Seq
         leak,
         images,
         [
-            Mistake("a fraction where per cent are asked", images / 100, "Multiply by 100."),
+            Mistake(
+                "a fraction where per cent are asked",
+                images / 100,
+                "A share runs from 0 to 1: multiply it by 100.",
+            ),
             Mistake(
                 "patients counted instead of images",
                 patients,

@@ -10,12 +10,10 @@ from fmfl.states import State
 
 #: Images of the two hospitals. In batches of 8 they take 4 and 2 steps, so that 4 : 2 differs from 3 : 1.
 IMAGES = (30, 10)
-WEIGHT, MEAN, VARIANCE, COUNT = (
-    "conv.weight",
-    "norm.running_mean",
-    "norm.running_var",
-    "norm.num_batches_tracked",
-)
+#: Names of the student's first layers, so that whoever goes through its trained names does so here too.
+WEIGHT, NORM = "encoder.model.conv_stem.weight", "encoder.model.bn1"
+SCALE, SHIFT, COUNT = f"{NORM}.weight", f"{NORM}.bias", f"{NORM}.num_batches_tracked"
+MEAN, VARIANCE = f"{NORM}.running_mean", f"{NORM}.running_var"
 
 
 def states() -> list[State]:
@@ -24,8 +22,8 @@ def states() -> list[State]:
     return [
         {
             WEIGHT: torch.tensor([[a, b], [b, a]]),
-            "norm.weight": torch.tensor([1.0 + a, 1.0 + b]),
-            "norm.bias": torch.tensor([c, a]),
+            SCALE: torch.tensor([1.0 + a, 1.0 + b]),
+            SHIFT: torch.tensor([c, a]),
             MEAN: torch.tensor([c, d]),
             VARIANCE: torch.tensor([d, 2 * d]),
             COUNT: torch.tensor(count),
@@ -92,8 +90,8 @@ def check_names(answer: State) -> None:
     if missing := [name for name in (MEAN, VARIANCE) if name not in answer]:
         raise NotYet(
             "running statistics forgotten",
-            f"{missing[0]} is not in the average. An optimizer does not train it, and the score needs it: go "
-            "through all names of a state, not through the trained weights.",
+            f"{missing[0]} is not in the average. An optimizer does not train it, and the score needs it: "
+            "go through all names of a state, not through the trained weights.",
         )
     if COUNT not in answer:
         raise NotYet(
@@ -150,7 +148,11 @@ def check_untrained(share: object, state: State, trained: set[str]) -> None:
         share,
         right,
         [
-            Mistake("a fraction where per cent are asked", right / 100, "Multiply by 100."),
+            Mistake(
+                "a fraction where per cent are asked",
+                right / 100,
+                "A share runs from 0 to 1: multiply it by 100.",
+            ),
             Mistake(
                 "the trained ones", 100 - right, "This is the share of the trained tensors: take the others."
             ),

@@ -1,5 +1,7 @@
 """Checks of part 5, choose a start: its cost, what it gains, and a decision for three situations."""
 
+from numbers import Real
+
 import pandas as pd
 
 from fmfl import paths
@@ -17,14 +19,12 @@ SITUATIONS = {
 DECISIONS = {"A": "random", "B": "pretraining", "C": "fm"}
 STARTS = {"random": "", "pretraining": "", "fm": ""}
 REASONS = {
-    "A": "no proxy set, no informed start: Pre-training and distillation both need images that are held in "
-    "one place.",
+    "A": "no proxy set, no informed start: Pre-training and distillation both need images that are held "
+    "in one place.",
     "B": "a cost without a gain: The two informed starts are equivalent within 0.5 points and end about 1 "
-    "point above "
-    "the random one. Of the two, take the one that costs less to make (`cost`, seconds).",
+    "point above the random one. Of the two, take the one that costs less to make (`cost`, seconds).",
     "C": "masks that are not there: Look at the row with 30 masks in `few_masks`. Which start is higher "
-    "there, and "
-    "does its interval exclude zero?",
+    "there, and does its interval exclude zero?",
 }
 READINGS = {
     "higher": "the first is higher, outside the noise",
@@ -34,11 +34,10 @@ READINGS = {
 READ = {
     "fm less random": "a difference overlooked: Its interval excludes zero, and p_two_way_holm is below "
     "0.05.",
-    "fm less pretraining": "noise read as a difference: Its interval holds zero, and `equivalent` says what "
-    "the two "
-    "one-sided tests show.",
-    "pretraining less random": "a difference overlooked: Its interval excludes zero, and p_two_way_holm is "
-    "below 0.05.",
+    "fm less pretraining": "noise read as a difference: Its interval holds zero, and `equivalent` says "
+    "what the two one-sided tests show.",
+    "pretraining less random": "a difference overlooked: Its interval excludes zero, and p_two_way_holm "
+    "is below 0.05.",
 }
 
 
@@ -64,8 +63,10 @@ def _images(split: str, target: float, column: str = "images_seen") -> dict[str,
 def check_images(images: object) -> None:
     """Check the images to a Dice of 90 % under age skew, those that made the start included."""
     demand(images, "images")
-    if not isinstance(images, dict) or ... in images.values():
+    if not isinstance(images, dict) or set(images) != set(STARTS) or ... in images.values():
         raise NotYet("still open", "Fill in a number of images for each of random, pretraining and fm.")
+    if not all(isinstance(value, Real) for value in images.values()):
+        raise NotYet("no numbers", "Fill in numbers of images, without quotes.")
     right = _whole(_images("age", 0.9))
     without = {name: value if name == "random" else 0 for name, value in right.items()}
     judge(
@@ -110,7 +111,7 @@ def check_price(price: object) -> None:
     """Check the points of Dice that the random start ends below pre-training under age skew."""
     rows = table("differences").set_index(["split", "higher", "lower"]).value
     right = float(rows["age", "pretraining", "random"])
-    rounded = round(price, 2) if isinstance(price, float) else price
+    rounded = round(float(price), 2) if isinstance(price, Real) else price
     judge(
         "price",
         rounded,

@@ -70,8 +70,8 @@ answers.predict(participant, "informed start, statistics forgotten", informed_st
 # %% tags=["task"]
 def forget_statistics(updates, start):
     """Return Eq. 3 over the weights, with the running statistics of the start."""
-    average = fmfl.federate.aggregate(updates)
     # BEGIN SOLUTION
+    average = fmfl.federate.aggregate(updates)
     statistics = ("running_mean", "running_var")
     return {name: start[name] if name.endswith(statistics) else average[name] for name in average}
     # END SOLUTION

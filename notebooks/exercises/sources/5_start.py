@@ -135,12 +135,11 @@ show.table(starts.few_masks(), {"p_two_way_holm": 3})
 
 # %% [markdown]
 # Three federations ask you for advice.
-#
-# - **A**: No image may leave a hospital, and no public set fits: there is no proxy set.
-# - **B**: There are 796 proxy images with masks. A mask was drawn for each; the line between hospitals is
-#   slow.
-# - **C**: There are 796 proxy images, 30 of them with masks. The others have a sloppy box a lung.
-#
+
+# %%
+show.table(starts.SITUATIONS)
+
+# %% [markdown]
 # Choose a start for each, the cheaper one where two are alike: `"random"`, `"pretraining"` or `"fm"`.
 #
 # <details><summary>Hint</summary>
