@@ -1,6 +1,7 @@
 """Classroom: a copy of the exercises for each participant, and a run of all solutions."""
 
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -44,16 +45,18 @@ def run_solutions(folder: Path | None = None) -> Iterator[tuple[str, float]]:
     """
     import nbformat
     import papermill
+    from traitlets.config import Config
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it would say that a cell has no output yet
     with tempfile.TemporaryDirectory(prefix="fmfl-class-", ignore_cleanup_errors=True) as temporary:
         kept = folder or Path(temporary)
         kept.mkdir(parents=True, exist_ok=True)
+        # Sockets in a folder of its own: over TCP each kernel prints a warning.
+        sockets = {"transport": "ipc", "ip": f"{temporary}/kernel"} if os.name == "posix" else {}
+        how = {"kernel_name": "python3", "progress_bar": False, "config": Config({"KernelManager": sockets})}
         for source in exercises.sources():
             file = kept / f"{source.stem}.ipynb"
             nbformat.write(exercises.notebook(source, solutions=True, folder=kept), file)
             started = time.perf_counter()
-            papermill.execute_notebook(
-                file, file, {"participant": temporary}, kernel_name="python3", progress_bar=False, cwd=kept
-            )
+            papermill.execute_notebook(file, file, {"participant": temporary}, cwd=kept, **how)
             yield source.stem, time.perf_counter() - started
