@@ -4,13 +4,14 @@
 PYTHON ?= python3
 UV ?= uv
 BIN := .venv/bin
-# pip's progress is for people; a CI log needs none. ARGS go to `fmfl study`.
+# pip's progress is for people; a CI log needs none. ARGS go to `fmfl study`, NAME to the course.
 PIP_FLAGS ?= $(if $(CI),--quiet)
 ARGS ?=
+NAME ?= me
 # In a container one is root, which JupyterLab wants to be told.
 LAB_FLAGS := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: study paper lab test notebooks lock clean
+.PHONY: study paper lab class test notebooks lock clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -23,11 +24,14 @@ paper: .venv/installed  ## the paper's sizes and rounds (hours on a GPU); data a
 lab: .venv/installed  ## the notebooks in JupyterLab
 	$(BIN)/jupyter-lab --ServerApp.root_dir=. $(LAB_FLAGS) notebooks/01_data.ipynb
 
+class: .venv/installed  ## a participant's copy of the exercises in runs/class, and every solution run once: make class NAME="ada bob"
+	$(BIN)/python -m fmfl.course copy $(NAME)
+
 test: .venv/installed  ## every check: style, tests (slow ones too; the page needs Chromium), notebooks
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python -m pytest -rs -m "slow or not slow"
-	$(BIN)/python -m pytest --nbval-lax notebooks
+	$(BIN)/python -m pytest --nbval-lax notebooks/0*.ipynb
 
 notebooks: .venv/installed  ## the committed notebooks' outputs, anew, without times that would change each diff
 	TQDM_DISABLE=1 $(BIN)/jupyter-nbconvert --to notebook --execute --inplace \

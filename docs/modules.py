@@ -13,6 +13,7 @@ WINGS = {
     "teachers": "The Segment Anything family as its authors call it, and the built-in teacher.",
     "analysis": "Statistics, tables, the paper's claims, figures, the loss landscape.",
     "study": "The notebooks' inputs and files, the grid of a study, the report, the command line.",
+    "course": "The course's exercises: checks that name a mistake, and a copy for each participant.",
     "flower": "The same rounds on Flower, in one process and deployed. No other wing imports it.",
 }
 
