@@ -18,8 +18,8 @@ from fmfl.study.outputs import read_json, read_record
 NO_NUMBERS = (
     "__main__.py",
     "flower/deploy.py",
-    *(f"study/{name}.py" for name in ("cli", "execute", "grid", "inspection", "interrupt", "locks")),
-    *(f"study/{name}.py" for name in ("options", "preflight", "verify")),
+    *(f"study/{name}.py" for name in ("cli", "cost", "execute", "grid", "inspection", "interrupt", "locks")),
+    *(f"study/{name}.py" for name in ("options", "preflight", "progress", "verify")),
 )
 
 #: Files of a finished study, besides figures, weights and executed notebooks.
