@@ -14,7 +14,7 @@ import fmfl
 from fmfl import config, errors
 from fmfl.errors import UserError
 from fmfl.study import interrupt, options
-from fmfl.study.options import Others, Vary, absolute, argument, option, read_values
+from fmfl.study.options import Others, SettingsFile, Vary, absolute, argument, option, read_values
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -74,6 +74,7 @@ def study(
     engine: Annotated[str, option("engine")] = "local",
     p: Others = None,
     vary: Vary = None,
+    settings: SettingsFile = None,
     plain: Annotated[bool, option("run the notebooks' code in this process, without Jupyter")] = False,
     replace: Annotated[bool, option("first move another study in --out to a free name", "--replace")] = False,
     dry_run: Annotated[bool, option("say what would run and what it costs, and stop")] = False,
