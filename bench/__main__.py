@@ -5,6 +5,7 @@ import typer
 from bench import (
     collapse,
     deployment,
+    experiments,
     flower,
     golden,
     hosts,
@@ -25,6 +26,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2])(module.run)
 app.add_typer(collapse.app, name="collapse")
+app.add_typer(experiments.app, name="experiment")
 
 
 if __name__ == "__main__":
