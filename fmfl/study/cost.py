@@ -244,7 +244,8 @@ def _of_starts(cell: Cell, parts: Holdout, cores: int) -> Work:
     more = compared - starts - (set() if cfg.distill.labelled else {"pretraining"})
     trainings = len(starts) + len(more)
     one = cfg.distill.proxy_epochs * proxy
-    asked = len((starts | more) - {"pretraining"}) * one if cfg.distill.teacher_views == "fresh" else 0
+    fresh = cfg.distill.teacher_views == "fresh"  # also by hand: a batch of 18, and an epoch twice
+    asked = fresh * (len((starts | more) - {"pretraining"}) * one + min(18, proxy) + 2 * proxy)
     return Work(
         images=trainings * one,
         alone=(_idle(len(starts), cores) + _idle(len(more), cores)) * one + 2 * cores * proxy,

@@ -65,7 +65,8 @@ class Watch:
         if self.running and cell.key in self.costs:
             self.pace = max(0.1, (time.monotonic() - self.running.since) / self.costs[cell.key].seconds)
         self.running = None
-        self.look()
+        if len(self.finished) == len(self.cells):
+            self.look()
 
     def title(self) -> str:
         """Name the notebook that runs, and its number in the plan."""
