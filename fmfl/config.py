@@ -6,6 +6,7 @@ parameter that is unknown, of another type or out of range is refused in one sen
 
 import ast
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -292,9 +293,14 @@ def known(name: str) -> Parameter:
     """
     if name in PARAMETERS:
         return PARAMETERS[name]
-    near = difflib.get_close_matches(name, PARAMETERS, n=1)
+    raise unknown(name, PARAMETERS)
+
+
+def unknown(name: str, names: Iterable[str]) -> UserError:
+    """Return the error for a name that is none of these, with the nearest one."""
+    near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]}?" if near else "`fmfl params` lists them all"
-    raise UserError(f"parameter {name!r} is unknown: {hint}")
+    return UserError(f"parameter {name!r} is unknown: {hint}")
 
 
 def validate(name: str, value: Any) -> Any:
@@ -328,13 +334,27 @@ PARAMETERS_COMMENT = "# Parameters"
 def from_notebook(namespace: dict[str, Any]) -> Settings:
     """Return settings from a notebook's variables, for its set-up cell: `config.from_notebook(globals())`.
 
+    The variables themselves take the types of their parameters, as the settings have them: a number that
+    YAML reads as text, such as 1e-3, is a number in the cells that follow, and a list is joined by commas.
+
+    Raises:
+        UserError: a parameter is unknown, mistyped or out of range, or no parameter cell was run.
+    """
+    checked = {name: validate(name, value) for name, value in given(namespace).items()}
+    namespace.update(checked)
+    return settings(checked)
+
+
+def given(namespace: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters among a notebook's variables, by name, as they were given.
+
     Parameters are the names that cells beginning with `# Parameters` assign: the notebook's own cell, and the
     one that papermill injects after it. Of a cell that was corrected and run again, told by its first line,
     the last version counts. A runner that keeps no history (nbval) starts a fresh kernel, where all plain
     values are parameters.
 
     Raises:
-        UserError: a parameter is unknown, mistyped or out of range, or no parameter cell was run.
+        UserError: no parameter cell was run.
     """
     cells = [source.strip() for source in namespace.get("In", []) if source.strip()]
     latest = {cell.splitlines()[0]: cell for cell in cells if cell.startswith(PARAMETERS_COMMENT)}
@@ -348,4 +368,4 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
     if not cells:
         plain = (str, int, float, bool, list, tuple, type(None))
         names = {name for name, value in namespace.items() if name[0].islower() and isinstance(value, plain)}
-    return settings({name: namespace[name] for name in sorted(names & namespace.keys())})
+    return {name: namespace[name] for name in sorted(names & namespace.keys())}

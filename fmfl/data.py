@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -149,6 +150,48 @@ def load(
     )
 
 
+class Preview(NamedTuple):
+    """A cohort before its images are decoded.
+
+    Attributes:
+        table: as in `Cohort`, but for what only a decoded file tells: an empty mask, a DICOM header's age.
+        images, masks: [n, 1, H, W] of the first few images.
+        seconds: that decoding the others will take about; 0 where they are in the cache.
+    """
+
+    table: pd.DataFrame
+    images: Tensor
+    masks: Tensor
+    seconds: float
+
+
+def preview(
+    sources: str | os.PathLike | Sequence[str | os.PathLike],
+    size: int = 256,
+    *,
+    num_phantoms: int = 300,
+    phantom_seed: int = 0,
+    mask_class: str = "lung",
+    cache: str | os.PathLike | None = paths.CACHE,
+    few: int = 8,
+) -> Preview:
+    """Look at sources without decoding more than a few images of each; arguments and errors as for `load`."""
+    _check(size, "cpu", mask_class, None)
+    looks = {}
+    for name, folder in _names(sources).items():
+        if folder is None:
+            plan = contents.of_phantoms(num_phantoms, phantom_seed, size)
+        else:
+            plan = contents.of_folder(folder, size, mask_class, None, "")
+        looks[name] = caches.look(cache, f"{name}-{size}", plan, few)
+    return Preview(
+        _join_tables(looks),
+        _join([look.images for look in looks.values()]),
+        _join([look.masks for look in looks.values()]),
+        sum(look.seconds for look in looks.values()),
+    )
+
+
 def _check(size: int, device: str | torch.device, mask_class: str, workers: int | None) -> None:
     low, high = contents.SIZES
     if not isinstance(size, int) or isinstance(size, bool) or not low <= size <= high:
@@ -201,7 +244,7 @@ def _join(arrays: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))[:, None]
 
 
-def _join_tables(parts: Mapping[str, contents.Content]) -> pd.DataFrame:
+def _join_tables(parts: Mapping[str, contents.Content | contents.Preview]) -> pd.DataFrame:
     """Return one table over all sources: sites filled in, patients and images named uniquely."""
     rows = []
     for name, part in parts.items():

@@ -84,7 +84,7 @@ class Parameter:
             UserError: see `validate`.
         """
         if self.kind is bool:
-            return self.validate({"true": True, "false": False}.get(text.strip().lower(), text))
+            return self.validate(text.strip())
         return self.validate(text if self.kind is str else as_number(text, self.kind))
 
     def _in_its_type(self, value: Any) -> Any:
@@ -93,6 +93,8 @@ class Parameter:
             return float(value)
         if self.kind in (int, float) and isinstance(value, str) and "e" in value.lower():
             return as_number(value, self.kind)  # YAML reads 1e-3 as text
+        if self.kind is bool and isinstance(value, str):
+            return {"true": True, "false": False}.get(value.lower(), value)  # papermill -p NAME true is text
         if self.kind is str and isinstance(value, list | tuple):
             return ",".join(map(str, value))
         if self.kind is str and isinstance(value, os.PathLike):

@@ -5,6 +5,7 @@ import itertools
 import re
 import shlex
 
+import made_runs
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +15,6 @@ from PIL import Image
 from fmfl import states
 from fmfl.analysis import statistics
 from fmfl.study import card, cli, students
-from tests import made_runs
 
 SIZE = made_runs.SIZE
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from papermill.translators import PythonTranslator
 
 from fmfl import config, paths, split
 from fmfl.analysis import statistics
@@ -70,6 +71,12 @@ def test_a_number_that_yaml_reads_as_text_is_the_number(name, text, value):
     assert yaml.safe_load(text) == text
     assert config.validate(name, text) == value
     assert type(config.validate(name, text)) is type(value)
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False)])
+def test_a_text_that_papermill_makes_of_a_truth_is_the_truth(text, value):
+    """Its -p reads True and False alone."""
+    assert config.validate("strict", text) is value
 
 
 @pytest.mark.parametrize("text", ["1e", "one", "e-3", "1e-3.5", "1e400", "1e-1000000 m"])
@@ -291,6 +298,22 @@ def test_a_run_folder_is_below_runs_or_as_given(tmp_path):
 OWN_CELL = '# Parameters: the quick run. papermill injects others after this cell.\nseed = 0\nsplit = "age"\n'
 
 
+#: A file for `papermill -f`, read by YAML 1.1.
+PARAMETERS_FILE = """
+learning_rate: 1e-3
+inits: [random, fm]
+alpha_sweep: [1e-3, 0.5]
+alpha: 1
+deterministic: yes
+"""
+
+
+def papermills(text: str) -> str:
+    """Return the lines that papermill injects for a file of parameters."""
+    read = yaml.safe_load(text)
+    return PythonTranslator.codify(read)
+
+
 def notebook(*cells: str) -> dict:
     """The variables of a kernel that has run these cells."""
     namespace: dict = {"In": ["", *cells]}
@@ -328,6 +351,23 @@ def test_an_injected_name_that_is_no_parameter_is_an_error(line):
 def test_an_injected_value_is_checked():
     with pytest.raises(UserError, match="seed must be a whole number"):
         config.from_notebook(notebook(OWN_CELL, "# Parameters\nseed = 'one'\n"))
+
+
+def test_a_notebooks_own_variables_take_the_parameters_types():
+    """Else 04 would hand the text 1e-3 to Adam, and split a list of starts like a text."""
+    own = "# Parameters: the quick run\nlearning_rate = 1e-4\n"
+    variables = notebook(own, f"# Parameters\n{papermills(PARAMETERS_FILE)}")
+    cfg = config.from_notebook(variables)
+    assert variables["learning_rate"] == cfg.federate.learning_rate == 1e-3
+    assert variables["inits"] == "random,fm" and variables["alpha_sweep"] == "1e-3,0.5"
+    assert (variables["alpha"], type(variables["alpha"])) == (1.0, float)
+    assert variables["deterministic"] is True
+
+
+def test_what_was_given_is_known_apart_from_what_it_makes():
+    """A value at its default was given too."""
+    variables = notebook(OWN_CELL, "# Parameters\nalpha: float = 1\n", "size = 64\n")
+    assert config.given(variables) == {"seed": 0, "split": "age", "alpha": 1}
 
 
 def test_a_corrected_cell_leaves_no_trace_of_its_mistake():

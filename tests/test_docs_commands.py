@@ -36,11 +36,21 @@ def commands():
     """Every command of the project in the docs, with its page; parameters alone count as a study's."""
     for page in (page for page in PAGES if title(page) not in OTHER_TIMES):
         for line in dict.fromkeys(code(page)):
+            line = re.sub(r'^sbatch .*--wrap "(.*)"$', r"\1", line)
             line = re.sub(r"^-p ([a-z]\w*)[ =](\S+)", r"fmfl study -p \1=\2", line)
             line = re.sub(r"^(ExecStart=)?(\S*/bin/)?(?=(fmfl|python|papermill) )", "", line)
             line = line.replace("$SLURM_ARRAY_TASK_ID", "0")  # of a job in an array
             if re.match(r"fmfl \w|python -m bench \w|papermill ", line):
                 yield title(page), line.replace(" ... ", " ")
+
+
+def files_of(page):
+    """Files that a page shows, by the name in their first line: a block of YAML that begins `# NAME.yaml`."""
+    text = (paths.ROOT / page).read_text(encoding="utf-8")
+    return {
+        name: block
+        for block, name in re.findall(r"^```yaml\n(# (\S+\.yaml)\n.*?)^```", text, flags=re.S | re.M)
+    }
 
 
 def parse(app, arguments):
@@ -85,6 +95,8 @@ def check_study(arguments, monkeypatch):
 def test_a_command_parses(page, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     program, *arguments = shlex.split(command)
+    for name, text in files_of(page).items():
+        Path(name).write_text(text)
     if program == "papermill":
         notebook = paths.ROOT / next(name for name in arguments if name.endswith(".ipynb"))
         assert notebook.is_file()
@@ -117,6 +129,9 @@ def test_the_commands_are_found():
     assert any("fmfl flower client --data /data/xrays" in command for _, command in found)
     assert sum(command.startswith("python -m bench") for _, command in found) > 15
     assert any(command.startswith("papermill") for _, command in found)
+    batches = [command for page, command in found if page == "docs/batches.md"]
+    assert "fmfl study --settings sweep.yaml --out runs/sweep --no-progress" in batches, "what sbatch wraps"
+    assert "learning_rate: 1e-3" in files_of("docs/batches.md")["sweep.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -125,10 +140,12 @@ def test_the_commands_are_found():
         (["study", "--jobs", "2"], "No such option"),
         (["study", "-p", "teacher_noise=0.1"], "is unknown"),
         (["study", "-p", "box_rule=point"], "choose one of"),
+        (["study", "--settings", "sweep.yaml"], "is unknown: did you mean num_rounds"),
     ],
 )
 def test_a_command_with_what_is_gone_is_found(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("sweep.yaml").write_text("num_rouds: 3\n")
     with pytest.raises(AssertionError, match=message):
         check_study(arguments, monkeypatch)
 

@@ -2,6 +2,7 @@
 
 import sys
 
+import made_runs
 import numpy as np
 import onnx
 import onnxruntime
@@ -11,7 +12,6 @@ import torch
 from fmfl import augment, export, models
 from fmfl.errors import UserError
 from fmfl.study import cli, students
-from tests import made_runs
 
 SIZE = made_runs.SIZE
 

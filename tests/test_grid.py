@@ -20,7 +20,7 @@ from matplotlib import pyplot
 
 from fmfl import config, data, paths, states, teacher
 from fmfl.errors import UserError
-from fmfl.study import grid, outputs, preflight, provenance, stages
+from fmfl.study import cost, grid, outputs, preflight, provenance, stages
 from fmfl.study.locks import CellLocks
 
 ORDER = ["01_data", "02_teacher", "03_distill", "04_federate", "05_analysis"]
@@ -412,7 +412,7 @@ def test_a_dry_run_says_too_that_the_folder_holds_another_study(tmp_path, notebo
     run(settings(tmp_path / "run"))
     cells = grid.plan(settings(tmp_path / "run", num_rounds=3), [0], ["age"])
     with pytest.raises(UserError, match="holds another study"):
-        preflight.estimate(cells)
+        cost.estimate(cells)
 
 
 def test_another_seed_or_split_runs_its_own_cells(tmp_path, notebooks):
@@ -463,11 +463,15 @@ def test_the_code_that_no_number_depends_on_is_left_out(tmp_path, notebooks, mon
     monkeypatch.setattr(states, "code_digest", lambda files: seen.append(files) or "code")
     run(settings(tmp_path / "run"))
     every = {file.relative_to(paths.PACKAGE).as_posix() for file in paths.PACKAGE.rglob("*.py")}
-    study = ("cli", "execute", "grid", "inspection", "interrupt", "locks", "merge", "options", "preflight")
-    assert every - set(seen[0]) == {
-        *(f"study/{name}.py" for name in (*study, "verify")),
+    study = ("cli", "cost", "execute", "grid", "inspection", "interrupt", "locks", "merge", "options")
+    study += ("predictions", "preflight", "progress", "scoring", "students", "verify")
+    course = {name for name in every if name.startswith("course/")}
+    assert every - set(seen[0]) - course == {
+        *(f"study/{name}.py" for name in study),
         "__main__.py",
         "deadline.py",
+        "export.py",
+        "use.py",
         "flower/deploy.py",
     }
 
@@ -542,7 +546,7 @@ def test_a_notebook_that_leaves_less_than_it_should_is_not_done(tmp_path, notebo
     assert not (cfg.run_dir / "cells" / "03_distill-seed0" / "done.json").exists()
 
 
-def test_the_bar_counts_rounds_in_whole_numbers(tmp_path, notebooks, monkeypatch, capsys):
+def test_rounds_are_counted_in_whole_numbers(tmp_path, monkeypatch):
     """Of six runs of two rounds: one ended, a pooled one and one of three standalone clients half way."""
     cfg = settings(tmp_path / "run")
     cells = grid.plan(cfg, [0], ["iid", "age"])
@@ -555,8 +559,27 @@ def test_the_bar_counts_rounds_in_whole_numbers(tmp_path, notebooks, monkeypatch
     assert grid._rounds_done(cells) == 3
     rounds |= {f"standalone-age-random-seed0-client{k}": 2 for k in range(3)}
     assert grid._rounds_done(cells) == 5
+
+
+def test_the_bar_names_the_notebook_that_runs_and_its_number(tmp_path, notebooks, monkeypatch, capsys):
+    """And it counts what is left alone: here two notebooks of six, of one and three estimated seconds."""
+    cfg = settings(tmp_path / "run")
+    run(cfg)
+    notebooks.write("04_federate", LEAVE["04_federate"] + "import time; time.sleep(0.2)")
+    asked = []
+
+    def known(cells, plain):
+        asked.extend(cell.key for cell in cells)
+        return {cell.key: cost.Cost(0, 3.0 if "05" in cell.key else 1.0) for cell in cells}
+
+    monkeypatch.setattr(cost, "of_checked", known)
+    assert run(cfg, progress=True) == asked == [*FEDERATE, "05_analysis"]
+    shown = capsys.readouterr().err
+    titles = ["4 of 6: 04_federate-iid-seed0", "5 of 6: 04_federate-age-seed0", "6 of 6: 05_analysis"]
+    assert [shown.index(title) for title in titles] == sorted(shown.index(title) for title in titles)
+    assert "measuring this machine" in shown and "study 100%" in shown and "20%" in shown
     run(cfg, progress=True)
-    assert "5/12" in capsys.readouterr().err
+    assert capsys.readouterr().err == "", "nothing is measured where all is done"
 
 
 # ------------------------------------------------------------------------------------------ the map's axes

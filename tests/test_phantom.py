@@ -77,6 +77,12 @@ def test_the_table_describes_every_image(made):
     assert set(per_patient.size()) == {1, 2, 3}
 
 
+def test_the_table_is_known_without_the_pictures():
+    table = phantom.generate(30, size=16, seed=5)[2]
+
+    assert phantom.table(30, 5).equals(table) and phantom.table(0).columns.tolist() == COLUMNS
+
+
 def test_no_image_is_a_valid_set():
     images, masks, table = phantom.generate(0, size=32)
 

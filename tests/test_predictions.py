@@ -3,17 +3,17 @@
 import sys
 import weakref
 
+import made_runs
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made_sources import make_dicom, picture, save
 from PIL import Image
 
 from fmfl import models, train
 from fmfl.errors import UserError
 from fmfl.study import cli, predictions, students
-from tests import made_runs
-from tests.made_sources import make_dicom, picture, save
 
 
 @pytest.fixture(scope="module")

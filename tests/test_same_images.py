@@ -132,5 +132,5 @@ def test_a_notebook_never_mixes_cells_with_and_without_images_of_unknown_age(tmp
 def test_an_analysis_with_other_settings_is_told_which(tmp_path):
     """As after the exercise of 04_federate, whose run 05_analysis is asked for with its own three clients."""
     outputs.save(config.settings({"run_name": str(tmp_path), "num_clients": 1}), "04_federate", {})
-    with pytest.raises(UserError, match=r"num_clients is 1 there and 3 here.*same values in the parameters"):
+    with pytest.raises(UserError, match=r"num_clients is 1 there and 3 here.*give the run's own values"):
         outputs.collect(config.settings({"run_name": str(tmp_path)}))

@@ -2,17 +2,17 @@
 
 import sys
 
+import made_runs
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made_sources import make_folder
 
 from fmfl import metrics, split, train
 from fmfl.analysis import statistics
 from fmfl.errors import UserError
 from fmfl.study import cli, scoring, students
-from tests import made_runs
-from tests.made_sources import make_folder
 
 
 @pytest.fixture(scope="module")

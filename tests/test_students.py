@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from made_runs import RUNS, SIZE, make_manifest, make_run, name_of, trained
 
 from fmfl import states
 from fmfl.errors import UserError
 from fmfl.study import students
-from tests.made_runs import RUNS, SIZE, make_manifest, make_run, name_of, trained
 
 
 @pytest.fixture(scope="module")

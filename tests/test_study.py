@@ -466,6 +466,42 @@ def test_cells_of_other_images_or_other_code_are_not_mixed(tmp_path, other):
         outputs.collect(cell(tmp_path))
 
 
+def test_an_analysis_that_knows_its_folder_alone_takes_the_settings_of_the_run(tmp_path):
+    """Those of two cells of three; seeds and splits are no settings of the run, target_dice is its own."""
+    made = {"num_rounds": 1, "learning_rate": 0.5, "size": 64, "student": "tiny_unet", "data": str(tmp_path)}
+    cell(tmp_path, split="iid", **made)
+    cell(tmp_path, split="age", seed=4, **made)
+    cell(tmp_path, split="quantity", learning_rate=0.25)
+    asked = config.settings({"run_name": tmp_path, "target_dice": 0.8})
+    cfg = outputs.of_run(asked, ["run_name", "target_dice"])
+    assert cfg.changed() == made | {"run_name": str(tmp_path), "target_dice": 0.8}
+    results, _, others = outputs.collect(cfg)
+    assert set(results.split) == {"iid", "age"} and others == ["04_federate-quantity-seed0"]
+
+
+def test_what_is_given_to_an_analysis_and_differs_from_the_run_is_named(tmp_path):
+    """Also where it is given the default: nothing tells that apart in the settings."""
+    cell(tmp_path, num_rounds=1, learning_rate=0.5, size=64)
+    asked = config.settings({"run_name": tmp_path, "size": 96})
+    with pytest.raises(
+        UserError, match=r"other settings alone \(size is 64 there and 96 here\): give the run's"
+    ):
+        outputs.collect(outputs.of_run(asked, ["run_name", "size"]))
+
+
+def test_an_analysis_of_a_folder_without_results_stays_as_it_is(tmp_path):
+    outputs.save(config.settings({"run_name": tmp_path, "size": 64}), "01_data", {})
+    asked = config.settings({"run_name": tmp_path})
+    assert outputs.of_run(asked, []) == asked
+
+
+def test_an_analysis_of_images_of_unknown_age_follows_the_study(tmp_path):
+    cell(tmp_path, split="iid", images_without_age="leave_out")
+    cell(tmp_path, split="age")
+    asked = config.settings({"run_name": tmp_path})
+    assert outputs.of_run(asked, []).federate.images_without_age == "leave_out"
+
+
 def test_cells_of_other_settings_are_left_out_and_named(tmp_path):
     cell(tmp_path, split="iid", learning_rate=0.5)
     cfg = cell(tmp_path)

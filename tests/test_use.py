@@ -1,12 +1,13 @@
 """Masks come back in an image's own size, and the two lungs are told apart, by hand and by Pillow."""
 
+import made_runs
+import made_sources
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from fmfl import models, train, use
-from tests import made_runs, made_sources
 
 
 def picture(*parts, height=40, width=60):

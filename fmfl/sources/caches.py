@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fmfl import states
-from fmfl.sources.contents import Content, Plan
+from fmfl.sources.contents import Content, Plan, Preview
 from fmfl.sources.files import first_line
 
 #: Raise it when the same files give other pixels, masks or rows than before; older caches are then not used.
@@ -29,8 +29,7 @@ def read(folder: str | os.PathLike | None, name: str, plan: Plan) -> Content:
     """
     if folder is None:
         return plan.read()
-    stem = f"{name.replace('/', '_')}-{states.fingerprint(CACHE_FORMAT, plan.settings)[:16]}"
-    file = Path(folder) / f"{stem}-{states.fingerprint(plan.files)[:16]}.safetensors"
+    file, stem = _file_of(folder, name, plan)
     stored = states.read_state(file, fingerprint=file.stem)
     if stored:
         return _unpack(stored[0])
@@ -45,6 +44,27 @@ def read(folder: str | os.PathLike | None, name: str, plan: Plan) -> Content:
     except OSError as error:
         warnings.warn(f"{file}: the cache cannot be written ({first_line(error)})", stacklevel=3)
     return content
+
+
+def look(folder: str | os.PathLike | None, name: str, plan: Plan, few: int) -> Preview:
+    """Return a source's rows and a few images: from its cache where there is one, else without decoding all.
+
+    Args:
+        folder, name, plan: see `read`.
+        few: number of images.
+    """
+    file = None if folder is None else _file_of(folder, name, plan)[0]
+    stored = file and states.read_state(file, fingerprint=file.stem)
+    if not stored:
+        return plan.look(few)
+    content = _unpack(stored[0])
+    return Preview(content.rows, content.images[:few], content.masks[:few], 0.0)
+
+
+def _file_of(folder: str | os.PathLike, name: str, plan: Plan) -> tuple[Path, str]:
+    """Return the file of a plan's cache, and how the names of all caches of its source begin."""
+    stem = f"{name.replace('/', '_')}-{states.fingerprint(CACHE_FORMAT, plan.settings)[:16]}"
+    return Path(folder) / f"{stem}-{states.fingerprint(plan.files)[:16]}.safetensors", stem
 
 
 def _pack(content: Content) -> states.State:

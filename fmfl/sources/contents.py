@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,10 +36,20 @@ class Content(NamedTuple):
     remarks: Sequence[str] = ()
 
 
+class Preview(NamedTuple):
+    """Rows of one source and its first images, without the time of decoding the others."""
+
+    rows: list[dict[str, Any]]  # as in `Content`, but for what only a decoded file tells
+    images: np.ndarray  # [n, H, W] uint8
+    masks: np.ndarray  # [n, H, W] uint8, 0 or 1
+    seconds: float  # to decode all images, by the time that these few took
+
+
 class Plan(NamedTuple):
-    """Reading of one source, and all that its content depends on."""
+    """Reading of one source, and all that its content depends on; a look at it takes a number of images."""
 
     read: Callable[[], Content]
+    look: Callable[[int], Preview]
     settings: Mapping[str, Any]
     files: Sequence[Found] = ()
 
@@ -63,13 +74,21 @@ def of_phantoms(num_images: int, seed: int, size: int) -> Plan:
     settings = {"size": size, "num_images": num_images, "seed": seed, "numpy": np.__version__}
     # Their drawing is this project's own code, which changes without a file of the user's changing.
     settings["code"] = sha256(Path(phantom.__file__).read_bytes())
-    return Plan(partial(_draw_phantoms, num_images, seed, size), settings)
+    drawing = (num_images, seed, size)
+    return Plan(partial(_draw_phantoms, *drawing), partial(_look_at_phantoms, *drawing), settings)
 
 
 def _draw_phantoms(num_images: int, seed: int, size: int) -> Content:
     images, masks, table = phantom.generate(num_images, size, seed)
     rows = table.to_dict("records")
     return Content(images, masks, rows, _digest(images, masks, rows))
+
+
+def _look_at_phantoms(num_images: int, seed: int, size: int, few: int) -> Preview:
+    rows = phantom.table(num_images, seed).to_dict("records")
+    few, started = min(few, num_images), time.perf_counter()
+    images, masks, _ = phantom.generate(few, size, seed)
+    return Preview(rows, images, masks, (time.perf_counter() - started) * num_images / few)
 
 
 def of_folder(folder: Path, size: int, mask_class: str, workers: int | None, title: str) -> Plan:
@@ -79,7 +98,8 @@ def of_folder(folder: Path, size: int, mask_class: str, workers: int | None, tit
         raise UserError(f"{folder}: this folder is empty; give a folder with images and masks")
     settings = {"folder": str(folder.resolve()), "size": size, "mask_class": mask_class}
     settings["pydicom"] = importlib.util.find_spec("pydicom") is not None
-    return Plan(partial(_read_folder, folder, size, mask_class, workers, title), settings, files)
+    look = partial(_look_at_folder, folder, size, mask_class, workers)
+    return Plan(partial(_read_folder, folder, size, mask_class, workers, title), look, settings, files)
 
 
 def _read_folder(folder: Path, size: int, mask_class: str, workers: int | None, title: str) -> Content:
@@ -107,6 +127,25 @@ def _read_folder(folder: Path, size: int, mask_class: str, workers: int | None, 
     left_out.sort(key=lambda entry: (entry["file"], entry["reason"]))
     sentences = [f"{len(ids)} images with {what}: {first_few(ids)}" for what, ids in remarked.items()]
     return Content(images, masks, rows, _digest(images, masks, rows), left_out, sentences)
+
+
+def _look_at_folder(folder: Path, size: int, mask_class: str, workers: int | None, few: int) -> Preview:
+    records, skipped = _records(folder, mask_class)
+    records = [record for record in records if record.mask is not None]
+    if not records:
+        raise UserError(_nothing_usable(folder, skipped))
+    chosen = records[:: math.ceil(len(records) / few)]
+    started = time.perf_counter()
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        results = list(pool.map(partial(_decode_or_skip, size=size), chosen))
+    seconds = (time.perf_counter() - started) * len(records) / len(chosen)
+    decoded = [result for result in results if not isinstance(result, SkippedFile)]
+    images, masks = (
+        np.array([one[part] for one in decoded], np.uint8).reshape(-1, size, size) for part in (0, 1)
+    )
+    ids = [record.row["patient_id"] or record.row["image_id"] for record in records]
+    rows = [record.row | {"patient_id": own} for record, own in zip(records, ids, strict=True)]
+    return Preview(rows, images, masks, seconds)
 
 
 def _records(folder: Path, mask_class: str) -> tuple[list[Record], list[SkippedFile]]:

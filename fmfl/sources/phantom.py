@@ -867,6 +867,17 @@ def generate(
 
     with ThreadPoolExecutor(workers) as pool:
         views = list(pool.map(make, range(num_images)))
+    return images, masks, _table([patient for patient, _ in jobs], views, seed)
+
+
+def table(num_images: int, seed: int = 0) -> pd.DataFrame:
+    """Return the table of `generate` without its pictures, in a thousandth of the time."""
+    jobs = list(_patients_of_images(seed, num_images))
+    views = [_draw_view(one, default_rng([seed, 4, one.number, picture])) for one, picture in jobs]
+    return _table([patient for patient, _ in jobs], views, seed)
+
+
+def _table(patients: list[Patient], views: list[View], seed: int) -> pd.DataFrame:
     rows = [
         {
             "image_id": f"phantom-{seed}-{i:05d}",
@@ -881,6 +892,6 @@ def generate(
             "original_height": view.height,
             "licence": LICENCE,
         }
-        for i, ((patient, _), view) in enumerate(zip(jobs, views, strict=True))
+        for i, (patient, view) in enumerate(zip(patients, views, strict=True))
     ]
-    return images, masks, pd.DataFrame(rows, columns=GIVEN)
+    return pd.DataFrame(rows, columns=GIVEN)

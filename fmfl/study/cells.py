@@ -14,16 +14,17 @@ from fmfl.config import Settings, split_list
 from fmfl.study import outputs
 from fmfl.study.outputs import read_json, read_record
 
-#: Modules whose code changes no number.
+#: Modules, and folders of modules, whose code changes no number.
 NO_NUMBERS = (
+    "course/",
     "__main__.py",
     "deadline.py",
     "export.py",
     "use.py",
     "flower/deploy.py",
-    *(f"study/{name}.py" for name in ("cli", "execute", "grid", "inspection", "interrupt", "locks")),
-    *(f"study/{name}.py" for name in ("merge", "options", "predictions", "preflight", "scoring")),
-    *(f"study/{name}.py" for name in ("students", "verify")),
+    *(f"study/{name}.py" for name in ("cli", "cost", "execute", "grid", "inspection", "interrupt", "locks")),
+    *(f"study/{name}.py" for name in ("merge", "options", "predictions", "preflight", "progress")),
+    *(f"study/{name}.py" for name in ("scoring", "students", "verify")),
 )
 
 #: Files of a finished study, besides figures, weights and executed notebooks.
@@ -131,7 +132,7 @@ def fingerprints(cells: list[Cell], inputs: dict[str, str]) -> dict[str, str]:
         inputs: fingerprints of the images ("data") and of the weights ("teacher").
     """
     modules = sorted(file.relative_to(paths.PACKAGE).as_posix() for file in paths.PACKAGE.rglob("*.py"))
-    code = states.code_digest(tuple(name for name in modules if name not in NO_NUMBERS))
+    code = states.code_digest(tuple(name for name in modules if not name.startswith(NO_NUMBERS)))
     keys: dict[str, str] = {}
     for cell in cells:
         names = outputs.depends_on(cell.notebook)

@@ -14,7 +14,7 @@ import fmfl
 from fmfl import config, errors
 from fmfl.errors import OutOfTime, UserError
 from fmfl.study import interrupt, options
-from fmfl.study.options import Others, Vary, absolute, argument, option, read_values
+from fmfl.study.options import Others, SettingsFile, Vary, absolute, argument, option, read_values
 
 #: Exit code of a study that has stopped at its time limit: EX_TEMPFAIL of sysexits.h, "try again".
 OUT_OF_TIME = 75
@@ -46,17 +46,21 @@ def _say_cost(cells: list, costs: dict) -> None:
             typer.echo(f"{cell.key}: done")
             continue
         cost, rounds = costs[cell.key], f"{cell.rounds} rounds, " if cell.rounds else ""
-        training = f": {rounds}{cost.images:,} images, {_hours(cost.hours)}" if cost.images else ""
-        typer.echo(f"{cell.key}{training}")
-    images, hours = sum(cost.images for cost in costs.values()), sum(cost.hours for cost in costs.values())
+        training = f"{rounds}{cost.images:,} images, " if cost.images else ""
+        typer.echo(f"{cell.key}: {training}{_duration(cost.seconds)}")
+    images = sum(cost.images for cost in costs.values())
+    seconds = sum(cost.seconds for cost in costs.values())
     typer.echo(
-        f"{len(costs)} of {len(cells)} cells to run: about {images:,} images to train on, {_hours(hours)} at "
-        "the speed that this device has just shown; the teacher, scoring and starting kernels come on top"
+        f"{len(costs)} of {len(cells)} notebooks to run: about {images:,} images to train on, "
+        f"{_duration(seconds)} at the speed that this machine has just shown"
     )
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+def _duration(seconds: float) -> str:
+    for unit, length in {"days": 86_400, "hours": 3600, "minutes": 60}.items():
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 @app.command()
@@ -73,6 +77,7 @@ def study(
     engine: Annotated[str, option("engine")] = "local",
     p: Others = None,
     vary: Vary = None,
+    settings: SettingsFile = None,
     plain: Annotated[bool, option("run the notebooks' code in this process, without Jupyter")] = False,
     replace: Annotated[bool, option("first move another study in --out to a free name", "--replace")] = False,
     only: Annotated[str, option("some notebooks, by the names of --dry-run, and what they need")] = "",
@@ -99,13 +104,14 @@ def study(
         raise UserError(f"--checkpoint {cfg.teacher.checkpoint}: there is no such file")
 
     with interrupt.while_importing():
-        from fmfl.study import grid, preflight  # import torch, which a typing mistake need not wait for
+        from fmfl.study import cost, grid  # import torch, which a typing mistake need not wait for
 
     cells = grid.plan(cfg, seeds, splits, variants)
     if only:
         cells = grid.only(cells, read_values("--only", only))
     if dry_run:
-        _say_cost(cells, preflight.estimate(cells, replace_other=replace))
+        say = partial(typer.echo, err=True)
+        _say_cost(cells, cost.estimate(cells, replace_other=replace, plain=plain, say=say))
         return
     shown = progress and sys.stderr.isatty()
     ran, done = grid.run(cells, plain=plain, progress=shown, replace_other=replace, stop_at=stop_at)

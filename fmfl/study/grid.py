@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import os
-import threading
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,13 +17,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fmfl import config, deadline, states
+from fmfl import config, deadline
 from fmfl.config import Settings, split_list
 from fmfl.errors import OutOfTime, UserError
 from fmfl.split import AGE_SCHEMES
-from fmfl.study import execute, outputs, preflight
-from fmfl.study.cells import Cell, fingerprints, training_runs
+from fmfl.study import cost, execute, outputs, preflight
+from fmfl.study import progress as progress_bar
+from fmfl.study.cells import Cell, fingerprints
 from fmfl.study.locks import CellLocks
+from fmfl.study.progress import Watch
 
 #: Between two looks at cells that other processes hold.
 POLL_SECONDS = 1.0
@@ -125,7 +127,7 @@ def run(
     Args:
         cells: from `plan`.
         plain: execute the notebooks' code in this process, without Jupyter.
-        progress: show bars, the study's with the time left, counted in federated rounds.
+        progress: show bars, the study's with the notebook that runs and the time left.
         replace_other: move another study in the folder to a free name beside it.
         stop_at: time after which nothing more is begun, in seconds since 1970; see `deadline`.
         say: takes one line for each cell.
@@ -150,10 +152,10 @@ def run(
         keys = fingerprints(cells, inputs)
         locks = CellLocks(root)
         locks.sweep()
-        with _bar(cells, progress) as look, _told_what_is_left(cells, keys, locks):
+        with _bar(cells, keys, plain, progress) as watch, _told_what_is_left(cells, keys, locks):
             ran = 0
-            for cell, seconds in _run_open_cells(cells, keys, locks, plain):
-                look()
+            for cell, seconds in _run_open_cells(cells, keys, locks, plain, watch.begin):
+                watch.end(cell)
                 say(f"{cell.key}: {seconds:.0f} s")
                 ran += 1
         locks.remove()
@@ -161,7 +163,7 @@ def run(
 
 
 def _run_open_cells(
-    cells: list[Cell], keys: dict[str, str], locks: CellLocks, plain: bool
+    cells: list[Cell], keys: dict[str, str], locks: CellLocks, plain: bool, begin: Callable[[Cell], None]
 ) -> Iterator[tuple[Cell, float]]:
     """Run cells until all are done, here or by other processes; yields each cell run here and its seconds."""
     done: set[str] = set()
@@ -177,6 +179,7 @@ def _run_open_cells(
         if cell is None:  # others hold what is left
             time.sleep(POLL_SECONDS)
             continue
+        begin(cell)
         try:
             seconds = _run_cell(cell, keys[cell.key], plain)
         finally:
@@ -242,38 +245,18 @@ def no_bars() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bar(cells: list[Cell], progress: bool) -> Iterator[Callable[[], None]]:
-    """Show a bar over the study's rounds, read from checkpoints each second; yields a look at once."""
-    if not progress:
-        yield lambda: None
+def _bar(cells: list[Cell], keys: dict[str, str], plain: bool, shown: bool) -> Iterator[Watch]:
+    """Show a bar over the cells that are not done; yields the watch that is told of each."""
+    left = [cell for cell in cells if shown and not cell.is_done(keys[cell.key])]
+    if not left:
+        yield Watch([], {})
         return
-    total, finished = sum(cell.rounds for cell in cells), threading.Event()
-    with tqdm(total=total, unit="round", desc="study", dynamic_ncols=True, smoothing=0.1) as bar:
-        bar.n = bar.initial = min(total, _rounds_done(cells))
-        bar.refresh()
-
-        def look() -> None:
-            bar.update(max(0, min(total, _rounds_done(cells)) - bar.n))
-
-        def watch() -> None:
-            while not finished.wait(1.0):
-                look()
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield look
-        finally:
-            finished.set()
-            thread.join()
+    print("measuring this machine, for the time left", file=sys.stderr)
+    with progress_bar.shown(Watch(cells, cost.of_checked(left, plain=plain))) as watch:
+        yield watch
 
 
 def _rounds_done(cells: list[Cell]) -> int:
     """Count the plan's finished rounds, by the checkpoints."""
-    done = 0.0
-    for cell in cells:
-        if cell.notebook == "04_federate":
-            for name, share in training_runs(cell.cfg).items():
-                record = states.read_record(cell.cfg.run_dir / "weights" / f"{name}.safetensors")
-                done += share * min(cell.cfg.federate.num_rounds, record.get("round_number", 0))
+    done = sum(progress_bar.rounds_done(cell) for cell in cells if cell.notebook == "04_federate")
     return int(done + 1e-6)  # thirds do not add up to whole numbers

@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,14 +193,32 @@ def collect(cfg: Settings) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     )
 
 
+def of_run(cfg: Settings, given: Iterable[str]) -> Settings:
+    """Return the settings that made a run's results, for an analysis that was told little but its folder.
+
+    Where the folder has results of several settings, those of most cells count, of equally many the first.
+
+    Args:
+        cfg: the analysis' settings.
+        given: names of the parameters that somebody gave: these stay, and `collect` names those that differ.
+    """
+    own = FREE | config.tagged("where") | {"images_without_age", *given}
+    made: list[dict[str, Any]] = [
+        {name: value for name, value in about["settings"].items() if name in config.PARAMETERS.keys() - own}
+        for _, about in cell_records(cfg.run_dir)
+        if about["notebook"] == "04_federate"
+    ]
+    return _decided(config.settings(cfg.flat() | max(made, key=made.count))) if made else cfg
+
+
 def _no_results(cfg: Settings, others: list[Differences]) -> UserError:
     """Say that a folder has no results of these settings, and in what those that it has differ."""
     if not others:
         return UserError(f"{cfg.run_dir} holds no results of these settings: run 04_federate first")
     apart = {name: values for other in others for name, values in other.items()}
     return UserError(
-        f"{cfg.run_dir} holds results of other settings alone ({in_words(apart)}): give the same values in "
-        "the parameters cell, or run 04_federate with these first"
+        f"{cfg.run_dir} holds results of other settings alone ({in_words(apart)}): give the run's own "
+        "values, or run 04_federate with these first"
     )
 
 

@@ -1,8 +1,7 @@
-"""Checks before a study begins: that it can run, that its folder is its own, and what it will cost."""
+"""Checks before a study begins: that it can run, and that its folder is its own."""
 
 import itertools
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmfl import config, devices, distill, models, parallel, runs, split, states, train
+from fmfl import config, distill, models, runs, split, states
 from fmfl.config import Settings, split_list
 from fmfl.data import Cohort
 from fmfl.errors import UserError
-from fmfl.split import Holdout
 from fmfl.study import inspection, outputs, stages
-from fmfl.study.cells import Cell, fingerprints
+from fmfl.study.cells import Cell
 from fmfl.study.locks import CellLocks
 from fmfl.study.outputs import Differences
-from fmfl.train import Examples
 
 #: Starts that learn from the proxy set.
 PROXY_INITS = {"pretraining", "fm"}
@@ -30,8 +27,11 @@ PROXY_INITS = {"pretraining", "fm"}
 # ---------------------------------------------------------------------------------------------------
 
 
-def check(cells: list[Cell]) -> dict[str, str]:
+def check(cells: list[Cell], cohort: Cohort | None = None) -> dict[str, str]:
     """Find what would stop a later cell now, before anything is written: data, teacher, student, clients.
+
+    Args:
+        cohort: the study's images, of which the table alone is looked at; None: they are loaded.
 
     Returns:
         Fingerprints of the images ("data") and of the teacher's weights ("teacher"), on which cells depend
@@ -49,7 +49,7 @@ def check(cells: list[Cell]) -> dict[str, str]:
         models.load_weights(model, file, encoder_only=init == "imagenet")
     on_cpu = replace(cfg, run=replace(cfg.run, device="cpu"))  # the GPU's memory is the notebooks'
     teacher = stages.load_teacher(on_cpu)
-    cohort = stages.load_cohort(on_cpu)
+    cohort = stages.load_cohort(on_cpu) if cohort is None else cohort
     parts = stages.holdout(on_cpu, cohort)
     _check_ages(cells, cohort, parts.federated)
     for cell in cells:
@@ -136,7 +136,7 @@ def other_study(cells: list[Cell], inputs: dict[str, str]) -> Differences:
     Images and teacher are told by their bytes, so that they may have moved.
 
     Args:
-        inputs: from `check`.
+        inputs: from `check`; without one of them, its bytes are not compared.
 
     Returns:
         All that differs; empty where the study can go on.
@@ -151,7 +151,7 @@ def other_study(cells: list[Cell], inputs: dict[str, str]) -> Differences:
     ):
         if seen := seen - {None}:
             differences.pop(setting, None)
-        if others := seen - {inputs[name]}:
+        if name in inputs and (others := seen - {inputs[name]}):
             there, here = (f"of fingerprint {digest[:8]}" for digest in (min(others), inputs[name]))
             differences[f"{name} (by its bytes)"] = (there, here)
     # The splits decide images_without_age, and a study may add a split. Where that changes the clients'
@@ -234,89 +234,3 @@ def move_away(root: Path) -> Path:
 def _free_name(folder: Path) -> Path:
     numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
     return next(name for name in numbered if not os.path.lexists(name))
-
-
-# ---------------------------------------------------------------------------------------------------
-# Its cost
-# ---------------------------------------------------------------------------------------------------
-
-
-class Cost(NamedTuple):
-    """Training that a cell will take.
-
-    Attributes:
-        images: that go through a student, repeats counted.
-        hours: at the speed that this device has just shown.
-    """
-
-    images: int
-    hours: float
-
-
-def estimate(cells: list[Cell], *, steps: int = 4, replace_other: bool = False) -> dict[str, Cost]:
-    """Cost of each cell that is not done, by key: its training, without teacher and scoring.
-
-    A few steps of the student are timed on this device; on a CPU, trainings that run side by side share the
-    cores.
-
-    Raises:
-        UserError: the study cannot run to its end, or its folder holds another one.
-    """
-    inputs = check(cells)
-    if not replace_other:
-        refuse_other(cells, inputs)
-    keys = fingerprints(cells, inputs)
-    cohort = stages.load_cohort(cells[0].cfg)
-    speeds: dict[tuple, float] = {}
-    costs = {}
-    for cell in cells:
-        if cell.is_done(keys[cell.key]):
-            continue
-        cfg = cell.cfg
-        how = (cfg.data.size, cfg.distill.student, cfg.federate.batch_size, cfg.federate.augmentation)
-        if how not in speeds:
-            speeds[how] = images_a_second(cfg, cohort, steps)
-        images = _images(cell, stages.holdout(cfg, cohort))
-        costs[cell.key] = Cost(images, images / speeds[how] / 3600)
-    return costs
-
-
-def _images(cell: Cell, parts: Holdout) -> int:
-    """Count the images that a cell's trainings see."""
-    cfg, proxy, clients = cell.cfg, len(parts.proxy), len(parts.federated)
-    if cell.notebook == "02_teacher":  # of predicted boxes: two students, each from half of the proxy set
-        return cfg.distill.proxy_epochs * proxy
-    if cell.notebook == "03_distill":
-        return len(PROXY_INITS & {*split_list(cfg.federate.inits)}) * cfg.distill.proxy_epochs * proxy
-    # The rounds' images as if all clients took part: those without an age are few.
-    return round(cell.rounds * cfg.federate.participation * clients * cfg.federate.local_epochs)
-
-
-def images_a_second(cfg: Settings, cohort: Cohort, steps: int = 4) -> float:
-    """Speed at which this device trains the run's student, in images a second over all its cores.
-
-    Args:
-        steps: batches that are timed, after one that warms up.
-    """
-    batch = min(cfg.federate.batch_size, len(cohort))
-
-    def fit(number: int, steps: int) -> None:
-        rows = torch.arange(steps * batch, device=cohort.images.device) % len(cohort)
-        model = models.build(cfg.distill.student, device=cohort.device, batch_norm=cfg.federate.batch_norm)
-        train.fit(
-            model,
-            Examples(cohort.images, cohort.masks, rows, device=cohort.device),
-            train.LOSSES[cfg.federate.loss],
-            epochs=1,
-            batch_size=batch,
-            optimizer=train.adam(model, cfg.federate.learning_rate),
-            key=(number,),
-            augmentation=cfg.federate.augmentation,
-            precision=devices.precision_of(cfg.run),
-        )
-
-    trainings = range(torch.get_num_threads() if cohort.device.type == "cpu" else 1)
-    parallel.side_by_side(lambda number: fit(number, 1), trainings, cohort.device)
-    started = time.perf_counter()
-    parallel.side_by_side(lambda number: fit(number, steps), trainings, cohort.device)
-    return len(trainings) * steps * batch / (time.perf_counter() - started)
