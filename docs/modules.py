@@ -14,6 +14,7 @@ WINGS = {
     "analysis": "Statistics, tables, the paper's claims, figures, the loss landscape.",
     "study": "The notebooks' inputs and files, the grid of a study, the report, the command line.",
     "flower": "The same rounds on Flower, in one process and deployed. No other wing imports it.",
+    "widgets": "Interactive pieces of the notebooks. They hold no science, and no other wing imports them.",
 }
 
 

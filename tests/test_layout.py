@@ -16,6 +16,7 @@ ALLOWED = {
     "analysis": {""},
     "study": {"", "sources", "teachers", "analysis"},
     "flower": {"", "sources", "analysis", "study"},
+    "widgets": {"", "analysis"},
 }
 
 

@@ -1,0 +1,280 @@
+"""Pieces to play with: a picture that follows its controls, and stands still where nobody can move them.
+
+A notebook that is run by papermill, nbval or nbconvert keeps the still picture alone: no widget is made, and
+none is missing later. In JupyterLab the widgets come after the picture and take its place.
+"""
+
+import html
+import io
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from fmfl.errors import UserError
+
+if TYPE_CHECKING:  # imported where a front end shows them: it takes a fifth of a second
+    import ipywidgets
+
+#: Dots an inch, as Jupyter draws figures inline.
+DPI = 100
+
+#: Look of the live pieces. The first rule hides the still picture that stands just before one; a browser
+#: without `:has` shows both. Handles of sliders show where the keyboard is.
+STYLE = """<style>
+.jp-OutputArea-child:has(+ .jp-OutputArea-child .fmfl-live) { display: none; }
+.fmfl-live { align-items: flex-start; }
+.fmfl-live .noUi-handle:focus-visible { outline: 3px solid #0072B2; outline-offset: 2px; }
+.fmfl-stage { position: relative; overflow: visible; width: max-content; max-width: 100%; background: white; }
+.fmfl-stage img { display: block; max-width: 100%; height: auto; margin: 0; }
+.fmfl-stage .fmfl-pad { position: absolute; inset: 0; margin: 0; height: auto; width: auto; }
+.fmfl-pad .widget-html-content { position: absolute; inset: 0; height: auto; }
+.fmfl-pad .fmfl-area { position: absolute; cursor: crosshair; touch-action: none; }
+.fmfl-gesture { display: none; }
+</style>"""
+
+#: Area over a picture that tells where a pointer was pressed and where it is now, as shares of the area's
+#: width and height, through a hidden text field. The first number, a time, tells one gesture from the next.
+PAD = """<div class="fmfl-area" style="left:{left:.3%};top:{top:.3%};width:{width:.3%};height:{height:.3%}"
+onpointerdown="this.setPointerCapture(event.pointerId); this.gesture = Date.now();
+  const r = this.getBoundingClientRect();
+  this.from = [(event.clientX - r.left) / r.width, (event.clientY - r.top) / r.height];
+  event.preventDefault()"
+onpointermove="if (!this.hasPointerCapture(event.pointerId)) return;
+  const r = this.getBoundingClientRect();
+  const to = [(event.clientX - r.left) / r.width, (event.clientY - r.top) / r.height];
+  const field = this.closest('.fmfl-stage').querySelector('.fmfl-gesture input');
+  field.value = [this.gesture, ...this.from, ...to].join();
+  field.dispatchEvent(new Event('input', {{bubbles: true}}))"></div>"""
+
+
+@dataclass(frozen=True)
+class Slider:
+    """A number that a person sets; whole where its step is."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    step: float = 1
+
+    def widget(self) -> "ipywidgets.Widget":
+        """Return the slider."""
+        import ipywidgets
+
+        kind = ipywidgets.IntSlider if isinstance(self.step, int) else ipywidgets.FloatSlider
+        return kind(self.value, min=self.low, max=self.high, step=self.step, **_labelled(self.label))
+
+
+@dataclass(frozen=True)
+class Range:
+    """Two numbers that a person sets, the first not above the second."""
+
+    label: str
+    value: tuple[float, float]
+    low: float
+    high: float
+    step: float = 1.0
+
+    def widget(self) -> "ipywidgets.Widget":
+        """Return the slider with two handles."""
+        import ipywidgets
+
+        limits = {"min": self.low, "max": self.high, "step": self.step}
+        return ipywidgets.FloatRangeSlider(
+            value=self.value, **limits, readout_format=".0f", **_labelled(self.label)
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several things by name: {name: value}."""
+
+    label: str
+    value: object
+    options: Mapping[str, object]
+
+    def widget(self) -> "ipywidgets.Widget":
+        """Return the list to choose from."""
+        import ipywidgets
+
+        return ipywidgets.Dropdown(
+            options=list(self.options.items()), value=self.value, **_labelled(self.label)
+        )
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A whole number from 0 that is stepped, run and paused."""
+
+    label: str
+    high: int
+    value: int = 0
+    milliseconds: int = 600
+
+    def widget(self) -> "ipywidgets.Widget":
+        """Return the slider; `around` gives it its buttons."""
+        return Slider(self.label, self.value, 0, self.high).widget()
+
+    def around(self, slider: "ipywidgets.Widget") -> "ipywidgets.Widget":
+        """Return the slider with buttons that run, pause, go back to 0, and take one step."""
+        import ipywidgets
+
+        play = ipywidgets.Play(
+            min=0, max=self.high, value=self.value, interval=self.milliseconds, show_repeat=False
+        )
+        ipywidgets.jslink((play, "value"), (slider, "value"))
+        step = ipywidgets.Button(description="Step", tooltip=f"{self.label}: one more")
+        step.on_click(lambda _: setattr(slider, "value", min(self.high, slider.value + 1)))
+        return ipywidgets.VBox([ipywidgets.HBox([play, step]), slider])
+
+
+def _labelled(label: str) -> dict[str, Any]:
+    """Return the label and the widths that all controls share."""
+    return {"description": label, "style": {"description_width": "11em"}, "layout": {"width": "30em"}}
+
+
+class Answer(NamedTuple):
+    """A drawn picture, the words that tell the same, and the first axes' place as shares of the picture."""
+
+    png: bytes
+    words: str
+    area: dict[str, float]
+
+
+#: Draws a figure for the controls' values, and tells in words what it shows.
+Draw = Callable[..., tuple[Figure, str]]
+#: New values of the controls from those at a gesture's begin, and its two points as shares of the axes.
+Drag = Callable[[dict[str, Any], tuple[float, float], tuple[float, float]], dict[str, Any]]
+
+
+class Piece:
+    """A picture and the controls that it follows.
+
+    As the last line of a cell it shows itself: the still picture and, where a person's front end has asked,
+    the live one in its place. Printed, it is the picture in words.
+    """
+
+    def __init__(self, draw: Draw, controls: Mapping[str, Any], *, drag: Drag | None = None) -> None:
+        self.draw, self.controls, self.drag = draw, dict(controls), drag
+
+    def answer(self, values: Mapping[str, Any]) -> Answer:
+        """Draw the picture for the controls' values; without one where they are refused, which is told."""
+        try:
+            figure, words = self.draw(**values)
+        except UserError as error:
+            return Answer(b"", str(error), {})
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=DPI)
+        place = figure.axes[0].get_position()
+        plt.close(figure)  # else Jupyter shows it once more
+        area = {"left": place.x0, "top": 1 - place.y1, "width": place.width, "height": place.height}
+        return Answer(png.getvalue(), words, {side: float(share) for side, share in area.items()})
+
+    @cached_property
+    def still(self) -> Answer:
+        """The picture as the controls begin."""
+        return self.answer({name: control.value for name, control in self.controls.items()})
+
+    def widget(self) -> "ipywidgets.Widget":
+        """Return the live piece, for any front end that shows widgets."""
+        return Live(self).box
+
+    def __repr__(self) -> str:
+        return self.still.words
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        picture = {"image/png": self.still.png} if self.still.png else {}
+        display({"text/plain": self.still.words} | picture, raw=True)
+        if front_end():
+            display(self.widget())
+
+
+def front_end() -> bool:
+    """Tell if a person's front end asked for this cell: JupyterLab and its like name it, programs do not."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    kernel = getattr(shell, "kernel", None)
+    return bool(kernel and (kernel.get_parent() or {}).get("metadata", {}).get("cellId"))
+
+
+class Live:
+    """The widgets of a piece, tied together.
+
+    Attributes:
+        piece: what they show.
+        controls: the widgets by the controls' names.
+        picture, words: what follows them.
+        box: all of it.
+    """
+
+    def __init__(self, piece: Piece) -> None:
+        import ipywidgets
+
+        self.piece, self.area, self.held, self.gesture = piece, {}, False, ("", {})
+        self.controls = {name: control.widget() for name, control in piece.controls.items()}
+        self.picture, self.words = ipywidgets.Image(format="png"), ipywidgets.HTML()
+        self.stage = ipywidgets.Box([self.picture])
+        self.stage.add_class("fmfl-stage")
+        for control in self.controls.values():
+            control.observe(self.follow, "value")
+        self.follow()
+        if piece.drag:
+            self.stage.children = [self.picture, *self.pad()]
+        shown = [
+            control.around(self.controls[name]) if isinstance(control, Steps) else self.controls[name]
+            for name, control in piece.controls.items()
+        ]
+        self.box = ipywidgets.VBox([ipywidgets.HTML(STYLE), *shown, self.stage, self.words])
+        self.box.add_class("fmfl-live")
+
+    def pad(self) -> list["ipywidgets.Widget"]:
+        """Return the area that takes a pointer's gestures, and the field that carries them here."""
+        import ipywidgets
+
+        pad, field = ipywidgets.HTML(PAD.format(**self.area)), ipywidgets.Text()
+        pad.add_class("fmfl-pad")
+        field.add_class("fmfl-gesture")
+        field.observe(self.dragged, "value")
+        return [pad, field]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The controls' values."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Set several controls, and draw once."""
+        self.held = True
+        try:
+            yield
+        finally:
+            self.held = False
+        self.follow()
+
+    def follow(self, change: object = None) -> None:
+        """Draw what the controls say; an answer without a picture leaves the last one."""
+        if self.held:
+            return
+        answer = self.piece.answer(self.values)
+        if answer.png:
+            self.picture.value, self.area = answer.png, answer.area
+        self.picture.tooltip = answer.words  # what software that reads aloud says of the picture
+        self.words.value = html.escape(answer.words)
+
+    def dragged(self, change: Mapping[str, Any]) -> None:
+        """Move the controls as a pointer's gesture says."""
+        number, *points = change["new"].split(",")
+        if number != self.gesture[0]:
+            self.gesture = (number, self.values)
+        x0, y0, x1, y1 = (min(1.0, max(0.0, float(point))) for point in points)
+        with self.holding():
+            for name, value in self.piece.drag(self.gesture[1], (x0, y0), (x1, y1)).items():
+                self.controls[name].value = value

@@ -1,0 +1,124 @@
+"""The notebooks' interactive pieces, one function each: what they show is computed by the science."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from fmfl import metrics, split
+from fmfl.analysis import plots
+from fmfl.teacher import Teacher
+from fmfl.widgets.live import Choice, Piece, Range, Slider
+
+
+def dealing(
+    table: pd.DataFrame, indices: Tensor, scheme: str = "age", *, num_clients: int = 3, seed: int = 0
+) -> Piece:
+    """Return a piece that deals images to clients again: by another rule, strength, number or draw.
+
+    Args:
+        table: a Cohort's table.
+        indices: the images to deal.
+        scheme: the rule to begin with.
+        num_clients: to begin with.
+        seed: of the draw to begin with.
+    """
+    controls = {
+        "scheme": Choice("Split", scheme, {name: name for name in ("iid", "age", "quantity")}),
+        "strength": Slider("Age strength", 1.0, 0.0, 1.0, 0.05),
+        "ratio": Slider("Quantity ratio", 9.0, 1.0, 20.0, 0.5),
+        "num_clients": Slider("Clients", num_clients, 1, max(10, num_clients)),
+        "seed": Slider("Seed of the draw", seed, 0, max(20, seed)),
+    }
+
+    def draw(scheme: str, strength: float, ratio: float, num_clients: int, seed: int) -> tuple[Figure, str]:
+        options = {"age": {"strength": strength}, "quantity": {"ratio": ratio}}.get(scheme, {})
+        clients = split.partition(table, indices, scheme, num_clients, seed, **options)
+        words = _of_skew(scheme, split.skew(table, clients))
+        return plots.clients(table, clients, title=words), f"{words}; images: {_sizes(clients)}"
+
+    return Piece(draw, controls)
+
+
+def _of_skew(scheme: str, skew: dict[str, float]) -> str:
+    """Tell a split's measures in a line."""
+    years = skew["wasserstein_mean"]
+    ages = "nothing to compare" if math.isnan(years) else f"ages {years:.0f} years apart"
+    return f"{scheme}: {ages}, sizes {skew['size_ratio']:.1f} : 1"
+
+
+def _sizes(clients: Sequence[Tensor]) -> str:
+    return ", ".join(str(len(indices)) for indices in clients)
+
+
+def prompting(teacher: Teacher, image: Tensor, mask: Tensor, boxes: Tensor) -> Piece:
+    """Return a piece that moves the teacher's boxes on one image, by sliders or by dragging.
+
+    Pressed inside a box, a pointer carries it along; elsewhere it draws the nearest box anew. The image is
+    encoded once, at the first answer.
+
+    Args:
+        teacher: who answers.
+        image: [1, H, W] uint8.
+        mask: the ground truth, likewise.
+        boxes: [4] or [n, 4] to begin with, x0 y0 x1 y1 in pixels; a row of NaN is no box.
+    """
+    height, width = image.shape[-2:]
+    begin = [box.tolist() for box in boxes.reshape(-1, 4).float() if not box.isnan().any()]
+    ask = cache(lambda: teacher.encoded(image[None]))
+    controls = {}
+    for number, (x0, y0, x1, y1) in enumerate(begin, 1):
+        name = f"Box {number}" if len(begin) > 1 else "Box"
+        controls[f"x{number}"] = Range(f"{name}, left and right", (x0, x1), 0.0, width - 1.0)
+        controls[f"y{number}"] = Range(f"{name}, top and bottom", (y0, y1), 0.0, height - 1.0)
+
+    def draw(**sides: tuple[float, float]) -> tuple[Figure, str]:
+        moved = torch.tensor(_boxes(sides))
+        answer = ask()(moved[None])[0].to(mask.device) > 0
+        dice = float(metrics.dice(answer[None], mask[None])[0])
+        figure = plots.boxes(image, moved, teacher_mask=answer, mask=mask)
+        where = "; ".join(f"from ({a:.0f}, {b:.0f}) to ({c:.0f}, {d:.0f})" for a, b, c, d in moved.tolist())
+        return figure, f"teacher's Dice {dice:.3f} with a box {where.replace('; ', ' and one ')}"
+
+    return Piece(draw, controls, drag=partial(_drag_box, width, height))
+
+
+def _boxes(sides: Mapping[str, tuple[float, float]]) -> list[list[float]]:
+    """Return x0 y0 x1 y1 of each box, from its sides by name."""
+    pairs = [(sides[f"x{number}"], sides[f"y{number}"]) for number in range(1, 1 + len(sides) // 2)]
+    return [[x0, y0, x1, y1] for (x0, x1), (y0, y1) in pairs]
+
+
+def _drag_box(
+    width: int, height: int, sides: dict, start: tuple[float, float], end: tuple[float, float]
+) -> dict[str, tuple[float, float]]:
+    """Return the moved sides of the box that a pointer was pressed in, or of the nearest one, drawn anew."""
+    # The axes begin half a pixel before the first pixel's centre.
+    (u0, v0), (u1, v1) = (
+        (min(max(x * width - 0.5, 0), width - 1), min(max(y * height - 0.5, 0), height - 1))
+        for x, y in (start, end)
+    )
+    boxes = dict(enumerate(_boxes(sides), 1))
+    inside = [k for k, (x0, y0, x1, y1) in boxes.items() if x0 <= u0 <= x1 and y0 <= v0 <= y1]
+    nearest = min(boxes, key=lambda k: math.dist((u0, v0), _middle(boxes[k])))
+    if not inside:
+        across, down = sorted((u0, u1)), sorted((v0, v1))
+        return {f"x{nearest}": _whole(*across), f"y{nearest}": _whole(*down)}
+    x0, y0, x1, y1 = boxes[inside[0]]
+    right, down = (
+        min(max(u1 - u0, -x0), width - 1 - x1),
+        min(max(v1 - v0, -y0), height - 1 - y1),
+    )
+    return {f"x{inside[0]}": _whole(x0 + right, x1 + right), f"y{inside[0]}": _whole(y0 + down, y1 + down)}
+
+
+def _middle(box: Sequence[float]) -> tuple[float, float]:
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def _whole(low: float, high: float) -> tuple[float, float]:
+    return float(round(low)), float(round(high))
