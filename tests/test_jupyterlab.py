@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 #: Settings of a run that is over in seconds.
 TINY = {
-    "size": 48,
+    "size": 64,
     "num_phantoms": 60,
     "student": "tiny_unet",
     "proxy_epochs": 1,

@@ -329,6 +329,7 @@ def loss_by_pixel(image, mask, predicted, distances, pull) -> Figure:
         bar = figure.colorbar(shown, ax=axis, location="bottom", ticks=[low, high], pad=0.02)
         bar.set_label(label, fontsize=SMALL)
         bar.set_ticklabels([f"{tick:.2g}" for tick in (low, high)])
+        axis.set_frame_on(False)
         axis.set(xticks=[], yticks=[])
         axis.grid(visible=False)
     return figure

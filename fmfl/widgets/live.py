@@ -4,8 +4,10 @@ A notebook that is run by papermill, nbval or nbconvert keeps the still picture 
 none is missing later. In JupyterLab the widgets come after the picture and take its place.
 """
 
+import base64
 import html
 import io
+import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,17 +28,32 @@ DPI = 100
 
 #: Look of the live pieces. The first rule hides the still picture that stands just before one; a browser
 #: without `:has` shows both. Handles of sliders show where the keyboard is.
-STYLE = """<style>
+STYLE = """
 .jp-OutputArea-child:has(+ .jp-OutputArea-child .fmfl-live) { display: none; }
 .fmfl-live { align-items: flex-start; }
 .fmfl-live .noUi-handle:focus-visible { outline: 3px solid #0072B2; outline-offset: 2px; }
 .fmfl-stage { position: relative; overflow: visible; width: max-content; max-width: 100%; background: white; }
-.fmfl-stage img { display: block; max-width: 100%; height: auto; margin: 0; }
-.fmfl-stage .fmfl-pad { position: absolute; inset: 0; margin: 0; height: auto; width: auto; }
-.fmfl-pad .widget-html-content { position: absolute; inset: 0; height: auto; }
+.fmfl-stage .widget-html, .fmfl-stage .widget-html-content { height: auto; margin: 0; line-height: 0; }
+.fmfl-stage img { max-width: 100%; height: auto; margin: 0; }
+.fmfl-stage .fmfl-pad, .fmfl-pad .widget-html-content { position: absolute; inset: 0; width: auto; }
 .fmfl-pad .fmfl-area { position: absolute; cursor: crosshair; touch-action: none; }
 .fmfl-gesture { display: none; }
-</style>"""
+"""
+
+#: Names for software that reads aloud, which ipywidgets does not give: of each slider's handles, by its
+#: label, and of the words, which are read when they change.
+NAMES = """const box = this.closest('.fmfl-live');
+const name = () => {
+  for (const handle of box.querySelectorAll('.noUi-handle:not([aria-label])')) {
+    const slider = handle.closest('.widget-slider');
+    const several = slider.querySelectorAll('.noUi-handle').length > 1;
+    const which = several ? [', from', ', to'][handle.dataset.handle] : '';
+    handle.setAttribute('aria-label', slider.querySelector('.widget-label').textContent + which);
+  }
+  for (const words of box.querySelectorAll('.fmfl-words:not([role])')) words.setAttribute('role', 'status');
+};
+new MutationObserver(name).observe(box, {childList: true, subtree: true});
+name();"""
 
 #: Area over a picture that tells where a pointer was pressed and where it is now, as shares of the area's
 #: width and height, through a hidden text field. The first number, a time, tells one gesture from the next.
@@ -204,6 +221,14 @@ def front_end() -> bool:
     return bool(kernel and (kernel.get_parent() or {}).get("metadata", {}).get("cellId"))
 
 
+def _image(answer: Answer) -> str:
+    """Return a picture as HTML: ipywidgets' own has no text for those who do not see it."""
+    width, height = struct.unpack(">II", answer.png[16:24])  # where PNG has them
+    content = base64.b64encode(answer.png).decode()
+    size = f'width="{width}" height="{height}"'
+    return f'<img {size} alt="{html.escape(answer.words)}" src="data:image/png;base64,{content}">'
+
+
 class Live:
     """The widgets of a piece, tied together.
 
@@ -219,7 +244,8 @@ class Live:
 
         self.piece, self.area, self.held, self.gesture = piece, {}, False, ("", {})
         self.controls = {name: control.widget() for name, control in piece.controls.items()}
-        self.picture, self.words = ipywidgets.Image(format="png"), ipywidgets.HTML()
+        self.picture, self.words = ipywidgets.HTML(), ipywidgets.HTML()
+        self.words.add_class("fmfl-words")
         self.stage = ipywidgets.Box([self.picture])
         self.stage.add_class("fmfl-stage")
         for control in self.controls.values():
@@ -231,7 +257,8 @@ class Live:
             control.around(self.controls[name]) if isinstance(control, Steps) else self.controls[name]
             for name, control in piece.controls.items()
         ]
-        self.box = ipywidgets.VBox([ipywidgets.HTML(STYLE), *shown, self.stage, self.words])
+        style = ipywidgets.HTML(f'<style onload="{html.escape(NAMES)}">{STYLE}</style>')
+        self.box = ipywidgets.VBox([style, *shown, self.stage, self.words])
         self.box.add_class("fmfl-live")
 
     def pad(self) -> list["ipywidgets.Widget"]:
@@ -265,8 +292,7 @@ class Live:
             return
         answer = self.piece.answer(self.values)
         if answer.png:
-            self.picture.value, self.area = answer.png, answer.area
-        self.picture.tooltip = answer.words  # what software that reads aloud says of the picture
+            self.picture.value, self.area = _image(answer), answer.area
         self.words.value = html.escape(answer.words)
 
     def dragged(self, change: Mapping[str, Any]) -> None:

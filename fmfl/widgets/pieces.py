@@ -1,18 +1,23 @@
 """The notebooks' interactive pieces, one function each: what they show is computed by the science."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from itertools import combinations
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.func import grad_and_value, vmap
 
-from fmfl import metrics, split
+from fmfl import losses, metrics, split
 from fmfl.analysis import plots
+from fmfl.data import Cohort
+from fmfl.errors import UserError
+from fmfl.states import State
 from fmfl.teacher import Teacher
-from fmfl.widgets.live import Choice, Piece, Range, Slider
+from fmfl.widgets.live import Choice, Piece, Range, Slider, Steps
 
 
 def dealing(
@@ -122,3 +127,124 @@ def _middle(box: Sequence[float]) -> tuple[float, float]:
 
 def _whole(low: float, high: float) -> tuple[float, float]:
     return float(round(low)), float(round(high))
+
+
+def losing(
+    images: Tensor, masks: Tensor, logits: Tensor, teacher_logits: Tensor, *, alpha: float, temperature: float
+) -> Piece:
+    """Return a piece that takes the loss of one picture apart, pixel by pixel.
+
+    Args:
+        images: [B, 1, H, W], 0..1, to choose from.
+        masks: the ground truth, likewise.
+        logits: the student's, likewise.
+        teacher_logits: the teacher's, likewise.
+        alpha: the teacher's share in Eq. 5 to begin with.
+        temperature: of both masks in Eq. 4 to begin with.
+    """
+    controls = {
+        "alpha": Slider("Teacher's share (alpha)", alpha, 0.0, 1.0, 0.05),
+        "temperature": Slider("Temperature", temperature, 0.5, max(10.0, temperature), 0.5),
+        "number": Slider("Picture", 0, 0, len(images) - 1),
+    }
+    stored = [tensor.detach() for tensor in (images, masks, logits, teacher_logits)]
+
+    def draw(alpha: float, temperature: float, number: int) -> tuple[Figure, str]:
+        image, mask, student, teacher = (tensor[number : number + 1] for tensor in stored)
+        gradient, loss = grad_and_value(losses.distillation_loss)(student, teacher, mask, alpha, temperature)
+        each_pixel = vmap(losses.kl_divergence, in_dims=(0, 0, None))
+        far = each_pixel(student.flatten(), teacher.flatten(), temperature).reshape(student.shape)
+        dice_loss = losses.dice_loss(student, mask)
+        figure = plots.loss_by_pixel(image, mask, student > 0, far, -gradient)
+        terms = f"{alpha:.2f} * {far.mean():.4f} + {1 - alpha:.2f} * {dice_loss:.4f}"
+        return figure, f"loss of picture {number}: {terms} = {loss:.4f}"
+
+    return Piece(draw, controls)
+
+
+def rounds(
+    one_round: Callable[[State, int], State],
+    states: Sequence[State],
+    look: Callable[[State], Tensor],
+    masks: Tensor,
+    *,
+    num_rounds: int = 40,
+) -> Piece:
+    """Return a piece that steps, runs and pauses rounds, and shows what the global model sees after each.
+
+    A round is computed when it is first asked for, and its picture is kept. States of rounds are not.
+
+    Args:
+        one_round: from the global state and a round's number, from 1, to the next global state.
+        states: of the rounds 0, 1, ... that are there already.
+        look: from a state to logits [n, 1, H, W] of test images, the first of which is shown.
+        masks: the ground truth of these, likewise.
+        num_rounds: the last round that can be asked for.
+    """
+    pictures, dice, last = [], [], states[0]
+
+    def add(state: State) -> None:
+        nonlocal last
+        last, logits = state, look(state)
+        pictures.append(logits[0].sigmoid())
+        dice.append(float(metrics.dice(logits > 0, masks).mean()))
+
+    for state in states:
+        add(state)
+
+    def draw(number: int) -> tuple[Figure, str]:
+        while len(pictures) <= number:
+            add(one_round(last, len(pictures)))
+        figure = plots.round_by_round(pictures[number], masks[0], dice[: number + 1])
+        return figure, f"after round {number}: mean Dice {dice[number]:.3f} on {len(masks)} test images"
+
+    return Piece(draw, {"number": Steps("Round", num_rounds, len(states) - 1)})
+
+
+def cases(
+    cohort: Cohort, scores: pd.DataFrame, makers: Mapping[str, Callable[[Tensor], Tensor]], note: str = ""
+) -> Piece:
+    """Return a piece that leafs through test images, the worst first, or those on which two starts differ.
+
+    A maker that is refused is left out, and its reason is told.
+
+    Args:
+        cohort: the images.
+        scores: final Dice, 0..1: a row an image, indexed by its row in the cohort; a column a start.
+        makers: from rows of the cohort, [1] int64, to masks [1, 1, H, W], by name; asked once an image.
+        note: what is missing, and why.
+    """
+    orders = {f"Dice of {init}, lowest first": scores[init] for init in scores}
+    for one, other in combinations(scores, 2):
+        orders[f"Dice of {one} and {other}, furthest apart first"] = -(scores[one] - scores[other]).abs()
+    controls = {
+        "order": Choice("Sorted by", next(iter(orders)), {name: name for name in orders}),
+        "place": Slider("Place", 1, 1, len(scores)),
+    }
+    ask = cache(lambda row: _masks(makers, torch.tensor([row], device=cohort.images.device)))
+
+    def draw(order: str, place: int) -> tuple[Figure, str]:
+        row = int(orders[order].sort_values(kind="stable").index[place - 1])
+        image, mask, about = cohort.images[row], cohort.masks[row], cohort.table.iloc[row]
+        masks, refused = ask(row)
+        dice = {name: float(metrics.dice(made, mask[None])[0]) for name, made in masks.items()}
+        shown = {f"{name}\nDice {dice[name]:.3f}": made[0] for name, made in masks.items()}
+        age = "age unknown" if pd.isna(about.age) else f"{about.age:g} years"
+        told = [f"{about.image_id}, {about.site}, {age}", *(f"{k}: Dice {v:.3f}" for k, v in dice.items())]
+        words = "; ".join([*told, *filter(None, [note, *refused])])
+        return plots.predictions(image, mask, shown or {"ground truth alone": mask}), words
+
+    return Piece(draw, controls)
+
+
+def _masks(
+    makers: Mapping[str, Callable[[Tensor], Tensor]], rows: Tensor
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the masks by their makers' names, and the sentences of those that are refused."""
+    masks, refused = {}, []
+    for name, make in makers.items():
+        try:
+            masks[name] = make(rows)
+        except UserError as error:
+            refused.append(f"without {name}: {error}")
+    return masks, refused
