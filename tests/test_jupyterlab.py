@@ -7,6 +7,7 @@ FMFL_ARTEFACTS names, else in pytest's own.
 import hashlib
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -240,7 +241,50 @@ def test_02_runs_and_a_box_is_dragged_and_moved_by_keys(opened, lab):
         page.mouse.up()
 
     moved(lab, piece, "02_teacher-drag", drag)
-    slider = handle(piece, "Box 1, left and right")
+    slider = handle(piece, "Box 1, left/right")
     slider.focus()
     moved(lab, piece, "02_teacher-keys", lambda: slider.press("ArrowRight"))
+    assert not page.errors
+
+
+def test_03_runs_and_the_temperature_changes_the_loss_of_a_picture(opened, lab):
+    page = opened("03_distill")
+    outputs(lab, "03_distill")
+    piece = live_piece(page)
+    slider = handle(piece, "Temperature")
+    slider.focus()
+    moved(lab, piece, "03_distill", lambda: slider.press("ArrowRight"))
+    assert not page.errors
+
+
+def test_04_runs_and_rounds_are_stepped_run_and_paused(opened, lab):
+    page = opened("04_federate")
+    outputs(lab, "04_federate")
+    piece = live_piece(page)
+    words = piece.locator(".fmfl-words")
+    expect(words).to_contain_text("after round 2:")
+    moved(lab, piece, "04_federate-step", lambda: piece.get_by_role("button", name="Step").click())
+    expect(words).to_contain_text("after round 3:")
+    play = piece.locator(".jupyter-button").first
+    moved(lab, piece, "04_federate-run", play.click)
+    expect(words).to_contain_text("after round 5:", timeout=MINUTE)
+    play.click()
+    expect(page.get_by_text("| Idle")).to_be_visible(timeout=MINUTE)
+    paused = words.inner_text()
+    expect(piece.locator(".widget-readout")).to_have_text(re.search(r"round (\d+)", paused)[1])
+    assert not page.errors
+
+
+def test_05_runs_and_leafs_to_another_image(opened, lab):
+    """Needs the results of 04 in the same JupyterLab."""
+    if not (lab.folder.parent / "run" / "cells").exists():
+        pytest.skip("run with test_04: 05 reads its results")
+    page = opened("05_analysis")
+    outputs(lab, "05_analysis")
+    piece = live_piece(page)
+    words = piece.locator(".fmfl-words")
+    expect(words).to_contain_text("teacher: Dice")
+    slider = handle(piece, "Place")
+    slider.focus()
+    moved(lab, piece, "05_analysis", lambda: slider.press("ArrowRight"))
     assert not page.errors

@@ -6,10 +6,13 @@ import re
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
-from fmfl import data, split
+import fmfl
+from fmfl import data, losses, metrics, prompts, split
 from fmfl.analysis import plots
 from fmfl.errors import UserError
 from fmfl.widgets import live, pieces
@@ -152,3 +155,189 @@ def test_dealing_to_one_client_and_without_ages_says_so(cohort, parts):
     ageless = cohort.table.assign(age=np.nan)
     piece = pieces.dealing(ageless, parts.federated, "age")
     assert "needs ages" in repr(piece) and not piece.still.png
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return fmfl.teacher.load()
+
+
+def test_prompting_shows_the_dice_of_the_teachers_own_logits(cohort, teacher):
+    image, mask = cohort.images[3], cohort.masks[3]
+    boxes = prompts.prompt(mask[None], "ground_truth", per_image="per_lung")[0]
+    piece = pieces.prompting(teacher, image, mask, boxes)
+    expected = metrics.dice(teacher.logits(image[None], boxes[None]) > 0, mask[None])
+    assert repr(piece).startswith(f"teacher's Dice {float(expected):.3f} ")
+    moved = boxes + torch.tensor([0.0, 4.0, 0.0, 4.0])
+    sides = {
+        f"{side}{k + 1}": (b[i], b[i + 2])
+        for k, b in enumerate(moved.tolist())
+        for i, side in enumerate("xy")
+    }
+    expected = metrics.dice(teacher.logits(image[None], moved[None]) > 0, mask[None])
+    calls = teacher.calls
+    assert piece.answer(sides).words.startswith(f"teacher's Dice {float(expected):.3f} ")
+    assert teacher.calls == calls, "the image was encoded once"
+
+
+def test_encoded_images_give_the_same_logits_bit_by_bit(cohort, teacher):
+    images = cohort.images[:3]
+    boxes = prompts.prompt(cohort.masks[:3], "ground_truth", per_image="per_lung")
+    assert torch.equal(teacher.encoded(images)(boxes), teacher.logits(images, boxes))
+    one = prompts.prompt(cohort.masks[:3], "ground_truth", per_image="one")
+    assert torch.equal(teacher.encoded(images)(one), teacher.logits(images, one))
+
+
+def dragged(boxes, start, end, width=101, height=51):
+    """The boxes after a gesture between two pixels, of an image on which these are whole shares."""
+    piece = pieces.prompting(
+        None, torch.zeros(1, height, width), None, torch.tensor(boxes, dtype=torch.float)
+    )
+    sides = {name: control.value for name, control in piece.controls.items()}
+    (u0, v0), (u1, v1) = (((x + 0.5) / width, (y + 0.5) / height) for x, y in (start, end))
+    sides |= piece.drag(sides, (u0, v0), (u1, v1))
+    return [[*sides[f"x{k}"], *sides[f"y{k}"]] for k in range(1, 1 + len(boxes))]
+
+
+def test_pressed_inside_a_box_is_carried_along_and_stays_in_the_image():
+    assert dragged([[10, 10, 30, 20]], (20, 15), (25, 18)) == [[15, 35, 13, 23]]
+    assert dragged([[10, 10, 30, 20]], (20, 15), (0, 0)) == [[0, 20, 0, 10]]
+    assert dragged([[10, 10, 30, 20]], (20, 15), (100, 50)) == [[80, 100, 40, 50]]
+
+
+def test_pressed_outside_the_nearest_box_is_drawn_anew():
+    boxes = [[10, 10, 30, 20], [60, 10, 80, 20]]
+    assert dragged(boxes, (50, 40), (70, 30)) == [[10, 30, 10, 20], [50, 70, 30, 40]]
+
+
+def test_a_row_of_nan_is_no_box(cohort, teacher):
+    boxes = torch.tensor([[4.0, 4, 28, 28], [float("nan")] * 4])
+    assert list(pieces.prompting(teacher, cohort.images[0], cohort.masks[0], boxes).controls) == ["x1", "y1"]
+
+
+# Batches of four pictures with a student's and a teacher's logits
+
+
+@pytest.fixture(scope="module")
+def batch(cohort):
+    rng = torch.Generator().manual_seed(0)
+    masks = cohort.masks[:4].float()
+    student, teacher = (4 * masks - 2 + torch.randn(masks.shape, generator=rng) for _ in range(2))
+    return cohort.images[:4] / 255, masks, student, teacher
+
+
+def test_losing_shows_eq_5_of_the_chosen_picture(batch):
+    _, masks, student, teacher = batch
+    piece = pieces.losing(*batch, alpha=0.6, temperature=1.0)
+    words = piece.answer({"alpha": 0.25, "temperature": 2.0, "number": 2}).words
+    loss = losses.distillation_loss(student[2:3], teacher[2:3], masks[2:3], 0.25, 2.0)
+    assert words.startswith("loss of picture 2: 0.25 * ") and words.endswith(f" = {loss:.4f}")
+
+
+def test_the_pixels_distances_have_the_mean_of_eq_4_and_the_pull_is_autograds(batch, monkeypatch):
+    _, masks, student, teacher = batch
+    drawn = {}
+    monkeypatch.setattr(
+        plots, "loss_by_pixel", lambda i, m, p, far, pull: (drawn.update(far=far, pull=pull), plt.figure())[1]
+    )
+    piece = pieces.losing(*batch, alpha=0.6, temperature=1.0)
+    piece.draw(alpha=0.6, temperature=3.0, number=1)
+    expected = losses.kl_divergence(student[1:2], teacher[1:2], 3.0)
+    torch.testing.assert_close(drawn["far"].mean(), expected)
+    one = losses.kl_divergence(student[1, :, 5:6, 7:8][None], teacher[1, :, 5:6, 7:8][None], 3.0)
+    torch.testing.assert_close(drawn["far"][0, 0, 5, 7], one)
+    leaf = student[1:2].clone().requires_grad_()
+    losses.distillation_loss(leaf, teacher[1:2], masks[1:2], 0.6, 3.0).backward()
+    torch.testing.assert_close(drawn["pull"], -leaf.grad)
+    plt.close("all")
+
+
+def rounds_of_a_counter(asked, states=(0,)):
+    """Rounds whose state counts them, and whose answer is right from round 3 on."""
+    masks = torch.zeros(2, 1, 8, 8)
+    masks[..., 2:6, 2:6] = 1
+
+    def one_round(state, number):
+        asked.append(number)
+        return state + 1
+
+    def look(state):
+        return 10 * (2 * masks - 1) if state >= 3 else torch.ones_like(masks)
+
+    return pieces.rounds(one_round, list(states), look, masks, num_rounds=5)
+
+
+def test_rounds_are_computed_once_in_their_order_and_can_be_looked_at_again():
+    asked = []
+    piece = rounds_of_a_counter(asked)
+    assert piece.still.words.startswith("after round 0: mean Dice 0.400 ") and not asked
+    assert piece.answer({"number": 3}).words.startswith("after round 3: mean Dice 1.000 ")
+    assert piece.answer({"number": 1}).words.startswith("after round 1: mean Dice 0.400 ")
+    assert asked == [1, 2, 3]
+
+
+def test_rounds_that_are_there_are_not_run_again():
+    asked = []
+    piece = rounds_of_a_counter(asked, states=(0, 1, 2))
+    assert piece.still.words.startswith("after round 2: ") and not asked
+    piece.answer({"number": 3})
+    assert asked == [3]
+
+
+def test_the_step_button_goes_one_round_on_and_stops_at_the_last():
+    asked = []
+    live_one = live.Live(rounds_of_a_counter(asked))
+    (buttons,) = [box for box in live_one.box.children if len(getattr(box, "children", ())) == 2]
+    play, step = buttons.children[0].children
+    for _ in range(7):
+        step.click()
+    assert asked == [1, 2, 3, 4, 5] and live_one.controls["number"].value == 5
+    assert (play.min, play.max) == (0, 5)
+
+
+def leafing(cohort, makers, scores=None, note=""):
+    if scores is None:
+        dice = {"random": [0.5, 0.9, 0.7], "fm": [0.8, 0.9, 0.1]}
+        scores = pd.DataFrame(dice, index=[7, 3, 5])
+    return pieces.cases(cohort, scores, makers, note)
+
+
+@pytest.mark.parametrize(
+    ("order", "rows"),
+    [
+        ("Dice of random, lowest first", [7, 5, 3]),
+        ("Dice of fm, lowest first", [5, 7, 3]),
+        ("random and fm, furthest apart first", [5, 7, 3]),
+    ],
+)
+def test_cases_are_leafed_through_in_their_order(cohort, order, rows):
+    piece = leafing(cohort, {})
+    for place, row in enumerate(rows, 1):
+        words = piece.answer({"order": order, "place": place}).words
+        assert words.startswith(f"{cohort.table.image_id[row]}, ")
+
+
+def test_a_case_has_the_dice_of_each_makers_mask_and_each_is_asked_once(cohort):
+    asked = []
+
+    def empty(rows):
+        asked.append(rows.tolist())
+        return torch.zeros_like(cohort.masks[rows])
+
+    piece = leafing(cohort, {"truth": lambda rows: cohort.masks[rows], "nothing": empty}, note="a note")
+    assert repr(piece).endswith("truth: Dice 1.000; nothing: Dice 0.000; a note")
+    piece.answer({"order": "Dice of random, lowest first", "place": 1})
+    assert asked == [[7]]
+
+
+def test_a_maker_that_is_refused_is_left_out_with_its_reason(cohort):
+    def missing(rows):
+        raise UserError("teacher 'medsam' needs its authors' weights")
+
+    piece = leafing(cohort, {"teacher": missing})
+    assert repr(piece).endswith("without teacher: teacher 'medsam' needs its authors' weights")
+    assert piece.still.png, "the image and the truth are shown all the same"
+
+
+def test_without_scores_there_is_a_sentence(cohort):
+    assert repr(leafing(cohort, {}, scores=pd.DataFrame())).startswith("no federated run has scored")

@@ -153,7 +153,7 @@ class Steps:
 
 def _labelled(label: str) -> dict[str, Any]:
     """Return the label and the widths that all controls share."""
-    return {"description": label, "style": {"description_width": "11em"}, "layout": {"width": "30em"}}
+    return {"description": label, "style": {"description_width": "12em"}, "layout": {"width": "34em"}}
 
 
 class Answer(NamedTuple):

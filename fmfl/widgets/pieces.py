@@ -78,8 +78,8 @@ def prompting(teacher: Teacher, image: Tensor, mask: Tensor, boxes: Tensor) -> P
     controls = {}
     for number, (x0, y0, x1, y1) in enumerate(begin, 1):
         name = f"Box {number}" if len(begin) > 1 else "Box"
-        controls[f"x{number}"] = Range(f"{name}, left and right", (x0, x1), 0.0, width - 1.0)
-        controls[f"y{number}"] = Range(f"{name}, top and bottom", (y0, y1), 0.0, height - 1.0)
+        controls[f"x{number}"] = Range(f"{name}, left/right", (x0, x1), 0.0, width - 1.0)
+        controls[f"y{number}"] = Range(f"{name}, top/bottom", (y0, y1), 0.0, height - 1.0)
 
     def draw(**sides: tuple[float, float]) -> tuple[Figure, str]:
         moved = torch.tensor(_boxes(sides))
@@ -214,9 +214,11 @@ def cases(
         makers: from rows of the cohort, [1] int64, to masks [1, 1, H, W], by name; asked once an image.
         note: what is missing, and why.
     """
+    if scores.empty:
+        return Piece(_no_scores, {})
     orders = {f"Dice of {init}, lowest first": scores[init] for init in scores}
     for one, other in combinations(scores, 2):
-        orders[f"Dice of {one} and {other}, furthest apart first"] = -(scores[one] - scores[other]).abs()
+        orders[f"{one} and {other}, furthest apart first"] = -(scores[one] - scores[other]).abs()
     controls = {
         "order": Choice("Sorted by", next(iter(orders)), {name: name for name in orders}),
         "place": Slider("Place", 1, 1, len(scores)),
@@ -235,6 +237,10 @@ def cases(
         return plots.predictions(image, mask, shown or {"ground truth alone": mask}), words
 
     return Piece(draw, controls)
+
+
+def _no_scores() -> tuple[Figure, str]:
+    raise UserError("no federated run has scored a test image of this cohort")
 
 
 def _masks(
