@@ -1,5 +1,6 @@
 """The notebooks' interactive pieces: they show what the science gives, and programs keep a still picture."""
 
+import asyncio
 import base64
 import io
 import re
@@ -284,15 +285,40 @@ def test_rounds_that_are_there_are_not_run_again():
     assert asked == [3]
 
 
+def buttons(live_one):
+    (around,) = [box for box in live_one.box.children if len(getattr(box, "children", ())) == 2]
+    return around.children[0].children
+
+
 def test_the_step_button_goes_one_round_on_and_stops_at_the_last():
     asked = []
     live_one = live.Live(rounds_of_a_counter(asked))
-    (buttons,) = [box for box in live_one.box.children if len(getattr(box, "children", ())) == 2]
-    play, step = buttons.children[0].children
+    step, _ = buttons(live_one)
     for _ in range(7):
         step.click()
     assert asked == [1, 2, 3, 4, 5] and live_one.controls["number"].value == 5
-    assert (play.min, play.max) == (0, 5)
+
+
+def test_the_run_button_runs_to_the_end_and_pauses_where_it_is_told():
+    asked = []
+    live_one = live.Live(rounds_of_a_counter(asked))
+    _, run = buttons(live_one)
+
+    async def press():
+        run.value = True
+        assert run.description == "Pause"
+        while len(asked) < 2:
+            await asyncio.sleep(0.01)
+        run.value = False
+        await asyncio.sleep(0.5)
+        paused = list(asked)
+        run.value = True
+        while run.value:
+            await asyncio.sleep(0.01)
+        return paused
+
+    assert asyncio.run(press()) == [1, 2]
+    assert asked == [1, 2, 3, 4, 5] and run.description == "Run"
 
 
 def leafing(cohort, makers, scores=None, note=""):

@@ -4,6 +4,7 @@ A notebook that is run by papermill, nbval or nbconvert keeps the still picture 
 none is missing later. In JupyterLab the widgets come after the picture and take its place.
 """
 
+import asyncio
 import base64
 import html
 import io
@@ -132,23 +133,37 @@ class Steps:
     label: str
     high: int
     value: int = 0
-    milliseconds: int = 600
+    seconds: float = 0.3
 
     def widget(self) -> "ipywidgets.Widget":
         """Return the slider; `around` gives it its buttons."""
         return Slider(self.label, self.value, 0, self.high).widget()
 
     def around(self, slider: "ipywidgets.Widget") -> "ipywidgets.Widget":
-        """Return the slider with buttons that run, pause, go back to 0, and take one step."""
+        """Return the slider with a button for one step, and one that runs and pauses.
+
+        The kernel counts, not the browser: a step that takes its time is over before the next one begins.
+        """
         import ipywidgets
 
-        play = ipywidgets.Play(
-            min=0, max=self.high, value=self.value, interval=self.milliseconds, show_repeat=False
-        )
-        ipywidgets.jslink((play, "value"), (slider, "value"))
         step = ipywidgets.Button(description="Step", tooltip=f"{self.label}: one more")
-        step.on_click(lambda _: setattr(slider, "value", min(self.high, slider.value + 1)))
-        return ipywidgets.VBox([ipywidgets.HBox([play, step]), slider])
+        run = ipywidgets.ToggleButton(description="Run", tooltip=f"{self.label}: one after another")
+
+        def switch(change: Mapping[str, Any]) -> None:
+            run.description = "Pause" if run.value else "Run"
+            if run.value and all(task.done() for task in running):
+                running.append(asyncio.get_running_loop().create_task(go_on()))
+
+        async def go_on() -> None:
+            while run.value and slider.value < self.high:
+                slider.value += 1
+                await asyncio.sleep(self.seconds)  # here the kernel hears of a pause
+            run.value = False
+
+        running: list[asyncio.Task] = []  # a task that nobody holds may be lost
+        step.on_click(lambda _: setattr(slider, "value", slider.value + 1))  # the slider ends at its last
+        run.observe(switch, "value")
+        return ipywidgets.VBox([ipywidgets.HBox([step, run]), slider])
 
 
 def _labelled(label: str) -> dict[str, Any]:
