@@ -6,14 +6,16 @@ import io
 import re
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pandas as pd
+import papermill
 import pytest
 import torch
 from PIL import Image
 
 import fmfl
-from fmfl import data, losses, metrics, prompts, split
+from fmfl import config, data, losses, metrics, paths, prompts, split
 from fmfl.analysis import plots
 from fmfl.errors import UserError
 from fmfl.widgets import live, pieces
@@ -367,3 +369,34 @@ def test_a_maker_that_is_refused_is_left_out_with_its_reason(cohort):
 
 def test_without_scores_there_is_a_sentence(cohort):
     assert repr(leafing(cohort, {}, scores=pd.DataFrame())).startswith("no federated run has scored")
+
+
+# ------------------------------------------------------------------------------------------ programs
+
+CELL = """
+import matplotlib.pyplot as plt
+from fmfl.widgets import live
+live.Piece(lambda height: (plt.figure(figsize=(2, 2)), f"height {height}"), {"height": live.Slider("", 3, 0, 9)})
+"""
+
+
+@pytest.mark.slow
+def test_papermill_keeps_one_picture_and_no_state_of_widgets(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    papermill.execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", progress_bar=False)
+    written = nbformat.read(tmp_path / "out.ipynb", 4)
+    assert "widgets" not in written.metadata
+    (output,) = written.cells[-1].outputs
+    assert sorted(output.data) == ["image/png", "text/plain"] and output.data["text/plain"] == "height 3"
+
+
+def test_committed_notebooks_have_a_still_picture_each_and_no_widget():
+    for name in config.NOTEBOOKS:
+        notebook = nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", 4)
+        assert "widgets" not in notebook.metadata
+        (piece,) = [cell for cell in notebook.cells if cell.source.split("\n")[-1].startswith("pieces.")]
+        (output,) = piece.outputs
+        assert sorted(output.data) == ["image/png", "text/plain"], name
+        assert len(output.data["image/png"]) < 150_000
