@@ -133,7 +133,7 @@ def opened(lab, browser):  # noqa: F811
         expect(page.get_by_text("| Idle")).to_be_visible(timeout=MINUTE)
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
-        page.wait_for_function(OVER, timeout=5 * MINUTE)
+        page.wait_for_function(OVER, timeout=10 * MINUTE)
         save(page)
         return page
 

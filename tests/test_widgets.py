@@ -376,7 +376,8 @@ def test_without_scores_there_is_a_sentence(cohort):
 CELL = """
 import matplotlib.pyplot as plt
 from fmfl.widgets import live
-live.Piece(lambda height: (plt.figure(figsize=(2, 2)), f"height {height}"), {"height": live.Slider("", 3, 0, 9)})
+draw = lambda height: (plt.subplots(figsize=(2, 2))[0], f"height {height}")
+live.Piece(draw, {"height": live.Slider("Height", 3, 0, 9)})
 """
 
 
