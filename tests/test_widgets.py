@@ -82,6 +82,14 @@ def test_a_refused_value_is_told_and_the_last_picture_stays():
     assert live_one.picture.value == before
 
 
+def test_a_mistake_in_the_code_is_told_and_raised(monkeypatch):
+    live_one = live.Live(counted([]))
+    monkeypatch.setattr(live_one.piece, "draw", lambda height: {}[height])
+    with pytest.raises(KeyError):
+        live_one.controls["height"].value = 5
+    assert live_one.words.value == "KeyError: 5"
+
+
 class Shell:
     """An IPython shell whose kernel was asked by a message with these metadata."""
 

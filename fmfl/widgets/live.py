@@ -302,10 +302,17 @@ class Live:
         self.follow()
 
     def follow(self, change: object = None) -> None:
-        """Draw what the controls say; an answer without a picture leaves the last one."""
+        """Draw what the controls say; an answer without a picture leaves the last one.
+
+        A mistake in the code is told, too: a front end would hide it in its log.
+        """
         if self.held:
             return
-        answer = self.piece.answer(self.values)
+        try:
+            answer = self.piece.answer(self.values)
+        except Exception as error:
+            self.words.value = html.escape(f"{type(error).__name__}: {error}")
+            raise
         if answer.png:
             self.picture.value, self.area = _image(answer), answer.area
         self.words.value = html.escape(answer.words)
