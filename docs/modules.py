@@ -15,6 +15,7 @@ WINGS = {
     "study": "The notebooks' inputs and files, the grid of a study, the report, the command line.",
     "course": "The course's exercises: checks that name a mistake, and a copy for each participant.",
     "flower": "The same rounds on Flower, in one process and deployed. No other wing imports it.",
+    "widgets": "Interactive pieces of the notebooks. They hold no science, and no other wing imports them.",
 }
 
 

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -159,15 +160,29 @@ class Teacher:
             if boxes.isnan().any(-1).all(-1).any():
                 raise ValueError("every image needs at least one box")
         answers: list[list[Tensor]] = [[] for _ in prompts]
-        # On one thread sums have one order, so the bytes do not depend on the cores. The published networks
-        # are too large to leave all cores but one idle.
-        one_thread = self.name == "builtin"
-        with parallel.one_thread(self.device) if one_thread else contextlib.nullcontext():
+        with self._threads():
             for rows in torch.arange(len(images), device=images.device).split(batch_size or self.batch_size):
                 embeddings = self._embed(images[rows])
                 for boxes, parts in zip(prompts, answers, strict=True):
                     parts.append(self._decode(embeddings, boxes[rows.to(boxes.device)], *images.shape[-2:]))
         return [torch.cat(parts) for parts in answers]
+
+    def encoded(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+        """Encode images once, and return the function from their boxes to `logits`: for a box on the move."""
+        with torch.inference_mode(), self._threads():
+            embeddings = self._embed(images)
+
+        def answer(boxes: Tensor) -> Tensor:
+            boxes = boxes[:, None] if boxes.ndim == 2 else boxes
+            with torch.inference_mode(), self._threads():
+                return self._decode(embeddings, boxes, *images.shape[-2:])
+
+        return answer
+
+    def _threads(self) -> contextlib.AbstractContextManager:
+        # On one thread sums have one order, so the bytes do not depend on the cores. The published networks
+        # are too large to leave all cores but one idle.
+        return parallel.one_thread(self.device) if self.name == "builtin" else contextlib.nullcontext()
 
     def _embed(self, images: Tensor) -> Tensor:
         """Return [B, C, h, w] image embeddings."""

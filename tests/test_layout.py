@@ -17,6 +17,7 @@ ALLOWED = {
     "study": {"", "sources", "teachers", "analysis"},
     "flower": {"", "sources", "analysis", "study"},
     "course": {""},
+    "widgets": {"", "analysis"},
 }
 
 

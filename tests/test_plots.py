@@ -484,6 +484,7 @@ def _every_figure():
     yield "boxes", plots.boxes(images[0], [1, 2, 9, 9], teacher_mask=predicted[0], mask=masks[0])
     yield "teacher_gallery", plots.teacher_gallery(images, masks, predicted, dice, boxes=[[1, 2, 3, 4]] * 9)
     yield "worst_cases", plots.worst_cases(images, masks, predicted, dice)
+    yield "predictions", plots.predictions(images[0], masks[0], {"fm\nDice 0.9": predicted[0]})
     yield "ages", plots.ages(people)
     yield "clients", plots.clients(people, parts, title="quantity: ages 22 years apart, sizes 9.4 : 1")
     yield "dice_by_rule", plots.dice_by_rule(by_rule)
@@ -493,6 +494,9 @@ def _every_figure():
         plots.reliability(pd.DataFrame({"probability": [0.1, 1], "frequency": [0.2, 1]}), 0.01),
     )
     yield "loss_curves", plots.loss_curves(epochs)
+    pull = masks[0] - 0.5
+    yield "loss_by_pixel", plots.loss_by_pixel(images[0], masks[0], predicted[0], masks[0], pull)
+    yield "round_by_round", plots.round_by_round(masks[0], masks[0], [0.2, 0.5])
     yield "dice_by_alpha", plots.dice_by_alpha(distilled((0.6, 1.0, "soft", "cached", 0.9)), teacher=0.97)
     yield "dice_by_round", plots.dice_by_round(ends[ends.arm == "federated"])
     yield "fig2", plots.fig2(ends, scores)

@@ -156,6 +156,22 @@ def worst_cases(images, masks, predicted, dice, *, count: int = 6) -> Figure:
     return _compared(images, masks, predicted, dice, np.argsort(dice, kind="stable")[:count])
 
 
+def predictions(image, mask, predicted: Mapping[str, object], *, columns: int = 4) -> Figure:
+    """Draw one image once for each of several masks, each with its contour, its name below, and the truth.
+
+    Args:
+        image: [1, H, W] or [H, W].
+        mask: the ground truth, like `image`.
+        predicted: a mask by the text that stands below it, such as its maker and its Dice.
+    """
+    figure, axes = _gallery(len(predicted), columns)
+    for axis, (name, answer) in zip(axes, predicted.items(), strict=True):
+        _xray(axis, image, {TRUTH: mask, PREDICTED: answer})
+        axis.set_xlabel(name, fontsize=SMALL)
+    _key(figure, {"ground truth": TRUTH, "predicted": PREDICTED})
+    return figure
+
+
 # Data
 
 
@@ -294,6 +310,50 @@ def loss_curves(history: pd.DataFrame) -> Figure:
     axis.set(xlabel="epoch", ylabel="each start's own training loss" if len(runs) > 1 else "loss")
     axis.xaxis.get_major_locator().set_params(integer=True)
     return _legend_above(figure, axis)
+
+
+def loss_by_pixel(image, mask, predicted, distances, pull) -> Figure:
+    """Draw one image, the student's distance from the teacher by pixel, and where the loss pulls its logits.
+
+    Args:
+        image: [1, H, W] or [H, W], as all others.
+        mask: the ground truth.
+        predicted: the student's mask.
+        distances: the divergence of each pixel (Eq. 4 before its mean), in nats.
+        pull: the loss's gradient by the student's logits, with its sign turned: above 0 towards lung.
+    """
+    figure, axes = _figure(2.6, columns=3)
+    _xray(axes[0], image, {TRUTH: mask, PREDICTED: predicted})
+    axes[0].set_xlabel("the student\n(truth: blue)", fontsize=SMALL)
+    far, most = _numbers(distances).squeeze(), float(abs(_numbers(pull)).max()) or 1.0
+    maps = ((far, "viridis", 0, max(float(far.max()), 1e-6)), (_numbers(pull).squeeze(), "PuOr", -1, 1))
+    labels = ("from the teacher\n(nats)", "pull of the loss\n(1: towards lung)")
+    for axis, label, (values, colours, low, high) in zip(axes[1:], labels, maps, strict=True):
+        shown = axis.imshow(values / most if low < 0 else values, cmap=colours, vmin=low, vmax=high)
+        bar = figure.colorbar(shown, ax=axis, location="bottom", ticks=[low, high], pad=0.02)
+        bar.set_label(label, fontsize=SMALL)
+        bar.set_ticklabels([f"{tick:.2g}" for tick in (low, high)])
+        axis.set_frame_on(False)
+        axis.set(xticks=[], yticks=[])
+        axis.grid(visible=False)
+    return figure
+
+
+def round_by_round(probabilities, mask, dice: Sequence[float]) -> Figure:
+    """Draw the global model's probabilities on one image after a round, and its Dice up to there.
+
+    Args:
+        probabilities: [1, H, W] or [H, W], 0..1.
+        mask: the ground truth, likewise.
+        dice: of the rounds 0, 1, ... so far, 0..1.
+    """
+    figure, (picture, curve) = _figure(2.4, columns=2, width_ratios=[2, 3])
+    _xray(picture, _numbers(probabilities).astype(np.float32), {TRUTH: mask})
+    picture.set_xlabel("probability of lung:\nwhite is 1", fontsize=SMALL)
+    curve.plot(range(len(dice)), 100 * np.asarray(dice), "o-", color=PALETTE["random"], markersize=4)
+    curve.set(xlabel="round", ylabel="Dice (%)", xlim=(-0.5, max(10, len(dice)) + 0.5), ylim=(0, 100))
+    curve.xaxis.get_major_locator().set_params(integer=True)
+    return figure
 
 
 def dice_by_alpha(table: pd.DataFrame, teacher: float | None = None) -> Figure:

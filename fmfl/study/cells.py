@@ -17,6 +17,7 @@ from fmfl.study.outputs import read_json, read_record
 #: Modules, and folders of modules, whose code changes no number.
 NO_NUMBERS = (
     "course/",
+    "widgets/",
     "__main__.py",
     "deadline.py",
     "export.py",

@@ -1,0 +1,1 @@
+"""Interactive pieces of the notebooks. They hold no science, and nothing else imports them."""
