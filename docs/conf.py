@@ -24,6 +24,7 @@ extensions = [
     "sphinx.ext.githubpages",
 ]
 root_doc = "index"
+viewcode_follow_imported_members = False
 highlight_language = "text"
 
 myst_enable_extensions = ["dollarmath"]
