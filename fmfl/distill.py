@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmfl import losses, models, parallel, seeds, train
+from fmfl import deadline, losses, models, parallel, seeds, train
 from fmfl.config import DistillConfig
-from fmfl.errors import UserError
+from fmfl.errors import OutOfTime, UserError
 from fmfl.states import State, code_digest, fingerprint, read_state, tensor_digest, write_state
 from fmfl.teachers.checkpoints import sha256_of
 from fmfl.train import Examples, FitResult, Loss
@@ -68,6 +68,9 @@ def initial_state(
         file: keeps the state; a file made with the same settings, images and code is read instead.
         teacher_key: names all that the teacher's logits depend on.
         teacher_seconds: their cost; charged to `fm`.
+
+    Raises:
+        OutOfTime: it would have to be trained, and the study's time limit has passed.
     """
     alpha = cfg.alpha if name == "fm" else 0.0
     epochs = cfg.proxy_epochs if name in ("pretraining", "fm") else 0
@@ -83,6 +86,8 @@ def initial_state(
     if file is not None and (stored := read_state(file, fingerprint=key, device=device)) is not None:
         state, record = stored
         return InitialState(name, state, FitResult(**record["fit"]), reused=True)
+    if epochs and deadline.has_passed():
+        raise OutOfTime(f"the time is up before the start {name} is trained")
     model = models.build(cfg.student, seed=seed, device=device, batch_norm=batch_norm)
     if name in GIVEN:
         models.load_weights(model, weights_of(name, cfg), encoder_only=name == "imagenet")

@@ -22,6 +22,10 @@ class UserError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+class OutOfTime(UserError):
+    """End of a study at its time limit: no mistake, and the same command goes on; see `deadline`."""
+
+
 def first_few(said: Iterable[str], most: int = 3) -> str:
     """List the first things of many for a sentence, as `a, b, c and 4 more`."""
     said = list(said)

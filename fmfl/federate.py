@@ -229,15 +229,24 @@ def moments_of(optimizer: torch.optim.Optimizer) -> State:
     return {f"{index}/{name}": value.clone() for index, held in state.items() for name, value in held.items()}
 
 
+@torch.no_grad()
 def load_moments(optimizer: torch.optim.Optimizer, moments: State) -> None:
-    """Give an optimizer the moments that `moments_of` has taken from one of the same weights."""
+    """Give an optimizer the moments that `moments_of` has taken from one of the same weights.
+
+    Moments that it has already are overwritten in place: recorded steps hold their memory.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for path, value in moments.items():
         index, name = path.split("/")
         parameter = parameters[int(index)]
+        if name in optimizer.state.get(parameter, {}):
+            optimizer.state[parameter][name].copy_(value)
+            continue
         # Fused Adam on a CPU reads memory in the order in which it lies: moments from a checkpoint (row by
         # row) have to be laid out as their parameter is (channels last), or they go to other weights.
         like = parameter.detach() if value.shape == parameter.shape else value
         state.setdefault(int(index), {})[name] = torch.empty_like(like, dtype=value.dtype).copy_(value)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if state:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -3,13 +3,16 @@
 import math
 import threading
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fmfl.errors import UserError
 from fmfl.states import State
+from fmfl.unet import UNet
 
 # The model libraries are imported where a model is built: they take seconds, which a notebook that only
 # looks at data or results need not wait for.
@@ -18,24 +21,31 @@ from fmfl.states import State
 def _smp_unet(encoder: str, decoder_channels: tuple[int, ...]) -> nn.Module:
     import segmentation_models_pytorch as smp
 
-    return smp.Unet(
+    model = smp.Unet(
         encoder, encoder_weights=None, in_channels=1, classes=1, decoder_channels=decoder_channels
     )
+    for block in model.decoder.blocks:
+        block.__class__ = _decoder_block()
+    return model
 
 
-def _plain_unet() -> nn.Module:
-    """Build the U-Net of Ronneberger et al. 2015 (arXiv 1505.04597), padded and with BatchNorm."""
-    from monai.networks.nets import BasicUNet
+@cache
+def _decoder_block() -> type[nn.Module]:
+    """Return the library's decoder block, but one that enlarges in the precision that it is given.
 
-    return BasicUNet(
-        spatial_dims=2,
-        in_channels=1,
-        out_channels=1,
-        features=(64, 128, 256, 512, 1024, 64),
-        norm=("batch", {"affine": True}),
-        act=("relu", {"inplace": True}),
-        upsample="deconv",
-    )
+    Autocast enlarges in float32, although copying numbers needs no precision.
+    """
+    from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
+
+    class DecoderBlock(UnetDecoderBlock):
+        def forward(self, features: Tensor, height: int, width: int, skip_connection: Tensor | None = None):
+            with torch.autocast(features.device.type, enabled=False):
+                features = F.interpolate(features, size=(height, width), mode=self.interpolation_mode)
+            if skip_connection is not None:
+                features = torch.cat((features, skip_connection), dim=1)
+            return self.conv2(self.conv1(features))
+
+    return DecoderBlock
 
 
 #: `unet` is the paper's; `mobile_unet` (1.7 M parameters) is the default that two cores can train.
@@ -45,7 +55,7 @@ STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "mobile_unet": lambda: _smp_unet("tu-mobilenetv3_small_100", (96, 48, 32, 16, 8)),
     "resnet18_unet": lambda: _smp_unet("resnet18", (256, 128, 64, 32, 16)),
     "resnet34_unet": lambda: _smp_unet("resnet34", (256, 128, 64, 32, 16)),
-    "unet": _plain_unet,
+    "unet": UNet,
 }
 
 

@@ -12,17 +12,20 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fmfl import config, federate, metrics, models, parallel, resume, seeds, train
+from fmfl import config, deadline, federate, metrics, models, parallel, resume, seeds, train
 from fmfl.config import FederateConfig
 from fmfl.data import Cohort
 from fmfl.distill import InitialState
-from fmfl.errors import UserError
+from fmfl.errors import OutOfTime, UserError
 from fmfl.federate import ClientUpdate
 from fmfl.states import TRAINING_CODE, State, code_digest, fingerprint, state_digest, write_state
 from fmfl.train import Examples
 
 #: Parts of a checkpoint's record that make up a run, besides its name.
 STORED = ("round_number", "seconds", "images_seen", "bytes_up", "bytes_down", "history", "rounds")
+
+#: Modules that decide what a run's checkpoint holds.
+RUN_CODE = (*TRAINING_CODE, "runs.py", "metrics.py")
 
 #: Begins the names of the tensors in a checkpoint that are not the model's.
 KEPT = "kept/"
@@ -109,6 +112,8 @@ class Run:
     def remaining_rounds(self) -> Iterator[int]:
         """Yield the numbers of the rounds still to do, each when the one before it is finished."""
         while self.round_number < self.cfg.num_rounds and not parallel.interrupted.is_set():
+            if deadline.has_passed():
+                return
             yield self.round_number + 1
 
     def participants(self) -> list[int]:
@@ -243,7 +248,7 @@ def _made_of(run: Run, student: str, cohort: Cohort, test: Tensor, engine: objec
     about = {"arm": run.arm, "student": student, "precision": run.precision}
     return {
         "settings": about | run_settings(run.cfg, run.arm),
-        "code": code_digest((*TRAINING_CODE, "runs.py", "metrics.py")),
+        "code": code_digest(RUN_CODE),
         "data": cohort.fingerprint,
         "start": state_digest(run.initial),
         "clients": fingerprint({k: examples.indices.tolist() for k, examples in run.clients.items()}),
@@ -404,11 +409,12 @@ def results(runs: Iterable[Run]) -> pd.DataFrame:
 
     Raises:
         UserError: a run has not finished its rounds.
+        OutOfTime: the study's time limit has stopped it.
     """
     rows = []
     for run in runs:
         if run.round_number < run.cfg.num_rounds:
-            raise UserError(
+            raise (OutOfTime if deadline.has_passed() else UserError)(
                 f"run {run.file.stem} stands at round {run.round_number} of {run.cfg.num_rounds}: "
                 "run the round loop to its end first"
             )

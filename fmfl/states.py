@@ -41,7 +41,7 @@ def fingerprint(*parts: object) -> str:
 #: Modules that decide what training computes: a state trained by other code is another state.
 TRAINING_CODE = (
     *("seeds.py", "devices.py", "parallel.py", "augment.py", "losses.py", "models.py"),
-    *("train.py", "distill.py", "federate.py"),
+    *("unet.py", "capture.py", "train.py", "distill.py", "federate.py"),
 )
 
 

@@ -1,6 +1,8 @@
 """The benchmarks at sizes that take no time: both sides do the same work, and the result can be read."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from typer.testing import CliRunner
 
 from bench import kills, memory, scale
 from bench.__main__ import app
+from fmfl import paths
 
 
 def result(*arguments: str) -> dict:
@@ -28,6 +31,36 @@ def test_rounds_compares_loops_that_end_in_the_same_weights(tmp_path):
     for ratio in ("fmfl_over_plain_cpu", "plain_over_bare_cpu", "fmfl_over_plain_wall"):
         assert 0 < found[ratio]["low"] <= found[ratio]["median"] <= found[ratio]["high"]
     assert json.loads((tmp_path / "rounds.json").read_text()) == found
+
+
+@pytest.mark.slow
+def test_gpu_measures_what_fits_and_names_what_does_not(tmp_path):
+    """On a CPU, with every part made small; then with no time at all."""
+    small = ("--device", "cpu", "--size", 32, "--students", "tiny_unet:4,unet:2", "--scale", 0.1)
+    found = result("gpu", *small, "--minutes", 60, "--out", tmp_path)
+    assert found["left out"] == {}
+    assert [(row["student"], row["batch"]) for row in found["rows"]] == [("tiny_unet", 4), ("unet", 2)]
+    assert found["deterministic twice"] == "equal"
+    assert found["tiny_unet, 3 clients at once, largest difference"] == 0, "the order of the clients stays"
+    for name in ("02_teacher, seconds", "smoke study, seconds", "scoring on cpu, ms an image"):
+        assert found[name] > 0
+    assert json.loads((tmp_path / "gpu-cpu.json").read_text()) == found
+    found = result("gpu", *small, "--minutes", 0, "--out", tmp_path)
+    assert found["rows"] == [] and "0.0 minutes were left" in found["left out"]["tiny_unet, batch 4"]
+
+
+def test_a_benchmark_without_its_package_is_named_and_the_others_are_there():
+    """A cluster has neither Flower nor certificates: nothing that the GPU's benchmark imports needs them."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('flwr', 'cryptography', 'papermill', 'nbformat')))\n"
+        "from bench.__main__ import app; app()"
+    )
+    for arguments, expected in ((["gpu", "--help"], 0), (["hosts"], 1)):
+        ended = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=paths.ROOT, capture_output=True, text=True
+        )
+        assert ended.returncode == expected, ended.stderr
+    assert ended.stderr.strip() == "bench hosts: the package cryptography is not installed"
 
 
 def test_steps_measures_each_way_of_each_student_against_the_one_that_is_used(monkeypatch):

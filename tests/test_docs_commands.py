@@ -38,6 +38,7 @@ def commands():
         for line in dict.fromkeys(code(page)):
             line = re.sub(r"^-p ([a-z]\w*)[ =](\S+)", r"fmfl study -p \1=\2", line)
             line = re.sub(r"^(ExecStart=)?(\S*/bin/)?(?=(fmfl|python|papermill) )", "", line)
+            line = line.replace("$SLURM_ARRAY_TASK_ID", "0")  # of a job in an array
             if re.match(r"fmfl \w|python -m bench \w|papermill ", line):
                 yield title(page), line.replace(" ... ", " ")
 

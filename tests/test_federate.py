@@ -286,16 +286,16 @@ def test_the_scores_are_those_of_the_global_state(tmp_path):
 
 
 def seen_batches(monkeypatch) -> list[tuple]:
-    """Records what `train.batches` gives from now on."""
+    """Records what `train.make_batch` gives from now on."""
     seen: list[tuple] = []
-    batches = train.batches
+    make_batch = train.make_batch
 
     def recorded(*args, **options):
-        for images, masks, extra in batches(*args, **options):
-            seen.append((states.tensor_digest(images), states.tensor_digest(masks)))
-            yield images, masks, extra
+        images, masks, extra = make_batch(*args, **options)
+        seen.append((states.tensor_digest(images), states.tensor_digest(masks)))
+        return images, masks, extra
 
-    monkeypatch.setattr(train, "batches", recorded)
+    monkeypatch.setattr(train, "make_batch", recorded)
     return seen
 
 

@@ -463,10 +463,11 @@ def test_the_code_that_no_number_depends_on_is_left_out(tmp_path, notebooks, mon
     monkeypatch.setattr(states, "code_digest", lambda files: seen.append(files) or "code")
     run(settings(tmp_path / "run"))
     every = {file.relative_to(paths.PACKAGE).as_posix() for file in paths.PACKAGE.rglob("*.py")}
-    study = ("cli", "execute", "grid", "inspection", "interrupt", "locks", "options", "preflight", "verify")
+    study = ("cli", "execute", "grid", "inspection", "interrupt", "locks", "merge", "options", "preflight")
     assert every - set(seen[0]) == {
-        *(f"study/{name}.py" for name in study),
+        *(f"study/{name}.py" for name in (*study, "verify")),
         "__main__.py",
+        "deadline.py",
         "flower/deploy.py",
     }
 

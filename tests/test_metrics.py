@@ -13,6 +13,7 @@ from monai.metrics import (
     compute_iou,
 )
 
+from fmfl import metrics
 from fmfl.metrics import assd, calibration_error, dice, hd95, iou, reliability, score
 
 SCORES = {"dice": dice, "iou": iou, "hd95": hd95, "assd": assd}
@@ -93,6 +94,28 @@ def test_surface_distances_equal_the_definition_written_out():
         assert assd(predicted, masks)[i].item() == pytest.approx(np.mean(there + back), rel=1e-5)
         expected = max(np.percentile(there, 95), np.percentile(back, 95))
         assert hd95(predicted, masks)[i].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("pairs", [2**26, 2**14, 1])
+def test_comparing_all_points_gives_the_k_d_trees_distances(monkeypatch, pairs):
+    """A GPU's way, at any amount of memory: blobs, noise, a filled image, and one or both masks empty."""
+    predicted, masks = blobs(0, 12), blobs(1, 12)
+    predicted[3] = torch.rand(predicted[3].shape, generator=torch.Generator().manual_seed(2)) > 0.5
+    predicted[4], masks[5], predicted[6], masks[6], masks[7] = False, False, False, False, True
+    predicted[8] = False
+    predicted[8, 0, 7, 9] = True
+    expected = metrics._surface_scores(predicted, masks)
+    monkeypatch.setattr(metrics, "_PAIRS", pairs)
+    surfaces = torch.cat((metrics._surface(predicted), metrics._surface(masks)), dim=1)
+    torch.testing.assert_close(metrics._compare_all(surfaces).float(), expected, rtol=0, atol=1e-5)
+    assert metrics._compare_all(surfaces[:0]).shape == (0, 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_scores_of_a_cpu():
+    predicted, masks = blobs(0, 40, 96, 96), blobs(1, 40, 96, 96)
+    expected, found = score(predicted, masks), score(predicted.cuda(), masks.cuda())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def test_a_mask_that_fills_the_image_has_the_images_edge_as_its_surface():

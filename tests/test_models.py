@@ -8,9 +8,11 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as F
 
 from fmfl import models, states
 from fmfl.errors import UserError
+from fmfl.unet import UNet
 
 SLOW = {"resnet18_unet", "resnet34_unet", "unet"}
 
@@ -52,6 +54,75 @@ def test_building_leaves_everybody_elses_random_numbers_alone():
 def test_convolutions_are_channels_last():
     weights = [p for p in models.build("tiny_unet").parameters() if p.ndim == 4]
     assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+
+
+def test_the_plain_unet_has_ronnebergers_layers():
+    """Counted by hand: nine pairs of convolutions, four that enlarge, one that ends; BatchNorm for biases."""
+    pairs = [(1, 64), (64, 128), (128, 256), (256, 512), (512, 1024)]  # Fig. 1, from the top to the bottom
+    pairs += [(1024, 512), (512, 256), (256, 128), (128, 64)]
+    both = sum(9 * (inputs * outputs + outputs * outputs) + 4 * outputs for inputs, outputs in pairs)
+    enlarge = sum(4 * below * below // 2 + below // 2 for below in (1024, 512, 256, 128))
+    assert models.num_parameters(models.build("unet")) == both + enlarge + 64 + 1
+
+
+def test_the_plain_unet_computes_what_its_picture_says():
+    """The same weights in functions, level by level, on a small one in evaluation."""
+    model = UNet((4, 8, 16)).eval()
+    weights = model.state_dict()
+
+    def pair(x: torch.Tensor, name: str) -> torch.Tensor:
+        for convolution, norm in ((0, 1), (3, 4)):
+            x = F.conv2d(x, weights[f"{name}.{convolution}.weight"], padding=1)
+            kept = [weights[f"{name}.{norm}.{key}"][:, None, None] for key in ("running_mean", "running_var")]
+            scale, shift = (weights[f"{name}.{norm}.{key}"][:, None, None] for key in ("weight", "bias"))
+            x = ((x - kept[0]) / (kept[1] + 1e-5).sqrt() * scale + shift).relu()
+        return x
+
+    def enlarged(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.conv_transpose2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], stride=2)
+
+    images = torch.rand(2, 1, 16, 16)
+    top = pair(images, "stem")
+    middle = pair(F.max_pool2d(top, 2), "down.0")
+    bottom = pair(F.max_pool2d(middle, 2), "down.1")
+    middle = pair(torch.cat((middle, enlarged(bottom, "enlarge.1")), 1), "up.1")
+    top = pair(torch.cat((top, enlarged(middle, "enlarge.0")), 1), "up.0")
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), F.conv2d(top, weights["head.weight"], weights["head.bias"]))
+
+
+@pytest.mark.parametrize("name", ["small", "tiny_unet", "mobile_unet", "resnet18_unet"])
+def test_features_stay_in_channels_last_and_in_bfloat16(monkeypatch, name):
+    """Each change of layout or precision is a copy of all features, which took most of a GPU's step."""
+    monkeypatch.setitem(models.STUDENTS, "small", lambda: UNet((8, 16, 32)))
+    model, strays = models.build(name).train(), []
+
+    def look(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        if isinstance(output, torch.Tensor) and output.ndim == 4:
+            last = output.is_contiguous(memory_format=torch.channels_last)
+            if not last or output.dtype != torch.bfloat16:
+                strays.append((type(module).__name__, tuple(output.shape), output.dtype, last))
+
+    for module in model.modules():
+        module.register_forward_hook(look)
+    images = torch.rand(2, 1, 64, 64).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images)
+    assert strays == []
+
+
+def test_enlarging_in_bfloat16_changes_no_number():
+    """The library's own decoder block, gives the same float32 bytes."""
+    import segmentation_models_pytorch as smp
+
+    ours = models.build("resnet18_unet", seed=3).eval()
+    plain = smp.Unet(
+        "resnet18", encoder_weights=None, in_channels=1, classes=1, decoder_channels=(256, 128, 64, 32, 16)
+    )
+    plain.load_state_dict(ours.state_dict())
+    images = torch.rand(1, 1, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(ours(images), plain.to(memory_format=torch.channels_last).eval()(images))
 
 
 def test_group_norm_takes_batchnorms_place_and_its_activation_stays():

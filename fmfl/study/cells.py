@@ -17,9 +17,10 @@ from fmfl.study.outputs import read_json, read_record
 #: Modules whose code changes no number.
 NO_NUMBERS = (
     "__main__.py",
+    "deadline.py",
     "flower/deploy.py",
     *(f"study/{name}.py" for name in ("cli", "execute", "grid", "inspection", "interrupt", "locks")),
-    *(f"study/{name}.py" for name in ("options", "preflight", "verify")),
+    *(f"study/{name}.py" for name in ("merge", "options", "preflight", "verify")),
 )
 
 #: Files of a finished study, besides figures, weights and executed notebooks.
@@ -130,7 +131,7 @@ def fingerprints(cells: list[Cell], inputs: dict[str, str]) -> dict[str, str]:
         names = outputs.depends_on(cell.notebook)
         settings = {name: value for name, value in cell.parameters.items() if name in names}
         given = [inputs[name] for name in inputs if name in names]
-        before = [keys[key] for key in cell.needs]
+        before = sorted(keys[key] for key in cell.needs)  # the order of splits and variants changes nothing
         keys[cell.key] = states.fingerprint(
             "cell-3", code, notebook_code(cell.notebook), settings, given, before
         )

@@ -12,9 +12,12 @@ import typer
 
 import fmfl
 from fmfl import config, errors
-from fmfl.errors import UserError
+from fmfl.errors import OutOfTime, UserError
 from fmfl.study import interrupt, options
 from fmfl.study.options import Others, Vary, absolute, argument, option, read_values
+
+#: Exit code of a study that has stopped at its time limit: EX_TEMPFAIL of sysexits.h, "try again".
+OUT_OF_TIME = 75
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,10 +75,16 @@ def study(
     vary: Vary = None,
     plain: Annotated[bool, option("run the notebooks' code in this process, without Jupyter")] = False,
     replace: Annotated[bool, option("first move another study in --out to a free name", "--replace")] = False,
+    only: Annotated[str, option("some notebooks, by the names of --dry-run, and what they need")] = "",
+    minutes: Annotated[
+        float | None,
+        option("stop at the next finished round or notebook after them, with exit code 75"),
+    ] = None,
     dry_run: Annotated[bool, option("say what would run and what it costs, and stop")] = False,
     progress: Annotated[bool, option("show a bar with the time left")] = True,
 ) -> None:
     """Run the five notebooks over all splits, starts and seeds; run again, it finishes what is missing."""
+    stop_at = options.time_limit(minutes)
     if not run_name.strip():
         raise UserError("--out is empty: name a folder")
     given = options.read_others(context, p) | {"run_name": run_name, "checkpoint": checkpoint}
@@ -93,13 +102,40 @@ def study(
         from fmfl.study import grid, preflight  # import torch, which a typing mistake need not wait for
 
     cells = grid.plan(cfg, seeds, splits, variants)
+    if only:
+        cells = grid.only(cells, read_values("--only", only))
     if dry_run:
         _say_cost(cells, preflight.estimate(cells, replace_other=replace))
         return
     shown = progress and sys.stderr.isatty()
-    ran, done = grid.run(cells, plain=plain, progress=shown, replace_other=replace)
+    ran, done = grid.run(cells, plain=plain, progress=shown, replace_other=replace, stop_at=stop_at)
     typer.echo(f"{ran} notebooks run, {done} were done already")
-    typer.echo(f"report: {cfg.run_dir / 'report.html'}")
+    if cells[-1].notebook == "05_analysis":
+        typer.echo(f"report: {cfg.run_dir / 'report.html'}")
+
+
+@app.command()
+def merge(
+    folders: Annotated[list[Path], argument("DIR DIR...", "studies' folders, made on several machines")],
+    run_name: Annotated[str, option("new folder of the whole study", "--out")],
+    data: Annotated[str, option("where the images are here, if not where they were there")] = "",
+    checkpoint: Annotated[str, option("likewise the teacher's weights")] = "",
+    plain: Annotated[bool, option("run the notebooks' code in this process, without Jupyter")] = False,
+    progress: Annotated[bool, option("show a bar with the time left")] = True,
+) -> None:
+    """Put the parts of a study, made on machines that share no folder, together, and run its analysis."""
+    if not run_name.strip():
+        raise UserError("--out is empty: name a folder")
+    sources = ",".join(read_values("--data", data, options.read_source)) if data else ""
+    with interrupt.while_importing():
+        from fmfl.study import merge
+
+    out, shown = Path(absolute(run_name)), progress and sys.stderr.isatty()
+    places = {"data": sources, "checkpoint": absolute(checkpoint) if checkpoint else ""}
+    if merge.merge(folders, out, **places, plain=plain, progress=shown):
+        typer.echo(f"{out}: `fmfl study` with the same settings and this --out runs what is missing")
+    else:
+        typer.echo(f"report: {out / 'report.html'}")
 
 
 @app.command()
@@ -270,7 +306,7 @@ def _flower(module: str) -> ModuleType:
 
 
 def main() -> None:
-    """Run `fmfl`: a person's mistake is one sentence and exit code 2, Ctrl-C one and 130."""
+    """Run `fmfl`: a person's mistake is one sentence and exit code 2, Ctrl-C one and 130, a time limit 75."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no × gets an escape, not an error
             stream.reconfigure(errors="backslashreplace")
@@ -285,7 +321,7 @@ def main() -> None:
             sys.exit(130)
         if isinstance(error, UserError):
             print(f"fmfl: {error}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(OUT_OF_TIME if isinstance(error, OutOfTime) else 2)
         if isinstance(error, OSError):
             print(f"fmfl: {errors.of_the_system(error)}", file=sys.stderr)
             sys.exit(2)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fmfl import errors, paths
-from fmfl.errors import UserError
+from fmfl.errors import OutOfTime, UserError
 from fmfl.study import interrupt, outputs
 from fmfl.study.cells import Cell
 
@@ -188,8 +188,9 @@ def failure(output: Path, kind: str, message: str) -> UserError:
         kind: the error's class.
         message: its text.
     """
-    if kind == UserError.__name__:
-        return UserError(message)
+    for told in (UserError, OutOfTime):
+        if kind == told.__name__:
+            return told(message)
     refused = REFUSAL.fullmatch(message.strip())
     if refused and int(refused["number"]) in errors.FULL | errors.CLOSED:
         error = OSError(int(refused["number"]), refused["why"], refused["file"])

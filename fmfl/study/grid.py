@@ -6,18 +6,20 @@ that see one folder, can run one study: each takes a cell that no other holds, s
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from fmfl import config, states
+from fmfl import config, deadline, states
 from fmfl.config import Settings, split_list
-from fmfl.errors import UserError
+from fmfl.errors import OutOfTime, UserError
 from fmfl.split import AGE_SCHEMES
 from fmfl.study import execute, outputs, preflight
 from fmfl.study.cells import Cell, fingerprints, training_runs
@@ -92,12 +94,30 @@ def _variant(cfg: Settings, seeds: list[int], split: str, name: str, value: Any)
     return cells
 
 
+def only(cells: list[Cell], keys: list[str]) -> list[Cell]:
+    """Return the cells with these keys and those that they need, of a plan and in its order.
+
+    Raises:
+        UserError: the plan has no such cell.
+    """
+    planned = {cell.key: cell for cell in cells}
+    for key in keys:
+        if key not in planned:
+            raise UserError(f"--only {key} is no notebook of this study: --dry-run names them")
+    wanted = set(keys)
+    for cell in reversed(cells):  # what a cell needs stands before it
+        if cell.key in wanted:
+            wanted.update(cell.needs)
+    return [cell for cell in cells if cell.key in wanted]
+
+
 def run(
     cells: list[Cell],
     *,
     plain: bool = False,
     progress: bool = True,
     replace_other: bool = False,
+    stop_at: float = math.inf,
     say: Callable[[str], None] = tqdm.write,
 ) -> tuple[int, int]:
     """Run the cells that are not done.
@@ -107,6 +127,7 @@ def run(
         plain: execute the notebooks' code in this process, without Jupyter.
         progress: show bars, the study's with the time left, counted in federated rounds.
         replace_other: move another study in the folder to a free name beside it.
+        stop_at: time after which nothing more is begun, in seconds since 1970; see `deadline`.
         say: takes one line for each cell.
 
     Returns:
@@ -115,8 +136,9 @@ def run(
     Raises:
         UserError: the study cannot begin (see `preflight`), or a notebook failed: the sentence names it and
             where its outputs are kept.
+        OutOfTime: it has stopped at its time limit; the sentence says what is left.
     """
-    with contextlib.nullcontext() if progress else _no_bars():
+    with contextlib.nullcontext() if progress else no_bars(), deadline.at(stop_at):
         inputs = preflight.check(cells)
         root = cells[0].cfg.run_dir
         preflight.check_folder(root)
@@ -128,7 +150,7 @@ def run(
         keys = fingerprints(cells, inputs)
         locks = CellLocks(root)
         locks.sweep()
-        with _bar(cells, progress) as look:
+        with _bar(cells, progress) as look, _told_what_is_left(cells, keys, locks):
             ran = 0
             for cell, seconds in _run_open_cells(cells, keys, locks, plain):
                 look()
@@ -148,6 +170,8 @@ def _run_open_cells(
         ready = [cell for cell in cells if cell.key not in done and done.issuperset(cell.needs)]
         if not ready:
             return
+        if deadline.has_passed():
+            raise OutOfTime("the time is up before the next notebook")
         # What another process has finished since is seen before it can be taken.
         cell = locks.take(ready, lambda cell: cell.is_done(keys[cell.key]))
         if cell is None:  # others hold what is left
@@ -175,7 +199,37 @@ def _run_cell(cell: Cell, fingerprint: str, plain: bool) -> float:
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
+def _told_what_is_left(cells: list[Cell], keys: dict[str, str], locks: CellLocks) -> Iterator[None]:
+    """At the time limit raise an OutOfTime that says what is left.
+
+    Where nothing at all was finished, it is a UserError: the same command would stop there again.
+    """
+    before = _finished_files(cells)
+    try:
+        yield
+    except OutOfTime:
+        if _finished_files(cells) == before and not any(locks.held()):
+            raise UserError(
+                "the time was up before a round, a start or a notebook was finished: give more --minutes"
+            ) from None
+        left = [cell for cell in cells if not cell.is_done(keys[cell.key])]
+        rounds = sum(cell.rounds for cell in left) - _rounds_done(left)
+        trained = f" and {rounds} of {sum(cell.rounds for cell in cells)} rounds" if rounds else ""
+        raise OutOfTime(
+            f"the time is up: {len(left)} of {len(cells)} notebooks{trained} are left; "
+            "the same command continues there"
+        ) from None
+
+
+def _finished_files(cells: list[Cell]) -> dict[Path, int]:
+    """Return when each checkpoint, start and record of a finished cell was written."""
+    files = {file for cell in cells for file in (cell.cfg.run_dir / "weights").glob("*.safetensors")}
+    files |= {cell.marker for cell in cells if cell.marker.exists()}
+    return {file: file.stat().st_mtime_ns for file in files}
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
     """Set the environment so that notebooks show no bars, see `stages.show_bars`."""
     before = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"

@@ -1,5 +1,7 @@
 """Options of the command line: their declaration, and their texts as parameters."""
 
+import math
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -79,6 +81,15 @@ def read_variants(context: typer.Context, texts: list[str] | None, cfg: config.S
         values = read_values(f"--vary {name}", text, partial(config.parse, name))
         variants[name] = [value for value in values if value != cfg.flat()[name]]
     return variants
+
+
+def time_limit(minutes: float | None) -> float:
+    """Return when --minutes are over, counted from now, in seconds since 1970; infinity without them."""
+    if minutes is None:
+        return math.inf
+    if not 0 < minutes < math.inf:
+        raise UserError(f"--minutes is {minutes:g}: it must be a number above 0")
+    return time.time() + 60 * minutes
 
 
 def absolute(path: str) -> str:

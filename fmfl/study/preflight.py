@@ -124,14 +124,13 @@ def other_study(cells: list[Cell], inputs: dict[str, str]) -> Differences:
     Returns:
         All that differs; empty where the study can go on.
     """
-    cfg = cells[0].cfg
-    traces = [*_of_cells(cfg), *_of_checkpoints(cfg), *_of_results(cfg)]
+    found = traces(cells[0].cfg)
     differences: Differences = {}
-    for trace in traces:
+    for trace in found:
         differences |= trace.differences
     for name, setting, seen in (
-        ("data", "data", {trace.images for trace in traces}),
-        ("teacher", "checkpoint", {trace.teacher for trace in traces}),
+        ("data", "data", {trace.images for trace in found}),
+        ("teacher", "checkpoint", {trace.teacher for trace in found}),
     ):
         if seen := seen - {None}:
             differences.pop(setting, None)
@@ -142,6 +141,11 @@ def other_study(cells: list[Cell], inputs: dict[str, str]) -> Differences:
     # images, cells are run again and the rounds that there are move aside.
     differences.pop("images_without_age", None)
     return differences
+
+
+def traces(cfg: Settings) -> list[Trace]:
+    """List the origins of what the run's folder holds."""
+    return [*_of_cells(cfg), *_of_checkpoints(cfg), *_of_results(cfg)]
 
 
 def _of_cells(cfg: Settings) -> Iterator[Trace]:

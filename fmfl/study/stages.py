@@ -35,7 +35,7 @@ from fmfl.analysis import landscape, tables
 from fmfl.config import VARIANTS, DistillConfig, FederateConfig, Settings, float_list, split_list
 from fmfl.data import Cohort
 from fmfl.distill import InitialState
-from fmfl.errors import UserError
+from fmfl.errors import OutOfTime, UserError
 from fmfl.federate import ClientUpdate
 from fmfl.runs import Run
 from fmfl.split import Holdout
@@ -340,12 +340,21 @@ def distilled(cfg: Settings, cohort: Cohort, proxy: Tensor) -> list[tuple[Distil
 
 
 def _students(plans: list[tuple[Settings, str, str]], cohort: Cohort, proxy: Tensor) -> list[InitialState]:
-    """Make or read students side by side, each planned by its settings, its start's name and its file's."""
+    """Make or read students side by side, each planned by its settings, its start's name and its file's.
+
+    Raises:
+        OutOfTime: the study's time limit has passed before one was begun.
+    """
     asking = {cfg.distill.teacher_views: cfg for cfg, init, _ in plans if init == "fm" and cfg.distill.alpha}
     lessons = {views: taught(cfg, cohort, proxy) for views, cfg in asking.items()}
 
-    def make(plan: tuple[Settings, str, str]) -> InitialState:
-        cfg, init, name = plan
+    def make(plan: tuple[Settings, str, str]) -> InitialState | OutOfTime:
+        try:
+            return make_one(*plan)
+        except OutOfTime as error:  # raised below: those beside it are trained to their end
+            return error
+
+    def make_one(cfg: Settings, init: str, name: str) -> InitialState:
         if init == "fm" and cfg.distill.alpha:
             lesson = lessons[cfg.distill.teacher_views]
         else:  # masks alone
@@ -368,7 +377,11 @@ def _students(plans: list[tuple[Settings, str, str]], cohort: Cohort, proxy: Ten
         tracking.write_losses(cfg, f"{name}-seed{cfg.federate.seed}", start.fit)
         return start
 
-    return parallel.side_by_side(make, plans, cohort.device)
+    made = parallel.side_by_side(make, plans, cohort.device)
+    for one in made:
+        if isinstance(one, OutOfTime):
+            raise one
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------

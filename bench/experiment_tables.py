@@ -1,0 +1,260 @@
+"""Tables, figure and page of the experiments; intervals are over seeds and patients together."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fmfl.analysis import markdown, plots, statistics, words
+
+INITS = ("random", "pretraining", "fm")
+
+#: Arm, initial state and setting, as `statistics.contrast` has them.
+Cell = tuple[str, str, str]
+
+
+class Contrast(NamedTuple):
+    """A weighted sum of cells in one round, for one group of test images.
+
+    Attributes:
+        label: text of the page.
+        cells: to weights.
+        round: 0 is the start; -1 the last.
+        group: all, adults or children.
+    """
+
+    label: str
+    cells: dict[Cell, float]
+    round: int = -1
+    group: str = "all"
+
+
+def setting_name(trial: dict) -> str:
+    """Name all that the trials of a cell share: the deal, local epochs, schedule and steps."""
+    parts = [trial["deal"], f"E={trial['epochs']}" * (trial["epochs"] > 1)]
+    parts += [trial["schedule"] * (trial["schedule"] != "constant"), "equal steps" * trial["equal_steps"]]
+    return ", ".join(filter(None, parts))
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """All finished trials: one row a test image and round; Dice is in 0..1."""
+    tables = []
+    for file in sorted(folder.glob("*.json")):
+        trial = json.loads(file.read_text())
+        images = {"image_id": trial["images"], "patient_id": trial["patients"], "age": trial["ages"]}
+        key = {name: trial[name] for name in ("arm", "init", "seed")} | {"split": setting_name(trial)}
+        for number, dice in enumerate(trial["dice"]):
+            seen = trial["images_seen"][number]
+            table = pd.DataFrame(images).assign(**key, round=number, images_seen=seen, dice=dice)
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def chosen(scores: pd.DataFrame, number: int, group: str) -> pd.DataFrame:
+    """Scores of one round and group of test images."""
+    last = scores["round"].max() if number < 0 else number
+    rows = scores[scores["round"] == last]
+    if group == "adults":
+        return rows[rows.age >= 18]
+    return rows[rows.age < 18] if group == "children" else rows
+
+
+# ------------------------------------------------------------------------------------------ what is compared
+
+
+def difference(label: str, one: Cell, other: Cell, **where: object) -> Contrast:
+    """One cell less another."""
+    return Contrast(label, {one: 1, other: -1}, **where)
+
+
+def of_skew() -> Iterator[Contrast]:
+    """The manipulation check, the starts' differences under each deal, and the difference of two losses."""
+    for epochs in ("", ", E=5"):
+        iid = f"balanced_iid{epochs}"
+        for name in ("age", "site") if not epochs else ("age",):
+            skewed = f"balanced_{name}{epochs}"
+            for init in INITS:
+                cells = ("federated", init, iid), ("federated", init, skewed)
+                yield difference(f"{words.INITS[init]}: IID less {name}{epochs}", *cells)
+            for init in INITS[1:]:
+                cells = {("federated", "random", iid): 1, ("federated", "random", skewed): -1}
+                cells |= {("federated", init, iid): -1, ("federated", init, skewed): 1}
+                yield Contrast(f"loss of random less loss of {words.INITS[init]}, {name}{epochs}", cells)
+        for deal in ("iid", "age", "site") if not epochs else ("iid", "age"):
+            skewed = f"balanced_{deal}{epochs}"
+            fm, pretraining, random = (
+                ("federated", init, skewed) for init in ("fm", "pretraining", "random")
+            )
+            yield difference(f"foundation model less random, {deal}{epochs}", fm, random)
+            yield difference(f"pre-training less random, {deal}{epochs}", pretraining, random)
+            yield difference(f"foundation model less pre-training, {deal}{epochs}", fm, pretraining)
+    random, skewed = ("federated", "random", "balanced_iid"), ("federated", "random", "balanced_age")
+    for group in ("adults", "children"):
+        yield difference(f"random: IID less age, {group}", random, skewed, group=group)
+    yield difference(
+        "centralised less federated, random, age", ("centralised", "random", "balanced_age"), skewed
+    )
+    yield difference(
+        "federated less standalone, random, age", skewed, ("standalone", "random", "balanced_age")
+    )
+
+
+def of_budgets() -> Iterator[Contrast]:
+    """What an informed start is worth against the same images and steps given otherwise."""
+    fm, pretraining, random = (("federated", init, "age") for init in ("fm", "pretraining", "random"))
+    inside = ("federated", "random", "age_with_proxy")
+    everything = ("centralised", "random", "age_with_proxy")
+    yield difference("foundation model less random", fm, random)
+    yield difference("random with the proxy images inside less random", inside, random)
+    yield difference("foundation model less random with the proxy images inside", fm, inside)
+    yield difference("pre-training less random with the proxy images inside", pretraining, inside)
+    yield difference("centralised on all images less foundation model", everything, fm)
+    for init in INITS[1:]:
+        one, other = ("centralised", init, "age"), ("centralised", "random", "age")
+        yield difference(f"centralised from {words.INITS[init]} less centralised from random", one, other)
+    for init in INITS:
+        one, other = ("federated", init, "quantity, equal steps"), ("federated", init, "quantity")
+        yield difference(f"{words.INITS[init]}, quantity skew: equal steps less equal epochs", one, other)
+    for how in ("quantity", "quantity, equal steps"):
+        one, other = ("federated", "fm", how), ("federated", "random", how)
+        yield difference(f"foundation model less random, {how}", one, other)
+
+
+def of_plateau() -> Iterator[Contrast]:
+    """The starts' differences after 10, 20, 40 and 60 rounds."""
+    for schedule in ("", ", cosine"):
+        for deal in ("age", "iid"):
+            fm, pretraining, random = (
+                ("federated", init, deal + schedule) for init in ("fm", "pretraining", "random")
+            )
+            for number in (10, 20, 40, 60):
+                about = f"{deal}{schedule}, {number} rounds"
+                yield difference(f"foundation model less random, {about}", fm, random, round=number)
+                yield difference(
+                    f"foundation model less pre-training, {about}", fm, pretraining, round=number
+                )
+
+
+CONTRASTS = {"skew": of_skew, "budgets": of_budgets, "plateau": of_plateau}
+
+
+def differences(name: str, scores: pd.DataFrame) -> pd.DataFrame:
+    """All contrasts of an experiment that its finished trials allow, corrected together."""
+    contrasts, rows = list(CONTRASTS[name]()), []
+    for one in contrasts:
+        rows.append(statistics.contrast(chosen(scores, one.round, one.group), one.cells))
+    kept = [number for number, row in enumerate(rows) if not row["missing"]]
+    table = statistics.corrected(pd.DataFrame([rows[number] for number in kept]))
+    return table.assign(difference=[contrasts[number].label for number in kept])
+
+
+def means(scores: pd.DataFrame) -> pd.DataFrame:
+    """Final Dice of every cell, in %, with its interval."""
+    last = scores[
+        scores["round"] == scores.groupby(["arm", "init", "split", "seed"])["round"].transform("max")
+    ]
+    rows = []
+    for cell in last[["split", "arm", "init"]].drop_duplicates().itertuples(index=False):
+        about = cell._asdict()
+        found = statistics.contrast(last, {(cell.arm, cell.init, cell.split): 1})
+        seen = last.loc[(last[list(about)] == pd.Series(about)).all(axis=1), "images_seen"].mean()
+        rows.append(about | {"images_seen": round(seen)} | found)
+    return pd.DataFrame(rows)
+
+
+# ------------------------------------------------------------------------------------------ page and figure
+
+
+def means_block(table: pd.DataFrame) -> list[str]:
+    """Markdown of the final scores."""
+    columns = ["setting", "arm", "start", "Dice in %", "seeds", "images seen"]
+    rows = [
+        [
+            row.split,
+            row.arm,
+            words.init_name(row.init),
+            words.estimate(row.value, row.low, row.high),
+            str(row.seeds),
+            f"{row.images_seen:,}",
+        ]
+        for row in table.itertuples()
+    ]
+    return markdown.table(columns, rows)
+
+
+def differences_block(table: pd.DataFrame) -> list[str]:
+    """Markdown of the contrasts."""
+    columns = ["difference", "points (95 %)", "seeds", "p, corrected", "reading"]
+    rows = []
+    for row in table.fillna({"reading": ""}).itertuples():
+        estimate = words.estimate(row.value, row.low, row.high, sign=True)
+        p = words.number(max(row.p_holm, row.p_permutation_holm, row.p_two_way_holm), 3)
+        reading = row.reading + ", equivalent within 0.5" * bool(row.equivalent)
+        rows.append([row.difference, estimate, str(row.seeds), p, reading])
+    return markdown.table(columns, rows)
+
+
+def figure(scores: pd.DataFrame) -> Figure:
+    """Mean Dice of federated runs by round: a panel a setting; thin lines are seeds."""
+    plots.use_style()
+    federated = scores[scores.arm == "federated"]
+    settings = list(dict.fromkeys(federated.split))
+    columns = min(3, len(settings))
+    rows = -(-len(settings) // columns)
+    drawn, axes = plt.subplots(
+        rows, columns, figsize=(3.6 * columns, 2.8 * rows + 0.6), sharey=True, squeeze=False
+    )
+    for axis in axes.flat[len(settings) :]:
+        axis.set_visible(False)
+    for axis, setting in zip(axes.flat, settings, strict=False):
+        _panel(axis, federated[federated.split == setting])
+        axis.set_title(setting)
+        axis.set_xlabel("round")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("Dice, %")
+    lines = {
+        label: line
+        for axis in axes.flat
+        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    drawn.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=len(lines))
+    return drawn
+
+
+def _panel(axis: Axes, scores: pd.DataFrame) -> None:
+    """One line a start, thick for the mean over seeds."""
+    colour = plots.colours(INITS)
+    by_round = 100 * scores.groupby(["init", "seed", "round"]).dice.mean()
+    for init in (init for init in INITS if init in by_round.index.get_level_values("init")):
+        for _, one in by_round[init].groupby("seed"):
+            axis.plot(one.index.get_level_values("round"), one, color=colour[init], linewidth=0.6, alpha=0.5)
+        mean = by_round[init].groupby("round").mean()
+        axis.plot(mean, color=colour[init], label=words.INITS[init])
+    axis.set_ylim(80, 96)
+
+
+def write(name: str, folder: Path, out: Path) -> None:
+    """Write means.csv, differences.csv, by_round.csv, the figure, and the tables of an existing page."""
+    scores = read(folder)
+    means(scores).round(5).to_csv(out / "means.csv", index=False)
+    differences(name, scores).round(5).to_csv(out / "differences.csv", index=False)
+    key = ["split", "arm", "init", "seed", "round", "images_seen"]
+    by_round = (100 * scores.groupby(key, sort=False).dice.mean()).round(3).reset_index()
+    by_round.to_csv(out / "by_round.csv", index=False)
+    figure(scores).savefig(out / f"{name}.png", dpi=130)
+    page(out)
+
+
+def page(out: Path) -> None:
+    """Write the page's tables again from the committed ones."""
+    if (out / "README.md").exists():
+        blocks = {
+            "means": lambda study: means_block(study["means"]),
+            "differences": lambda study: differences_block(study["differences"]),
+        }
+        markdown.write_into(out / "README.md", out, blocks)

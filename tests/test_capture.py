@@ -1,0 +1,272 @@
+"""Recorded steps: one code with and without a recording, and memory that stays where a recording needs it.
+
+A CUDA graph reads and writes the addresses that it was recorded with. A CPU has no graphs: there a recording
+is stood in for by the call itself, which checks at each replay that every address is still the same.
+"""
+
+import gc
+import weakref
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from fmfl import capture, distill, federate, losses, models, seeds, states, train
+from fmfl.config import DistillConfig, FederateConfig
+from fmfl.train import Examples
+
+SIZE = 32
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def _micro_student(monkeypatch):
+    """A student of one BatchNorm and two convolutions, so that a step costs a millisecond."""
+    monkeypatch.setitem(
+        models.STUDENTS,
+        "micro",
+        lambda: torch.nn.Sequential(
+            torch.nn.Conv2d(1, 4, 3, padding=1),
+            torch.nn.BatchNorm2d(4),
+            torch.nn.ReLU(),
+            torch.nn.Conv2d(4, 1, 1),
+        ),
+    )
+
+
+def a_cohort(number: int = 24, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of noise and masks of discs."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (number, 1, SIZE, SIZE), dtype=torch.uint8, generator=rng)
+    masks = (torch.rand(number, 1, SIZE, SIZE, generator=rng) > 0.7).to(torch.uint8)
+    return images.to(device), masks.to(device)
+
+
+def addresses(model: torch.nn.Module, resident: capture.Resident, *more: torch.Tensor) -> list[int]:
+    """Memory that a recording of the model's step holds."""
+    kept = resident.kept.values()
+    moments = [
+        value
+        for optimizer in kept
+        if isinstance(optimizer, torch.optim.Optimizer)
+        for state in optimizer.state.values()
+        for value in state.values()
+    ]
+    anchors = [value for term in kept if isinstance(term, train.Proximal) for value in term.begun]
+    tensors = [*model.parameters(), *model.buffers(), *moments, *anchors, *more]
+    return [value.data_ptr() for value in tensors]
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Let steps be recorded on the CPU; the list has the batch size of each recording."""
+    made = []
+
+    def record(function, buffers, resident):
+        # Held weakly, as a graph holds memory and no model.
+        model = weakref.proxy(next(model for model, own in capture._residents.items() if own is resident))
+        before = addresses(model, resident, *buffers)
+        made.append(len(buffers[0]))
+
+        def replay():
+            assert addresses(model, resident, *buffers) == before, (
+                "a recording would write to memory that has moved"
+            )
+            return function(*buffers)
+
+        return replay
+
+    monkeypatch.setattr(capture, "usable", lambda device: True)
+    monkeypatch.setattr(capture, "record", record)
+    return made
+
+
+def rounds(cfg: FederateConfig, sizes: list[int], number: int = 3, student: str = "micro") -> states.State:
+    """Train clients of these sizes in turn, some rounds of Eq. 2 and 3, and return the global state."""
+    images, masks = a_cohort(sum(sizes))
+    clients = [Examples(images, masks, part) for part in torch.arange(sum(sizes)).split(sizes)]
+    model = models.build(student, batch_norm=cfg.batch_norm)
+    theta, memory = models.copy_state(model), {}
+    for turn in range(1, number + 1):
+        updates = []
+        for k, examples in enumerate(clients):
+            update = federate.train_client(
+                model, theta, examples, cfg, key=(0, k, turn), memory=memory.get(k)
+            )
+            memory[k] = update.memory
+            updates.append(update)
+        theta = federate.aggregate(updates)
+    return theta
+
+
+CASES = {
+    "plain": {},
+    "kept moments": {"optimizer_state": "keep"},
+    "proximal": {"proximal": 0.5},
+    "own BatchNorm": {"batch_norm": "local", "optimizer_state": "keep"},
+    "cross-entropy": {"loss": "dice_bce"},
+}
+
+
+@pytest.mark.parametrize("changed", CASES.values(), ids=CASES)
+def test_rounds_of_recorded_steps_give_the_bytes_of_plain_ones(recordings, monkeypatch, changed):
+    cfg = FederateConfig(batch_size=4, local_epochs=3, **changed)
+    recorded = rounds(cfg, [12, 9, 3])
+    # 12 in fours; 9 in threes; 3 at once.
+    assert sorted(recordings) == [3, 4], "one recording a batch size, over all clients and rounds"
+    monkeypatch.setattr(capture, "usable", lambda device: False)
+    plain = rounds(cfg, [12, 9, 3])
+    assert states.state_digest(recorded) == states.state_digest(plain)
+
+
+def test_another_learning_rate_is_recorded_anew(recordings):
+    images, masks = a_cohort(8)
+    model = models.build("micro")
+    examples = Examples(images, masks, torch.arange(8))
+    theta, cfg = models.copy_state(model), FederateConfig(batch_size=2, local_epochs=2)
+    for rate in (1e-3, 1e-3, 1e-2):
+        federate.train_client(model, theta, examples, replace(cfg, learning_rate=rate), key=(0, 0, 1))
+    assert recordings == [2, 2]
+
+
+def test_distillation_is_recorded_with_its_teacher(recordings, monkeypatch):
+    images, masks = a_cohort(12)
+    logits = torch.randn(12, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    proxy = Examples(images, masks, torch.arange(12), teacher_logits=logits)
+    begin = partial(
+        distill.initial_state,
+        proxy=proxy,
+        cfg=DistillConfig(student="micro", proxy_epochs=4),
+        batch_size=4,
+        seed=0,
+    )
+    recorded = {name: begin(name) for name in ("pretraining", "fm")}
+    assert recordings == [4, 4], "one model a start"
+    monkeypatch.setattr(capture, "usable", lambda device: False)
+    for name, start in recorded.items():
+        plain = begin(name)
+        assert states.state_digest(start.state) == states.state_digest(plain.state)
+        assert start.fit.losses == plain.fit.losses
+
+
+def test_a_teacher_that_is_asked_and_images_elsewhere_are_not_recorded(recordings):
+    images, masks = a_cohort(8)
+    asked = Examples(images, masks, torch.arange(8), ask=lambda images, masks: masks - 0.5)
+    for examples, augmentation in (
+        (asked, "device"),
+        (Examples(images, masks, torch.arange(8)), "albumentations"),
+    ):
+        model = models.build("micro")
+        train.fit(
+            model,
+            examples,
+            lambda logits, masks, _: losses.dice_loss(logits, masks),
+            epochs=5,
+            batch_size=4,
+            optimizer=train.adam(model, 1e-3),
+            key=(0,),
+            augmentation=augmentation,
+        )
+    assert recordings == []
+
+
+def test_the_first_steps_run_as_they_are_and_buffers_stay():
+    seen, made = [], []
+
+    def function(value):
+        seen.append(value.data_ptr())
+        return 2 * value
+
+    def record(function, buffers):
+        made.append(len(seen))
+        return partial(function, *buffers)
+
+    step = capture.Step(function, (torch.zeros(3),), record)
+    for number in range(6):
+        assert step(torch.full((3,), float(number))).tolist() == [2.0 * number] * 3
+    assert made == [capture.EAGER_STEPS] and len(set(seen)) == 1
+
+
+def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once():
+    """Recording fails here for want of a GPU, where there is one for want of a recordable function."""
+    resident = capture.Resident(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    numbers = torch.arange(3.0, device="cuda" if torch.cuda.is_available() else "cpu")
+    parts, warned = ("a step",), []
+    for _ in range(capture.EAGER_STEPS + 3):
+        with pytest.warns() if len(warned) == capture.EAGER_STEPS else _no_warning() as given:
+            result = resident.step(parts, lambda value: value * value.sum().item(), numbers)
+        warned.append(len(given or ()))
+        assert result.tolist() == [0.0, 3.0, 6.0]
+    assert warned == [0, 0, 0, 1, 0, 0]
+
+
+class _no_warning:
+    """A context in which a warning is an error."""
+
+    def __enter__(self):
+        import warnings
+
+        self.caught = warnings.catch_warnings()
+        self.caught.__enter__()
+        warnings.simplefilter("error")
+
+    def __exit__(self, *error):
+        self.caught.__exit__(*error)
+
+
+def test_recordings_are_few_and_the_oldest_goes():
+    resident = capture.Resident(CPU)
+    for number in range(capture.MAX_RECORDINGS + 4):
+        resident.step(("one",), lambda value: value, torch.zeros(number + 1))
+    assert [key[-1] for key in resident.steps] == [
+        (number,) for number in range(5, capture.MAX_RECORDINGS + 5)
+    ]
+
+
+def test_what_stays_beside_a_model_goes_with_it(recordings):
+    model = models.build("micro")
+    images, masks = a_cohort(8)
+    federate.train_client(
+        model,
+        models.copy_state(model),
+        Examples(images, masks, torch.arange(8)),
+        FederateConfig(batch_size=2, local_epochs=2, proximal=0.1),
+        key=(0, 0, 1),
+    )
+    assert recordings == [2]
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+@needs_gpu
+@pytest.mark.parametrize("student", ["tiny_unet", "resnet18_unet", "unet"])
+def test_a_graph_gives_the_bytes_of_launches_one_by_one(monkeypatch, student):
+    """The same training on a GPU with every step launched, and with steps replayed."""
+    images, masks = a_cohort(24, "cuda")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        digests = []
+        for eager in (capture.EAGER_STEPS, 10**9):
+            monkeypatch.setattr(capture, "EAGER_STEPS", eager)
+            model = models.build(student, device="cuda")
+            examples = Examples(images, masks, torch.arange(24, device="cuda"))
+            for turn in (1, 2):
+                update = federate.train_client(
+                    model,
+                    models.copy_state(models.build(student, device="cuda")),
+                    examples,
+                    FederateConfig(batch_size=4, local_epochs=3),
+                    key=(seeds.POOLED, 0, turn),
+                    precision="bfloat16",
+                )
+            digests.append(states.state_digest(update.state))
+            made = [step.replay is not None for step in capture.resident(model, CPU).steps.values()]
+            assert made == [eager < 10**9]
+        assert digests[0] == digests[1]
+    finally:
+        torch.use_deterministic_algorithms(False)
