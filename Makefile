@@ -11,7 +11,7 @@ NAME ?= me
 # In a container one is root, which JupyterLab wants to be told.
 LAB_FLAGS := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: study paper lab class test notebooks lock clean
+.PHONY: study paper lab class test notebooks site lock clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -37,13 +37,16 @@ notebooks: .venv/installed  ## the committed notebooks' outputs, anew, without t
 	TQDM_DISABLE=1 $(BIN)/jupyter-nbconvert --to notebook --execute --inplace \
 	    --ExecutePreprocessor.record_timing=False notebooks/0*.ipynb
 
+site: .venv/installed  ## the pages of docs/, the docstrings and the notebooks as one site: site/index.html
+	$(BIN)/python docs/build_site.py
+
 lock:  ## requirements.lock from pyproject.toml; keeps what still fits, or takes the newest: make lock UPGRADE=--upgrade
 	$(UV) pip compile --quiet $(UPGRADE) --universal --python-version 3.11 --extra dicom --extra flower --extra test \
 	    --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
 	    --output-file requirements.lock pyproject.toml
 
 clean:  ## what make can make again; results (runs) and downloads (data/cache) stay
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache site
 	find fmfl tests notebooks -name __pycache__ -prune -exec rm -rf {} + -o -name .ipynb_checkpoints -prune -exec rm -rf {} +
 
 .venv/installed: pyproject.toml requirements.lock

@@ -54,6 +54,11 @@ def _imported(tree: ast.Module, known: set[str]) -> set[str]:
     return result & known
 
 
+def first_line(tree: ast.Module) -> str:
+    """Return the first line of a module's docstring."""
+    return (ast.get_docstring(tree) or "").splitlines()[0]
+
+
 def page() -> str:
     """Return the page's Markdown."""
     trees = modules()
@@ -66,9 +71,8 @@ def page() -> str:
         for name, tree in trees.items():
             if name.rpartition(".")[0] == wing:
                 file = name.replace(".", "/") + ".py"
-                first = (ast.get_docstring(tree) or "").splitlines()[0]
                 used = ", ".join(f"`{other}`" for other in sorted(needs[name]))
-                lines.append(f"| [{name.rpartition('.')[2]}](../fmfl/{file}) | {first} | {used} |")
+                lines.append(f"| [{name.rpartition('.')[2]}](../fmfl/{file}) | {first_line(tree)} | {used} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -61,6 +61,12 @@ class RunConfig:
         tags="where",
     )
     engine: str = choice("local", "local flower", "flower: the clients behind Flower's messages", by="45")
+    track: str = choice(
+        "none",
+        "none tensorboard",
+        "tensorboard: scores and losses as curves, in the run's folder",
+        tags="where",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

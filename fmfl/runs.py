@@ -4,7 +4,7 @@
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -73,6 +73,7 @@ class Run:
         server_moments: of the server's optimizer.
         traffic: of the round to be finished, where an engine has measured it; else it is estimated.
         measures: an observer's numbers for the record of the round to be finished.
+        observers: called with the run after each finished round; they change nothing in it.
         replicas, copies: of the model and of the clients' images, where several devices train side by side.
     """
 
@@ -99,6 +100,7 @@ class Run:
     server_moments: State = field(default_factory=dict)
     traffic: Traffic | None = None
     measures: dict[str, float | None] = field(default_factory=dict)
+    observers: list[Callable[["Run"], None]] = field(default_factory=list)
     replicas: dict[int, nn.Module] = field(default_factory=dict)
     copies: dict[int, Examples] = field(default_factory=dict)
 
@@ -269,7 +271,10 @@ def _restore(run: Run, tensors: State, record: Mapping) -> None:
 
 
 def _write(run: Run, last: bool) -> None:
-    """Write a run's checkpoint; the last one is a result: the model alone, and no file before it."""
+    """Write a run's checkpoint, then tell its observers.
+
+    The last checkpoint is a result: the model alone, and no file before it.
+    """
     kept = {} if last else {"server": run.server_moments} | run.memory
     flat = {f"{KEPT}{owner}/{name}": value for owner, part in kept.items() for name, value in part.items()}
     write_state(
@@ -285,6 +290,8 @@ def _write(run: Run, last: bool) -> None:
         seed=run.cfg.seed,
         **{name: getattr(run, name) for name in STORED},
     )
+    for observer in run.observers:
+        observer(run)
 
 
 def _estimated_traffic(run: Run, average: State) -> Traffic:

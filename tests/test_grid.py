@@ -96,7 +96,7 @@ def test_a_cell_gets_the_settings_it_depends_on_and_no_others(tmp_path):
     )
     assert set(cells["03_distill"]) == (
         where | stages["data"] | stages["teacher"] | stages["distill"] | stages["sweep"]
-        | {"precision", "deterministic", "inits", "batch_size", "augmentation", "batch_norm", "seed"}
+        | {"precision", "deterministic", "track", "inits", "batch_size", "augmentation", "batch_norm", "seed"}
     )  # fmt: skip
     everything = set().union(*stages.values())
     assert set(cells["04_federate"]) == everything - stages["analysis"] - stages["sweep"]

@@ -20,7 +20,7 @@ from fmfl.flower.client import load, settings_of
 from fmfl.flower.messages import layout
 from fmfl.flower.nodes import Nodes, log, train_round
 from fmfl.runs import Run
-from fmfl.study import outputs, stages
+from fmfl.study import outputs, stages, tracking
 from fmfl.train import Examples, FitResult
 
 #: Value of `test_data` for the test images of `data`.
@@ -36,7 +36,7 @@ def serve(grid: Grid, cfg: Settings) -> Run:
         UserError: a setting does not fit, the folder holds another run, or a round had too few good updates.
     """
     cohort, test = _test_images(cfg)
-    run = _start_or_resume(cfg, cohort, test)
+    run = tracking.follow(cfg, _start_or_resume(cfg, cohort, test))
     (cfg.run_dir / "per_image.csv").unlink(missing_ok=True)
     log.info("start %s, round %d of %d", run.init, run.round_number, cfg.federate.num_rounds)
     train = landscape.watched(partial(train_round, Nodes(grid, cfg)))

@@ -39,6 +39,7 @@ from fmfl.errors import OutOfTime, UserError
 from fmfl.federate import ClientUpdate
 from fmfl.runs import Run
 from fmfl.split import Holdout
+from fmfl.study import tracking
 from fmfl.teacher import CachedLogits, Teacher
 from fmfl.train import Examples
 
@@ -58,6 +59,7 @@ def show_bars() -> bool:
 
 def load_cohort(cfg: Settings) -> Cohort:
     """Load the images of `cfg.data` on the run's device, or beside it where it has no room for them."""
+    tracking.check(cfg)
     devices.set_determinism(cfg.run)
     device, where = devices.device_of(cfg.run), cfg.run.cohort_device
     cohort = data.load(
@@ -359,7 +361,7 @@ def _students(plans: list[tuple[Settings, str, str]], cohort: Cohort, proxy: Ten
             known = proxy[labelled(cfg, proxy)]
             lesson = Taught(Examples(cohort.images, cohort.masks, known, device=cohort.device), "", 0.0)
         epochs = distill.epochs_for_equal_steps(cfg.distill.proxy_epochs, len(proxy), len(lesson.examples))
-        return distill.initial_state(
+        start = distill.initial_state(
             init,
             lesson.examples,
             replace(cfg.distill, proxy_epochs=epochs),
@@ -372,6 +374,8 @@ def _students(plans: list[tuple[Settings, str, str]], cohort: Cohort, proxy: Ten
             teacher_key=lesson.key,
             teacher_seconds=lesson.seconds,
         )
+        tracking.write_losses(cfg, f"{name}-seed{cfg.federate.seed}", start.fit)
+        return start
 
     made = parallel.side_by_side(make, plans, cohort.device)
     for one in made:
@@ -432,7 +436,7 @@ def start_runs(
         "standalone": [("random", one) for one in alone],
     }
     return [
-        runs.start_or_resume(cfg.run_dir, starts[init], examples, arm=arm, **common)
+        tracking.follow(cfg, runs.start_or_resume(cfg.run_dir, starts[init], examples, arm=arm, **common))
         for arm, planned in wanted.items()
         if arm in split_list(cfg.federate.arms)
         for init, examples in planned
