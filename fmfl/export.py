@@ -40,9 +40,9 @@ def contract(size: int) -> dict[str, str]:
     """Return the input and the output of an exported student in words, by name."""
     return {
         "input": f"{INPUT}: float32 [B, 1, {size}, {size}], grey values 0..1 (8-bit values / 255), bright is "
-        f"bone; the whole X-ray squeezed to {size} x {size} pixels without padding, antialiased bilinear",
-        "output": f"{OUTPUT}: float32 [B, 1, {size}, {size}]; the sigmoid is the probability of lung, and "
-        "above 0 is lung; bring the logits to the image's own size by bilinear interpolation before",
+        f"bone; the whole image squeezed to {size} x {size} pixels without padding, antialiased bilinear",
+        "output": f"{OUTPUT}: float32 [B, 1, {size}, {size}]; the sigmoid is the organ's probability, and "
+        "above 0 is the organ; bring the logits to the image's own size by bilinear interpolation before",
         "use": "research only; not a medical device",
     }
 

@@ -78,8 +78,7 @@ def test_code_follows_prose_and_a_cell_is_a_thought_long(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_links_to_its_neighbours_and_every_link_resolves(name):
     texts, place = prose(name), NAMES.index(name)
-    story = NAMES[:5] if name == "05_analysis" else NAMES  # a study ends with it
-    neighbours = [f"({other}.ipynb)" for other in story[max(0, place - 1) : place + 2] if other != name]
+    neighbours = [f"({other}.ipynb)" for other in NAMES[max(0, place - 1) : place + 2] if other != name]
     for end in (texts[0], texts[-1]):
         assert all(link in end for link in neighbours), "at the top and at the bottom"
     for link in re.findall(r"\]\(([^)]+)\)", "\n".join(texts)):

@@ -154,6 +154,15 @@ def test_no_side_is_told_where_dicom_says_that_the_image_is_turned(run, images, 
     assert "PatientOrientation" not in usual.remark
 
 
+def test_a_run_on_another_organ_gives_masks_without_sides(fmfl, xrays, tmp_path):
+    run = made_runs.make_run(tmp_path / "kidneys", mask_class="kidney:2")
+    code, _out, err = fmfl("predict", run, xrays, "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert table[["right_pixels", "left_pixels", "remark"]].isna().all(axis=None)
+    assert students.organ(run) == "kidney"
+
+
 def test_a_lateral_view_is_remarked(run, images, tmp_path):
     row, _ = one_row(run, dicom(tmp_path, images, ViewPosition="LL"), tmp_path / "out")
     assert "the view is LL, and students are trained on frontal views" in row.remark

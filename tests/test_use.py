@@ -62,6 +62,15 @@ def test_a_speck_counts_in_the_area_and_not_as_a_part():
     assert found.remark == "1 speck beside them"
 
 
+def test_another_organ_has_parts_and_no_sides():
+    mask = np.zeros((40, 40), bool)
+    mask[5:15, 5:15] = mask[5:15, 25:35] = mask[25:35, 5:15] = True
+    mask[39, 39] = True
+    found = use.parts_of(mask)
+    assert (found.area, found.parts, found.right, found.left, found.remark) == (301, 3, None, None, "")
+    assert set(np.unique(found.labels)) == {0, 3} and (found.labels > 0).sum() == 301
+
+
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (97, 64), (300, 401)])
 def test_a_mask_in_the_images_own_size_is_pillows_bilinear_one(height, width):
     """Pillow enlarges floats by the same rule, by other code; values at the edge of rounding are left out."""

@@ -281,7 +281,8 @@ def predict(
     typer.echo(f"weights: {final}\nwhy: {why}")
     model = students.load(final, where)
     progress = sys.stderr.isatty()
-    done = predictions.predict(model, pixels, images, out, weights=final, progress=progress)
+    organ = students.organ(run)
+    done = predictions.predict(model, pixels, images, out, weights=final, organ=organ, progress=progress)
     for one in done.left_out:
         typer.echo(f"left out: {one.file}: {one}", err=True)
     for line in predictions.in_words(done, out):
@@ -310,6 +311,7 @@ def export_student(
     final, why = students.choose(run, arm=arm, init=init, split=split, seed=seed, client=client)
     typer.echo(f"weights: {final}\nwhy: {why}")
     metadata = {"fmfl": fmfl.__version__, "weights": final.file.name, "weights_sha256": final.sha256}
+    metadata |= {"organ": students.organ(run)}
     difference = export.write(onnx, students.load(final), pixels, metadata)
     typer.echo(f"largest difference from the network: {difference:.1e}, allowed: {export.TOLERANCE:g}")
     typer.echo(f"onnx: {onnx}\n{students.NOTE}")

@@ -35,6 +35,7 @@ from fmfl.sources.files import (
     printable,
     walk,
 )
+from fmfl.sources.mask_files import is_lung
 from fmfl.study.students import NOTE, Final
 
 #: The table of a prediction, which also tells its files from somebody else's.
@@ -81,6 +82,7 @@ def predict(
     out: Path,
     *,
     weights: Final,
+    organ: str = "lung",
     progress: bool = False,
 ) -> Outcome:
     """Segment images and write masks, overlays and the table.
@@ -91,6 +93,7 @@ def predict(
         inputs: image files, and folders with images at any depth.
         out: a new folder, or one of an earlier prediction, which is replaced.
         weights: of the student; the table names them with their SHA-256.
+        organ: of the masks; lungs alone have a right and a left one.
         progress: show a bar.
 
     Raises:
@@ -106,7 +109,7 @@ def predict(
         tqdm(total=len(sources), unit="image", disable=not progress, leave=False) as bar,
     ):
         for start in range(0, len(sources), group):
-            for done in _segment(model, size, sources[start : start + group], pool):
+            for done in _segment(model, size, sources[start : start + group], pool, organ):
                 bar.update()
                 if isinstance(done, SkippedFile):
                     left_out.append(done)
@@ -125,8 +128,8 @@ def in_words(done: Outcome, out: Path) -> list[str]:
     """Return lines that say what was written, what is worth a look, and what it must not be used for."""
     left_out = f", {len(done.left_out)} left out" if done.left_out else ""
     lines = [f"images: {len(done.table)} segmented{left_out}"]
-    if odd := int((done.table.parts != 2).sum()):
-        lines.append(f"not two parts: {words.counted(odd, 'mask')}, see the column remark")
+    if odd := int(done.table.remark.str.len().gt(0).sum()):
+        lines.append(f"worth a look: {words.counted(odd, 'mask')}, see the column remark")
     at_detector = int((done.table.spacing_from == "ImagerPixelSpacing").sum())
     if at_detector:
         lines.append(f"cm2 at the detector, larger than in the chest: {words.counted(at_detector, 'image')}")
@@ -195,7 +198,7 @@ class Segmented(NamedTuple):
 
 
 def _segment(
-    model: nn.Module, size: int, sources: Sequence[Source], pool: ThreadPoolExecutor
+    model: nn.Module, size: int, sources: Sequence[Source], pool: ThreadPoolExecutor, organ: str
 ) -> Iterator[Segmented | SkippedFile]:
     """Segment some images; Pillow and SciPy give the lock back, so the rest of the work is in threads."""
     read = list(pool.map(_read, sources))
@@ -205,7 +208,9 @@ def _segment(
 
     def finish(place: int) -> Segmented | SkippedFile:
         one = read[place]
-        return one if isinstance(one, SkippedFile) else _segmented(sources[place], *one, of_place[place])
+        return (
+            one if isinstance(one, SkippedFile) else _segmented(sources[place], *one, of_place[place], organ)
+        )
 
     yield from pool.map(finish, range(len(sources)))
 
@@ -217,15 +222,18 @@ def _read(source: Source) -> tuple[np.ndarray, dict[str, Any]] | SkippedFile:
         return reason
 
 
-def _segmented(source: Source, grey: np.ndarray, header: dict[str, Any], logits: Tensor) -> Segmented:
+def _segmented(
+    source: Source, grey: np.ndarray, header: dict[str, Any], logits: Tensor, organ: str
+) -> Segmented:
     mask = use.mask_in_own_size(logits, *grey.shape)
-    lungs = use.lungs(mask)
+    chest = is_lung(organ)
+    lungs = use.lungs(mask) if chest else use.parts_of(mask)
     sides = {"right": lungs.right, "left": lungs.left}
     remarks = [lungs.remark]
-    if (seen := header.get("orientation", "L")).split("\\")[0] != "L":
+    if chest and (seen := header.get("orientation", "L")).split("\\")[0] != "L":
         sides = dict.fromkeys(sides)
         remarks.append(f"PatientOrientation is {seen}: the image's left is not the patient's right")
-    if (view := header.get("view", "")) not in FRONTAL:
+    if chest and (view := header.get("view", "")) not in FRONTAL:
         remarks.append(f"the view is {view}, and students are trained on frontal views")
     content = _png(mask.astype(np.uint8) * 255)
     row: dict[str, Any] = {

@@ -14,6 +14,7 @@ from fmfl.analysis import tables
 from fmfl.analysis.tables import known_first
 from fmfl.config import ARMS, SPLITS, Settings
 from fmfl.errors import UserError, first_few
+from fmfl.sources.mask_files import organ_of
 from fmfl.study import outputs
 
 #: Order in which a start is taken where none is named; no test score is looked at.
@@ -119,6 +120,11 @@ def settings(run_dir: Path) -> dict[str, Any]:
     """Return a run's settings by name, as its cells or its manifest have them; empty where neither is."""
     of_cells = [about["settings"] for name, about in outputs.cell_records(run_dir) if name.startswith("04_")]
     return of_cells[0] if of_cells else outputs.read_record(run_dir / "manifest.json").get("settings", {})
+
+
+def organ(run_dir: Path) -> str:
+    """Return the organ that a run's masks show; lung where the folder does not tell."""
+    return organ_of(str(settings(run_dir).get("mask_class", "lung"))).name
 
 
 def as_settings(run_dir: Path) -> Settings:
