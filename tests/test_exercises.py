@@ -813,7 +813,7 @@ def test_the_check_of_all_notebooks_runs_no_open_exercise():
     """`make test` gives nbval the notebooks of the story by name; the solved exercises run below."""
     makefile = (paths.ROOT / "Makefile").read_text()
     (pattern,) = re.findall(r"--nbval-lax (\S+)", makefile)
-    assert sorted(file.stem for file in paths.ROOT.glob(pattern)) == list(config.NOTEBOOKS)
+    assert sorted(file.stem for file in paths.ROOT.glob(pattern)) == [*config.NOTEBOOKS, "06_use"]
 
 
 # ------------------------------------------------------------------------------------------ in kernels

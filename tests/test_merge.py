@@ -71,7 +71,7 @@ tables = {"results": results, "per_image": per_image, "table1": results.describe
 tables["by_variant"] = outputs.collect_variants(cfg)
 for name, table in tables.items():
     outputs.write_text(cfg.run_dir / f"{name}.csv", table.to_csv(index=False))
-for name in ("manifest.json", "report.html", "figures/fig2.png", "figures/fig3.png"):
+for name in ("manifest.json", "report.html", "MODEL_CARD.md", "figures/fig2.png", "figures/fig3.png"):
     outputs.write_text(cfg.run_dir / name, "{}")
 outputs.save(cfg, "05_analysis", {})
 """,
