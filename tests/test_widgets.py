@@ -57,12 +57,12 @@ def counted(draw_calls):
 
 
 def test_a_piece_shows_the_picture_of_its_first_values_in_words_too():
-    calls = []
+    calls, open_before = [], plt.get_fignums()
     piece = counted(calls)
     assert repr(piece) == "height 3 < 10"
     assert pixels(piece.still.png).shape == (200, 200, 3)
     assert calls == [3], "drawn once"
-    assert not plt.get_fignums(), "an open figure would be shown a second time"
+    assert plt.get_fignums() == open_before, "an open figure would be shown a second time"
 
 
 def test_the_picture_follows_a_slider_and_words_are_escaped():
