@@ -126,10 +126,6 @@ def everything(folder: Path) -> dict[str, bytes]:
 OF_THIS_TIME = {"seconds", "teacher_seconds", "finished", "created", "run_name"}
 
 
-#: Figures whose points seaborn shifts at random, so that they do not hide each other.
-AT_RANDOM = {"dice_by_rule.png"}
-
-
 def pruned(value):
     if isinstance(value, dict):
         return {name: pruned(part) for name, part in value.items() if name not in OF_THIS_TIME}
@@ -153,7 +149,7 @@ def content(file: Path) -> object:
         lines = "".join(cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
                         for cell in json.loads(file.read_text())["cells"]).splitlines()  # fmt: skip
         return [line for line in lines if not line.startswith("run_name = ")]
-    return None if file.suffix == ".html" or file.name in AT_RANDOM else file.read_bytes()
+    return None if file.suffix == ".html" else file.read_bytes()
 
 
 def assert_same_files(one: Path, other: Path) -> None:
