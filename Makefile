@@ -35,7 +35,7 @@ test: .venv/installed  ## every check: style, tests (slow ones too; the page nee
 
 notebooks: .venv/installed  ## the committed notebooks' outputs, anew, without times that would change each diff
 	TQDM_DISABLE=1 $(BIN)/jupyter-nbconvert --to notebook --execute --inplace \
-	    --ExecutePreprocessor.record_timing=False notebooks/0*.ipynb notebooks/bring_your_own.ipynb notebooks/bring_your_own.ipynb
+	    --ExecutePreprocessor.record_timing=False notebooks/0*.ipynb notebooks/bring_your_own.ipynb
 
 site: .venv/installed  ## the pages of docs/, the docstrings and the notebooks as one site: site/index.html
 	$(BIN)/python docs/build_site.py
