@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from made_sources import make_folder
+from made_sources import make_folder, picture, save
 
-from fmfl import metrics, split, train
+from fmfl import data, metrics, split, train
 from fmfl.analysis import statistics
 from fmfl.errors import UserError
 from fmfl.study import cli, scoring, students
@@ -120,6 +120,32 @@ def test_the_command_reads_what_fmfl_data_reads(tmp_path, fmfl):
     assert fmfl(run, folder, "--by", "sex")[0] == 0, "its own tables are written again"
     code, _, err = fmfl(run, folder, "--by", "colour")
     assert code == 2 and "--by colour: choose one of site, source, age, sex, view, finding" in err
+
+
+def test_masks_are_of_the_runs_organ_unless_another_is_named(tmp_path, fmfl):
+    """A file of labels: 1 is another organ, which a default of lung would have scored without a word."""
+    run = made_runs.make_run(tmp_path / "run", made_runs.RUNS[:1], mask_class="kidney:2")
+    folder, sides = tmp_path / "clinic", {}
+    labels = np.zeros((40, 40), np.uint8)
+    labels[4:20, 4:20], labels[24:36, 10:30] = 1, 2
+    for name in ("a", "b"):
+        save(folder / "images" / f"{name}.png", picture(ord(name), 40))
+        save(folder / "masks" / f"{name}.png", labels)
+    for given in ("", "kidney:1"):
+        code, out, err = fmfl(run, folder, *(("--mask-class", given) if given else ()))
+        assert (code, err) == (0, "") and "outline the kidney otherwise. A lower" in out and "V7" not in out
+        sides[given] = pd.read_csv(run / "scores" / "clinic" / "scores.csv").dice.tolist()
+        cohort = data.load(folder, size=made_runs.SIZE, mask_class=given or "kidney:2", progress=False)
+        expected = scoring.score(students.finals(run), cohort, "site")[0].dice.tolist()
+        assert sides[given] == pytest.approx(expected, rel=1e-6)
+    assert sides[""] != sides["kidney:1"]
+
+
+def test_a_site_called_all_is_a_group_of_its_own(scores):
+    first = scores.image_id.iloc[0]
+    table = scoring.summary(scores.assign(site=np.where(scores.image_id == first, "all", "b")))
+    cell = table[(table.split == "iid") & (table.group == "all")]
+    assert cell.images.tolist() == [scores.image_id.nunique(), 1]
 
 
 def test_the_runs_own_images_are_no_independent_test(tmp_path, cohort):

@@ -323,7 +323,7 @@ def score(
     sources: Annotated[str, argument("SOURCE[,SOURCE...]", "phantom, or folders with masks")],
     by: Annotated[str, option("site, source, age, sex, view or finding: the groups")] = "site",
     out: Annotated[Path | None, option("folder of the tables; else RUN/scores/SOURCE")] = None,
-    mask_class: Annotated[str, option("mask_class")] = "lung",
+    mask_class: Annotated[str, option("class of the masks, or labels such as kidney:2; else the run's")] = "",
     size: Size = 0,
     device: Device = "auto",
 ) -> None:
@@ -335,6 +335,7 @@ def score(
     where, progress = students.device(device), sys.stderr.isatty()
     finals, pixels = students.finals(run), students.image_size(run, size)
     folder = scoring.check_folder(out or scoring.folder_of(run, sources), by)
+    mask_class = mask_class or students.mask_class(run)
     cohort = data.load(sources, size=pixels, mask_class=mask_class, progress=progress)
     scores, by_group = scoring.score(finals, cohort.to(where), by, progress=progress)
     scoring.write(folder, scores, by_group)

@@ -13,6 +13,7 @@ from fmfl.analysis import statistics, tables, words
 from fmfl.config import split_list
 from fmfl.data import Cohort
 from fmfl.errors import UserError
+from fmfl.sources.mask_files import is_lung
 from fmfl.study import students
 from fmfl.study.outputs import write_text
 from fmfl.study.students import Final
@@ -29,11 +30,12 @@ CHUNK = 512
 #: Tables by image and by group.
 SCORES, SUMMARY = "scores.csv", "summary.csv"
 
-#: Stands below every scoring.
+#: Stands below every scoring, with an example where the organ is the lung.
 NOTE = (
-    "Other sets may outline lungs otherwise: the masks of V7 include most of the heart, those of Montgomery "
-    "and JSRT leave it out. A lower Dice there is a difference of outlines as well as of networks."
+    "Other sets may outline the {organ} otherwise{example}. A lower Dice there is a difference of outlines "
+    "as well as of networks."
 )
+LUNGS = ": the masks of V7 include most of the heart, those of Montgomery and JSRT leave it out"
 
 
 def by_image(finals: Iterable[Final], cohort: Cohort) -> Iterator[pd.DataFrame]:
@@ -70,9 +72,9 @@ def summary(scores: pd.DataFrame, by: str = "site") -> pd.DataFrame:
     """
     group = pd.Series(split.age_bands(scores.age), scores.index) if by == "age" else scores[by]
     group = group.replace("", "unknown")
+    names = tables.known_first(sorted(group.unique()), split.AGE_BANDS)
     rows = []
-    for name in ["all", *tables.known_first(sorted(group.unique()), split.AGE_BANDS)]:
-        chosen = scores if name == "all" else scores[group == name]
+    for name, chosen in [("all", scores), *((name, scores[group == name]) for name in names)]:
         for key, runs in chosen.groupby(tables.RUN[:3], sort=False):
             rows.append({"group": name} | dict(zip(tables.RUN[:3], key, strict=True)) | _estimates(runs))
     return pd.DataFrame(rows)
@@ -165,4 +167,6 @@ def in_words(
     left_out = len(cohort.left_out)
     lines.append(f"images: {len(cohort)} scored, {left_out} left out (`fmfl data` says why)")
     lines += [f"warning: {text}" for text in own_images(finals, cohort, run_dir)]
-    return [*lines, f"note: {NOTE}", f"tables: {folder / SCORES} and {folder / SUMMARY}"]
+    organ = students.organ(run_dir)
+    lines.append(f"note: {NOTE.format(organ=organ, example=LUNGS if is_lung(organ) else '')}")
+    return [*lines, f"tables: {folder / SCORES} and {folder / SUMMARY}"]

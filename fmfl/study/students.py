@@ -122,9 +122,14 @@ def settings(run_dir: Path) -> dict[str, Any]:
     return of_cells[0] if of_cells else outputs.read_record(run_dir / "manifest.json").get("settings", {})
 
 
+def mask_class(run_dir: Path) -> str:
+    """Return the class that a run's students segment, as its settings name it; else lung."""
+    return str(settings(run_dir).get("mask_class") or "lung")
+
+
 def organ(run_dir: Path) -> str:
-    """Return the organ that a run's masks show; lung where the folder does not tell."""
-    return organ_of(str(settings(run_dir).get("mask_class", "lung"))).name
+    """Return the organ that a run's masks show; see `mask_class`."""
+    return organ_of(mask_class(run_dir)).name
 
 
 def as_settings(run_dir: Path) -> Settings:
