@@ -172,9 +172,15 @@ def address_in_site(address: str, file: Path, pages: dict[Path, Path], folder: P
 
 
 def build(folder: Path) -> int:
-    """Build the site into a folder, from nothing; warnings are errors. Returns Sphinx's exit status."""
+    """Build the site into a folder, from nothing; warnings are errors. Returns Sphinx's exit status.
+
+    A folder that holds anything but an earlier site is refused, as all of it would be lost.
+    """
     from sphinx.cmd.build import main
 
+    if folder.exists() and not (folder / "objects.inv").is_file() and any(folder.iterdir()):
+        print(f"{folder} holds something else than a site: name another folder", file=sys.stderr)
+        return 2
     shutil.rmtree(folder, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="fmfl-site-") as work:
         pages = Path(work, "pages")

@@ -86,6 +86,19 @@ def test_of_real_images_the_licence_is_left_to_the_person(run):
     assert "CC BY 4.0" not in page, "that is the built-in teacher's"
 
 
+def test_a_card_of_another_organ_speaks_of_no_chest(run):
+    manifest = made_runs.make_manifest(run)
+    assert "Model card: tiny_unet for lungs on chest X-rays" in text(run)
+    assert "has learnt from parts of the Guangzhou and the Montgomery County set" in text(run)
+    made_runs.make_manifest(run, settings=manifest["settings"] | {"mask_class": "kidney:2"})
+    page = text(run)
+    assert page.startswith("# Model card: tiny_unet for kidney\n") and "a first outline of the kidney" in page
+    for word in ("kidney:2", "kidneys", "chest", "heart", "lateral views", "CT slices", "lung", "Montgomery"):
+        assert word not in page.split("## Scores")[0] + page.split("## Limits")[1].split("## Weights")[0], (
+            word
+        )
+
+
 def test_what_is_not_known_is_not_said(run):
     """An older or poorer run: sentences go, and no word stands for a missing value."""
     made_runs.make_manifest(run, data={}, teacher={}, student={}, device={}, commit="", created=None)

@@ -274,3 +274,12 @@ def test_the_dark_site_is_dark(open_page, site):
     light, dark = (open_page(site / "index.html", DESK, scheme) for scheme in ("light", "dark"))
     assert test_browser.brightness(light, "body", "backgroundColor") > 240
     assert test_browser.brightness(dark, "body", "backgroundColor") < 40
+
+
+def test_a_folder_of_something_else_is_not_emptied(tmp_path):
+    """The folder is emptied before the site is built: nobody's documents may be in it."""
+    (tmp_path / "thesis.txt").write_text("mine")
+    command = [sys.executable, str(DOCS / "build_site.py"), str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode and "holds something else than a site: name another folder" in ended.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "mine"

@@ -16,6 +16,7 @@ from fmfl import states
 from fmfl.analysis import markdown, tables, words
 from fmfl.analysis.statistics import contrast
 from fmfl.config import ARMS
+from fmfl.sources.mask_files import is_lung, organ_of
 from fmfl.study import outputs
 
 #: File of the card.
@@ -65,11 +66,13 @@ def _contents(
     sources = [part.strip() for part in str(settings.get("data") or "").split(",") if part.strip()]
     phantoms = [source == "phantom" for source in sources]
     error = manifest.get("teacher", {}).get("calibration_error")
+    organ = organ_of(str(settings.get("mask_class") or "lung")).name
     return {
         "manifest": manifest,
         "settings": settings,
         "student": manifest.get("student", {}),
-        "organ": str(settings.get("mask_class") or "lung").lower(),
+        "organ": "lung" if is_lung(organ) else organ,
+        "chest": is_lung(organ),
         "sources": ", ".join(sources) or "not stated",
         "synthetic": "all" if phantoms and all(phantoms) else "some" if any(phantoms) else "",
         "data": _data(manifest.get("data", {}), per_image),
