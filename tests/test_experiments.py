@@ -1,6 +1,7 @@
 """Experiments: who holds what, steps and rates by hand, and rounds equal to a loop of another hand."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -82,6 +83,16 @@ def test_equal_steps_give_small_clients_more_epochs(setting):
     assert experiments.local_epochs(trial._replace(equal_steps=True), clients) == [1, 1, 4]
     seen = experiments.images_by_round(trial._replace(equal_steps=True), replace(setting, clients=clients), 7)
     assert seen[:3] == [7, 7 + 90 + 30 + 40, 7 + 2 * 160]
+
+
+@pytest.mark.parametrize("name", experiments.PLANS)
+def test_a_committed_page_has_the_tables_of_its_files(tmp_path, name):
+    folder = experiments.RESULTS / name
+    if not (folder / "README.md").exists():
+        pytest.skip("not committed yet")
+    shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("runs"))
+    experiment_tables.page(tmp_path / name)
+    assert (tmp_path / name / "README.md").read_text() == (folder / "README.md").read_text()
 
 
 def test_names_of_trials_are_their_own():

@@ -263,8 +263,11 @@ def _idle(trainings: int, cores: int) -> int:
 
 def _of_steps_by_hand(cell: Cell, parts: Holdout, cores: int) -> Work:
     """Count the few images on which 04_federate takes Eq. 2 and 3 by hand, on one core."""
-    last = 16 + 8 * (cell.cfg.federate.num_clients - 1)
-    return Work(alone=cores * min(2 * 16 + last, 3 * len(parts.federated)))
+    clients, images = cell.cfg.federate.num_clients, len(parts.federated)
+    by_hand = 2 * 16 + 16 + 8 * (clients - 1)
+    piece = 2 * 8 * clients  # two rounds of few images, shown round by round
+    looks = 6 * min(8, len(parts.test))  # three states, each for its Dice and for its picture
+    return Work(alone=cores * (min(by_hand, 3 * images) + min(piece, 2 * images)), predicted=looks)
 
 
 def _of_rounds(cell: Cell, parts: Holdout) -> Work:
