@@ -7,7 +7,7 @@ import pytest
 import torch
 from made_sources import make_folder
 
-from fmfl import config, data, metrics, runs, train
+from fmfl import capture, config, data, metrics, runs, train
 from fmfl.data import Preview
 from fmfl.sources import contents
 from fmfl.study import cost, execute, grid, preflight, stages
@@ -198,6 +198,46 @@ def test_a_step_is_measured_in_bounded_time_however_long_it_is(tmp_path, monkeyp
     assert now[0] <= cost.MEASURED_SECONDS
     assert ((256, 16) in steps) == (whole_step < 1)
     assert (max(steps) == (64, 2)) == (whole_step > 30)
+
+
+def test_a_gpu_is_measured_by_recorded_steps_of_their_own_size(tmp_path, monkeypatch):
+    """A launch lasts 36 ms whatever the step's size, and the first step 3 s; a replay lasts 7 ms."""
+    replayed, now, taken = [], [0.0], Counter()
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(capture, "usable", lambda device: True)
+    monkeypatch.setattr(capture, "record", lambda function, buffers, resident: lambda: torch.zeros(()))
+
+    def fit(model, examples, loss, *, batch_size, **options):
+        for _ in range(len(examples) // batch_size):
+            recording = (id(examples.images), batch_size)  # as `train` knows it
+            taken[recording] += 1
+            first, eager = not replayed and not now[0], taken[recording] <= capture.EAGER_STEPS
+            now[0] += 3.0 if first else 0.036 if eager else 0.5 if taken[recording] == 4 else 0.007
+            replayed.append((examples.images.shape[-1], batch_size))
+
+    monkeypatch.setattr(train, "fit", fit)
+    images = torch.zeros(4, 1, 256, 256, dtype=torch.uint8)
+    step = cost._one_training(small(tmp_path, size=256, batch_size=16), images, images)
+    assert step == pytest.approx(0.007)
+    assert set(replayed) == {(256, 16)}
+
+
+def test_a_gpus_first_answer_of_the_teacher_does_not_count(tmp_path, monkeypatch):
+    """It loads kernels for seconds; then an image takes 10 ms and a set of boxes 2."""
+    now = [0.0]
+
+    class Teacher:
+        def answers(self, images, boxes):
+            now[0] += 3.0 if not now[0] else len(images) * (0.010 + 0.002 * len(boxes))
+            return [torch.zeros(())]
+
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(capture, "usable", lambda device: True)
+    monkeypatch.setattr(stages, "load_teacher", lambda cfg: Teacher())
+    images = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)
+    masks = torch.zeros_like(images)
+    masks[..., 8:24, 8:24] = 1
+    assert cost._teacher_seconds(small(tmp_path), images, masks) == pytest.approx((0.010, 0.002))
 
 
 def test_this_machine_has_a_speed(tmp_path):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmfl import data, devices, metrics, models, parallel, prompts, states, train
+from fmfl import capture, data, devices, metrics, models, parallel, prompts, states, train
 from fmfl.config import Settings, split_list
 from fmfl.data import Cohort, Preview
 from fmfl.errors import UserError
@@ -31,6 +31,9 @@ from fmfl.train import Examples
 
 #: Seconds that the steps of a student may take to be measured, and the smallest images for it.
 MEASURED_SECONDS, SMALLEST = 1.5, 64
+
+#: Recorded steps that are timed on a GPU.
+REPLAYS = 8
 
 #: A forward pass over a training step: backward costs about twice as much as forward.
 FORWARD = 1 / 3
@@ -364,6 +367,8 @@ def _teacher_seconds(cfg: Settings, images: Tensor, masks: Tensor) -> tuple[floa
 
         return _timed(answers)[0] / min(number, len(images))
 
+    if capture.usable(images.device):
+        ask(1, 1)  # the first answer of all loads kernels, for seconds
     if (once := ask(1, 1)) > MEASURED_SECONDS / 3:
         return once, 0.0
     one, four = ask(4, 1), ask(4, 4)
@@ -380,7 +385,8 @@ def _step_seconds(cfg: Settings, images: Tensor, masks: Tensor, cores: int) -> f
 def _one_training(cfg: Settings, images: Tensor, masks: Tensor) -> float:
     """Return the seconds of one step of the run's student at its own size and batch.
 
-    A first step has two images of a small size. It tells the largest step that is short enough to be timed.
+    A GPU takes whole steps at once: its small ones last as long as a launch, whatever their size. On a CPU a
+    first step has two images of a small size. It tells the largest step that is short enough to be timed.
     The optimizer's part does not grow with the images, so it is timed apart.
     """
     size, batch, until = cfg.data.size, cfg.federate.batch_size, time.perf_counter() + MEASURED_SECONDS
@@ -398,6 +404,9 @@ def _one_training(cfg: Settings, images: Tensor, masks: Tensor) -> float:
         step = seconds(side, number, steps)
         return max(step - update, step / 10) / (number * side**2)
 
+    if capture.usable(images.device):
+        seconds(size, batch, capture.EAGER_STEPS + 1)  # launched one by one, then recorded
+        return seconds(size, batch, REPLAYS)
     ladder, update = _ladder(size, batch), 0.0
     of_a_pixel(*ladder[0])  # the first step of all is slow
     update = _timed(optimizer.step)[0]
