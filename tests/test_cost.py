@@ -9,6 +9,7 @@ from made_sources import make_folder
 
 from fmfl import capture, config, data, metrics, runs, train
 from fmfl.data import Preview
+from fmfl.errors import UserError
 from fmfl.sources import contents
 from fmfl.study import cost, execute, grid, preflight, stages
 from fmfl.study.cost import Speed
@@ -220,6 +221,20 @@ def test_a_gpu_is_measured_by_recorded_steps_of_their_own_size(tmp_path, monkeyp
     step = cost._one_training(small(tmp_path, size=256, batch_size=16), images, images)
     assert step == pytest.approx(0.007)
     assert set(replayed) == {(256, 16)}
+
+
+def test_a_gpu_is_measured_in_a_process_that_ends_where_kernels_will_need_it(tmp_path, monkeypatch):
+    """The process of the study would keep what it takes of the GPU. Here a CPU stands in for one."""
+    cfg, look = small(tmp_path), data.preview("phantom", 32, num_phantoms=60)
+    monkeypatch.setattr(capture, "usable", lambda device: True)
+    monkeypatch.setattr(cost, "measure", lambda cfg, look, imports: SPEED)
+    assert cost._measured(cfg, look, 3.0, plain=True) == SPEED
+    speed = cost._measured(cfg, look, 3.0, plain=False)
+    assert isinstance(speed, Speed) and speed != SPEED and speed.imports == 3
+    assert all(value > 0 for value in speed)
+    monkeypatch.setattr(cost, "MEASURE", "raise RuntimeError('all GPUs are busy or unavailable')")
+    with pytest.raises(UserError, match=r"cannot be measured \(RuntimeError: all GPUs are busy"):
+        cost._measured(cfg, look, 3.0, plain=False)
 
 
 def test_a_gpus_first_answer_of_the_teacher_does_not_count(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ notebook. A step that would take too long is measured on fewer and smaller image
 """
 
 import math
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,12 @@ KERNEL = 1.6
 IMPORTS = (
     "import ipykernel, fmfl.study.report, fmfl.study.stages, fmfl.analysis.plots, matplotlib.pyplot;"
     "fmfl.models.build({student!r})"
+)
+
+#: Measurement in a process of its own; the file holds what is given, then the speed.
+MEASURE = (
+    "import pathlib, pickle, sys; from fmfl.study import cost; file = pathlib.Path(sys.argv[1]);"
+    "file.write_bytes(pickle.dumps(cost.measure(*pickle.loads(file.read_bytes()))))"
 )
 
 #: Sets of boxes that 02_teacher prompts with, by rules and by distances, and images that it encodes for them.
@@ -196,7 +203,7 @@ def of_cells(
         how = (cfg.data.size, cfg.distill.student, cfg.teacher, cfg.run, cfg.federate.batch_norm)
         how = (*how, cfg.federate.batch_size, cfg.federate.augmentation)
         if how not in speeds:
-            speeds[how] = measure(cfg, look, imports.result())
+            speeds[how] = _measured(cfg, look, imports.result(), plain)
         speed, parts = speeds[how], stages.holdout(cfg, cohort)
         work, rounds = work_of(cell, parts, speed.cores), _of_rounds(cell, parts)
         own = speed.imports * (DRAWING[cell.notebook] + (0 if plain else KERNEL))
@@ -330,6 +337,27 @@ def measure(cfg: Settings, look: Preview, imports: float) -> Speed:
         imports=imports,
         cores=cores,
     )
+
+
+def _measured(cfg: Settings, look: Preview, imports: float, plain: bool) -> Speed:
+    """Measure the machine, and a GPU for kernels in a process that ends.
+
+    What this process takes of a GPU it keeps, and a cluster's GPU may be set to admit one process alone.
+
+    Raises:
+        UserError: the GPU cannot be measured.
+    """
+    if plain or not capture.usable(devices.device_of(cfg.run)):
+        return measure(cfg, look, imports)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "measured"
+        file.write_bytes(pickle.dumps((cfg, look, imports)))
+        code = [sys.executable, "-c", MEASURE, str(file)]
+        ended = subprocess.run(code, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            reason = (ended.stderr.strip() or f"exit code {ended.returncode}").splitlines()[-1]
+            raise UserError(f"the GPU cannot be measured ({reason}): free it, or run with --no-progress")
+        return pickle.loads(file.read_bytes())
 
 
 def _pictures(look: Preview, size: int) -> tuple[Tensor, Tensor]:
