@@ -1,5 +1,7 @@
 """`fmfl predict` gives the masks of the training code, in each image's own size, and writes over nothing."""
 
+import os
+import shutil
 import sys
 import weakref
 
@@ -11,8 +13,9 @@ import torch
 from made_sources import make_dicom, picture, save
 from PIL import Image
 
-from fmfl import models, train
+from fmfl import models, train, use
 from fmfl.errors import UserError
+from fmfl.sources.pixels import read_image
 from fmfl.study import cli, predictions, students
 
 
@@ -137,6 +140,8 @@ def one_row(run, file, out):
         ({"PixelSpacing": [0.5, 0.2]}, 0.5 * 0.2 / 100, "PixelSpacing"),
         ({"ImagerPixelSpacing": [0.4, 0.4]}, 0.4 * 0.4 / 100, "ImagerPixelSpacing"),
         ({"ImagerPixelSpacing": [0.4, 0.4], "PixelSpacing": [2, 3]}, 0.06, "PixelSpacing"),
+        # Equal values are those of the detector, by the standard.
+        ({"ImagerPixelSpacing": [0.4, 0.4], "PixelSpacing": [0.4, 0.4]}, 0.0016, "ImagerPixelSpacing"),
     ],
 )
 def test_areas_are_in_cm2_where_dicom_tells_the_pixels_size(run, images, tmp_path, header, factor, tag):
@@ -144,6 +149,45 @@ def test_areas_are_in_cm2_where_dicom_tells_the_pixels_size(run, images, tmp_pat
     assert row.area_cm2 == pytest.approx(row.area_pixels * factor, abs=0.006) and row.area_cm2 > 0
     assert row.spacing_from == tag
     assert any("at the detector" in line for line in said) == (tag == "ImagerPixelSpacing")
+
+
+@pytest.mark.parametrize(
+    ("header", "written"),
+    [
+        ({"PixelSpacing": 0.4}, b""),
+        ({"PixelSpacing": "0.123456"}, b"0,1\\0,25"),
+        ({"PatientOrientation": "PA"}, b""),
+    ],
+)
+def test_a_tag_that_is_not_valid_costs_its_own_answer_alone(tmp_path, images, header, written):
+    """The picture is read as without the tag: a study's images must not depend on it."""
+    usual, _ = read_image(dicom(tmp_path, images))
+    file = dicom(tmp_path, images, **header)
+    if written:  # what pydicom would not write
+        assert file.read_bytes().count(b"0.123456") == 1
+        file.write_bytes(file.read_bytes().replace(b"0.123456", written))
+    grey, about = read_image(file)
+    np.testing.assert_array_equal(grey, usual)
+    assert not {"spacing", "orientation"} & set(about)
+
+
+def test_colours_tell_a_side_only_where_the_table_does(tmp_path, monkeypatch):
+    """Blue at the image's left would name the wrong lung of a mirrored image, or a lung of a lateral one."""
+    drawn = []
+    monkeypatch.setattr(use, "overlay", lambda grey, labels: drawn.append(labels) or grey)
+    rows, columns = np.mgrid[:64, :96]
+    mask = sum(((rows - 32) / 20) ** 2 + ((columns - x) / 12) ** 2 < 1 for x in (25, 70))
+    logits, grey = torch.tensor(np.where(mask, 5.0, -5.0))[None], np.full((64, 96), 90, np.uint8)
+
+    def row_of(**header):
+        return predictions._segmented(predictions.Source(tmp_path, "x"), grey, header, logits, "lung").row
+
+    row = row_of(orientation="L\\F", view="PA")
+    assert row["right_pixels"] > 0 and row["left_pixels"] > 0 and {*np.unique(drawn[-1])} == {0, 1, 2}
+    for header in ({"orientation": "R\\F"}, {"view": "LL"}):
+        row = row_of(**header)
+        assert row["right_pixels"] is row["left_pixels"] is None and {*np.unique(drawn[-1])} == {0, 3}
+        assert row["area_pixels"] == (drawn[-1] > 0).sum()
 
 
 def test_no_side_is_told_where_dicom_says_that_the_image_is_turned(run, images, tmp_path, monkeypatch):
@@ -166,6 +210,20 @@ def test_a_run_on_another_organ_gives_masks_without_sides(fmfl, xrays, tmp_path)
 def test_a_lateral_view_is_remarked(run, images, tmp_path):
     row, _ = one_row(run, dicom(tmp_path, images, ViewPosition="LL"), tmp_path / "out")
     assert "the view is LL, and students are trained on frontal views" in row.remark
+
+
+def test_a_name_that_is_no_utf8_is_left_out(fmfl, run, xrays, tmp_path):
+    """In a folder it is; given by itself it is no traceback either."""
+    strange = tmp_path / os.fsdecode(b"caf\xe9.png")
+    try:
+        shutil.copy(xrays / "x0.png", strange)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    code, out, err = fmfl("predict", run, strange, xrays, "--out", tmp_path / "out")
+    assert code == 1 and "4 segmented, 1 left out" in out
+    assert (
+        "its name is not valid UTF-8" in err and len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 4
+    )
 
 
 # ------------------------------------------------------------------------------------------- the folder

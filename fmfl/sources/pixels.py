@@ -173,14 +173,33 @@ def _header(dataset: Any) -> dict[str, Any]:
 def _geometry(dataset: Any) -> dict[str, Any]:
     """Return the size of a pixel and the patient's directions, where a header has them.
 
-    ImagerPixelSpacing is measured at the detector (PS3.3, 10.7.1), where a lung is larger than in the chest.
+    ImagerPixelSpacing is measured at the detector, where a lung is larger than in the chest. So is a
+    PixelSpacing of the same values (PS3.3, 10.7.1.3).
     """
     geometry: dict[str, Any] = {}
     for tag in ("ImagerPixelSpacing", "PixelSpacing"):  # the second one, in the patient, is preferred
-        values = [float(value) for value in dataset.get(tag) or ()]
-        if len(values) == 2 and all(0 < value < 100 for value in values):
-            geometry |= {"spacing": tuple(values), "spacing_from": tag}
-    directions = [str(value).strip().upper() for value in dataset.get("PatientOrientation") or ()]
+        spacing = _numbers(dataset, tag)
+        sound = len(spacing) == 2 and all(0 < value < 100 for value in spacing)
+        if sound and spacing != geometry.get("spacing"):
+            geometry |= {"spacing": spacing, "spacing_from": tag}
+    directions = _values(dataset, "PatientOrientation")
     if len(directions) == 2 and all(directions):
-        geometry["orientation"] = "\\".join(directions)
+        geometry["orientation"] = "\\".join(directions).upper()
     return geometry
+
+
+def _numbers(dataset: Any, tag: str) -> tuple[float, ...]:
+    """Return a tag's numbers; none where it is not valid, as the picture is of use without them."""
+    try:
+        return tuple(float(text) for text in _values(dataset, tag))
+    except ValueError:
+        return ()
+
+
+def _values(dataset: Any, tag: str) -> list[str]:
+    """Return a tag's values as they are written; pydicom gives a single one without a list."""
+    stored = dataset[tag].value if tag in dataset else None
+    if stored is None:
+        return []
+    several = [stored] if isinstance(stored, (str, float, int)) else stored
+    return [str(value).strip() for value in several]

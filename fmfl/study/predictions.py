@@ -155,6 +155,10 @@ def find_images(inputs: Sequence[Path]) -> tuple[list[Source], list[SkippedFile]
         if not given.exists():
             raise UserError(f"{given}: there is no such file or folder")
         if not is_folder(given):
+            if printable(given.name) != given.name:
+                detail = "its name is not valid UTF-8, so no table can name it; rename it"
+                left_out.append(SkippedFile(given, "name not valid", detail))
+                continue
             long = f"{given.resolve().parent.name}/{given.name}"
             images.setdefault(given.resolve(), (given, given.stem, long))
             continue
@@ -228,13 +232,10 @@ def _segmented(
     mask = use.mask_in_own_size(logits, *grey.shape)
     chest = is_lung(organ)
     lungs = use.lungs(mask) if chest else use.parts_of(mask)
+    no_sides = _why_no_sides(header) if chest else []
+    if no_sides:
+        lungs = lungs._replace(right=None, left=None, labels=np.where(mask, 3, 0).astype(np.uint8))
     sides = {"right": lungs.right, "left": lungs.left}
-    remarks = [lungs.remark]
-    if chest and (seen := header.get("orientation", "L")).split("\\")[0] != "L":
-        sides = dict.fromkeys(sides)
-        remarks.append(f"PatientOrientation is {seen}: the image's left is not the patient's right")
-    if chest and (view := header.get("view", "")) not in FRONTAL:
-        remarks.append(f"the view is {view}, and students are trained on frontal views")
     content = _png(mask.astype(np.uint8) * 255)
     row: dict[str, Any] = {
         "image": printable(str(source.path)),
@@ -246,10 +247,20 @@ def _segmented(
         **{f"{side}_pixels": area for side, area in sides.items()},
         "parts": lungs.parts,
         **_in_cm2({"area": lungs.area} | sides, header),
-        "remark": "; ".join(filter(None, remarks)),
+        "remark": "; ".join(filter(None, [lungs.remark, *no_sides])),
         "mask_sha256": _sha256(content),
     }
     return Segmented(row, {row["mask"]: content, row["overlay"]: _jpeg(use.overlay(grey, lungs.labels))})
+
+
+def _why_no_sides(header: dict[str, Any]) -> list[str]:
+    """Return why a chest X-ray's left is not known to be the patient's right, by its header."""
+    remarks = []
+    if (seen := header.get("orientation", "L")).split("\\")[0] != "L":
+        remarks.append(f"PatientOrientation is {seen}: the image's left is not the patient's right")
+    if (view := header.get("view", "")) not in FRONTAL:
+        remarks.append(f"the view is {view}, and students are trained on frontal views")
+    return remarks
 
 
 def _in_cm2(areas: dict[str, int | None], header: dict[str, Any]) -> dict[str, Any]:
