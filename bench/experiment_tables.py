@@ -213,7 +213,7 @@ def figure(scores: pd.DataFrame) -> Figure:
         axis.set_visible(False)
     for axis, setting in zip(axes.flat, settings, strict=False):
         _panel(axis, federated[federated.split == setting])
-        axis.set_title(setting)
+        axis.set_title(setting.replace("_", ", "))
         axis.set_xlabel("round")
     for axis in axes[:, 0]:
         axis.set_ylabel("Dice, %")
@@ -254,7 +254,7 @@ def page(out: Path) -> None:
     """Write the page's tables again from the committed ones."""
     if (out / "README.md").exists():
         blocks = {
-            "means": lambda study: means_block(study["means"]),
-            "differences": lambda study: differences_block(study["differences"]),
+            "means": lambda _: means_block(pd.read_csv(out / "means.csv")),
+            "differences": lambda _: differences_block(pd.read_csv(out / "differences.csv")),
         }
         markdown.write_into(out / "README.md", out, blocks)

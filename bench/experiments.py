@@ -25,7 +25,7 @@ import typer
 from torch import Tensor
 
 from bench import experiment_tables
-from fmfl import data, distill, federate, metrics, models, prompts, runs, seeds, split, teacher, train
+from fmfl import data, distill, federate, metrics, models, paths, prompts, runs, seeds, split, teacher, train
 from fmfl.config import DistillConfig, FederateConfig
 from fmfl.data import Cohort
 from fmfl.split import Holdout
@@ -36,7 +36,7 @@ STUDENT = "tiny_unet"
 INITS = ("random", "pretraining", "fm")
 CONFIG = FederateConfig(batch_size=8, learning_rate=1e-3)
 DISTILL = DistillConfig(student=STUDENT, proxy_epochs=8)
-RESULTS = Path("docs/results")
+RESULTS = paths.ROOT / "docs" / "results"
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 

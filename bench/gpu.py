@@ -4,11 +4,13 @@ Each part is timed, and one that does not fit into the minutes that are left is 
 that fails is named with its error, and the others go on. `--device cpu` runs the same parts on a CPU.
 """
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ from bench import measure, rounds, teachers
 from fmfl import augment, capture, config, metrics, models, prompts, runs, seeds, train
 from fmfl.federate import aggregate
 from fmfl.states import State
-from fmfl.study import execute, grid, stages
+from fmfl.study import execute, grid, outputs, stages
 
 Row = dict[str, Any]
 
@@ -66,20 +68,21 @@ def bare_step(bench: Bench, student: str, batch: int) -> tuple[Callable[[int], N
     images, masks, _ = augment.apply(cohort.images, cohort.masks, drawn)
     images = images.contiguous(memory_format=torch.channels_last)
 
+    network = weakref.proxy(model)  # as in `train`: else a recording would keep its model, and peaks add up
+
     def step(images: Tensor, masks: Tensor) -> Tensor:
-        rounds.bare_step(model, optimizer, images, masks, bench.precision)
+        rounds.bare_step(network, optimizer, images, masks, bench.precision)
         return images
 
-    resident = capture.resident(model, bench.device)
-
     def recorded(number: int) -> None:
+        resident = capture.resident(model, bench.device)
         with resident.own_stream():
             for _ in range(number):
                 resident.step(("bare",), step, images, masks)
 
     def launched(number: int) -> None:
         for _ in range(number):
-            step(images, masks)
+            rounds.bare_step(model, optimizer, images, masks, bench.precision)
 
     return (recorded if capture.usable(bench.device) else launched), launched
 
@@ -268,6 +271,8 @@ def run(
         "students": students,
         "scale": scale,
     }
+    card = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
+    file = out / f"{'-'.join(['gpu', *card.lower().replace('/', ' ').split()])}.json"
     left_out: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(where, size, pairs, precision, data, scale, Path(folder))
@@ -280,14 +285,15 @@ def run(
             try:
                 part()
             except subprocess.CalledProcessError as error:
-                left_out[name] = (error.stderr or str(error)).strip().splitlines()[-1]
+                left_out[name] = ((error.stderr or "").strip() or str(error)).splitlines()[-1]
             except Exception as error:  # the other parts are worth having
                 left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"{name}: {time.monotonic() - begun:.0f} s", left_out.get(name, ""), flush=True)
+            # A machine's own time limit may end the command before its last part.
+            so_far = {"bench": "gpu", "settings": settings, "rows": bench.rows, **bench.single}
+            outputs.write_text(file, json.dumps(so_far | {"left out": left_out}, indent=1) + "\n")
     bench.single |= {"left out": left_out, "seconds": round(time.monotonic() - started)}
-    card = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
-    name = "-".join(["gpu", *card.lower().replace("/", " ").split()])
-    measure.report("gpu", settings, bench.rows, bench.single, out / f"{name}.json")
+    measure.report("gpu", settings, bench.rows, bench.single, file)
 
 
 if __name__ == "__main__":  # for a machine without the other benchmarks' packages

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ class Resident:
         stream: of all the model's steps; recording needs one that is not the default.
         steps: the function's parts and the batch's shapes to a step; the latest used come last.
         kept: all else: the optimizer, the weights of a proximal term.
+        recordable: False once a step could not be recorded; the steps after it are not tried.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,6 +78,7 @@ class Resident:
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.steps: dict[tuple, Step] = {}
         self.kept: dict[Any, Any] = {}
+        self.recordable = True
 
     def step(self, parts: tuple, function: Function, *inputs: Tensor) -> Tensor:
         """Take a step by the recording of the same function, or begin one.
@@ -87,7 +89,7 @@ class Resident:
             function: takes the inputs.
         """
         key = (*map(id, parts), *(value.shape for value in inputs))
-        step = self.steps.pop(key, None) or Step(function, inputs, partial(record, resident=self))
+        step = self.steps.pop(key, None) or Step(function, inputs, _recorder(self))
         self.steps[key] = step
         if len(self.steps) > MAX_RECORDINGS:
             del self.steps[next(iter(self.steps))]
@@ -101,17 +103,27 @@ class Resident:
             return
         outside = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(outside)
-        with torch.cuda.stream(self.stream):
-            yield
-        outside.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:  # also after Ctrl-C: steps that are under way would change weights that are loaded next
+            outside.wait_stream(self.stream)
+
+
+def _recorder(resident: Resident) -> Callable[..., Callable[[], Tensor]]:
+    """Return `record` for a model's steps; it does not keep the model's memory alive."""
+    held = ref(resident)
+    return lambda function, buffers: record(function, buffers, resident=held())
 
 
 def record(function: Function, buffers: list[Tensor], resident: Resident) -> Callable[[], Tensor]:
     """Record a function of buffers as a CUDA graph, and return what replays it.
 
     Where it cannot be recorded, for example because it waits for the device, a warning says so and the
-    function is called as it is.
+    function is called as it is. So are the model's later functions: none of them is tried.
     """
+    if not resident.recordable:
+        return partial(function, *buffers)
     try:
         graph = torch.cuda.CUDAGraph()
         # One at a time: other threads may train on other devices meanwhile, and allocate memory there.
@@ -123,7 +135,8 @@ def record(function: Function, buffers: list[Tensor], resident: Resident) -> Cal
         ):
             result = function(*buffers)
     except Exception as error:  # what a model's kernels raise is not known beforehand
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        resident.recordable = False
+        reason = _first_cause(error)
         warnings.warn(
             f"a training step cannot be recorded as a CUDA graph, so its kernels are launched one by one, "
             f"which is slower ({reason})",
@@ -136,6 +149,13 @@ def record(function: Function, buffers: list[Tensor], resident: Resident) -> Cal
         return result
 
     return replay
+
+
+def _first_cause(error: BaseException) -> str:
+    """Return the first line of the error that came first: the end of a broken recording raises another."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 _residents: WeakKeyDictionary[nn.Module, Resident] = WeakKeyDictionary()

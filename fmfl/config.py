@@ -113,7 +113,12 @@ class TeacherConfig:
 class DistillConfig:
     """Training of the informed initial states on the proxy set (Eq. 4 and 5)."""
 
-    student: str = param("mobile_unet", "the student's network, see fmfl/models.py", paper="unet", by="2345F")
+    student: str = param(
+        "mobile_unet",
+        "network: tiny_unet, mobile_unet, resnet18_unet, resnet34_unet, unet",
+        paper="unet",
+        by="2345F",
+    )
     labelled: float = param(
         1.0, "fraction (<= 1) or number of proxy masks that are used, else the teacher's", 0
     )

@@ -171,7 +171,7 @@ def _surface_scores(predicted: Tensor, masks: Tensor) -> Tensor:
     return torch.from_numpy(scores).float()
 
 
-#: Pairs of points whose distances are in memory at once, 4 bytes each.
+#: Pairs of points whose distances are in memory at once, 12 bytes each while they are squared.
 _PAIRS = 2**26
 
 

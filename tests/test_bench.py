@@ -1,16 +1,19 @@
 """The benchmarks at sizes that take no time: both sides do the same work, and the result can be read."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
+from functools import partial
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import kills, memory, scale
+from bench import gpu, kills, memory, scale
 from bench.__main__ import app
-from fmfl import paths
+from fmfl import capture, models, paths
 
 
 def result(*arguments: str) -> dict:
@@ -47,6 +50,38 @@ def test_gpu_measures_what_fits_and_names_what_does_not(tmp_path):
     assert json.loads((tmp_path / "gpu-cpu.json").read_text()) == found
     found = result("gpu", *small, "--minutes", 0, "--out", tmp_path)
     assert found["rows"] == [] and "0.0 minutes were left" in found["left out"]["tiny_unet, batch 4"]
+
+
+def test_gpu_keeps_what_it_has_measured_when_it_is_ended_early(tmp_path, monkeypatch):
+    """A machine that is lent for minutes ends the command, with the last part under way."""
+
+    def ended():
+        raise KeyboardInterrupt
+
+    def parts(bench):
+        yield "one", 0.0, lambda: bench.single.update(one=1.5)
+        yield "two", 0.0, ended
+
+    monkeypatch.setattr(gpu, "parts_of", parts)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run(device="cpu", out=tmp_path)
+    assert json.loads((tmp_path / "gpu-cpu.json").read_text())["one"] == 1.5
+
+
+def test_gpus_recorded_steps_let_their_model_go(tmp_path, monkeypatch):
+    """Else the memory of all students before counts in the peak of the next."""
+    monkeypatch.setattr(capture, "usable", lambda device: True)
+    monkeypatch.setattr(capture, "record", lambda function, buffers, resident: partial(function, *buffers))
+    bench = gpu.Bench(torch.device("cpu"), 32, [], "float32", "phantom", 1.0, tmp_path)
+    built, build = [], models.build
+    monkeypatch.setattr(models, "build", lambda *a, **k: built.append(build(*a, **k)) or built[-1])
+    recorded, launched = gpu.bare_step(bench, "tiny_unet", 2)
+    recorded(capture.EAGER_STEPS + 2)
+    launched(1)
+    gone = weakref.ref(built.pop())
+    del recorded, launched
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_benchmark_without_its_package_is_named_and_the_others_are_there():

@@ -4,6 +4,7 @@ A CUDA graph reads and writes the addresses that it was recorded with. A CPU has
 is stood in for by the call itself, which checks at each replay that every address is still the same.
 """
 
+import contextlib
 import gc
 import weakref
 from dataclasses import replace
@@ -67,6 +68,7 @@ def recordings(monkeypatch):
     def record(function, buffers, resident):
         # Held weakly, as a graph holds memory and no model.
         model = weakref.proxy(next(model for model, own in capture._residents.items() if own is resident))
+        resident = weakref.proxy(resident)
         before = addresses(model, resident, *buffers)
         made.append(len(buffers[0]))
 
@@ -202,6 +204,68 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once():
     assert warned == [0, 0, 0, 1, 0, 0]
 
 
+def test_a_model_whose_step_cannot_be_recorded_is_not_tried_again_for_another_batch_size():
+    """An attempt waits for the device; and after a broken one PyTorch's memory pool takes no other."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    resident = capture.Resident(torch.device(device))
+
+    def steps(size: int) -> None:
+        for _ in range(capture.EAGER_STEPS + 2):
+            ones = torch.ones(size, device=device)
+            assert resident.step(("a step",), lambda x: x * x.sum().item(), ones).tolist() == [size] * size
+
+    with pytest.warns() as given:
+        steps(3)
+    assert len(given) == 1
+    with _no_warning():
+        steps(4)
+
+
+def test_the_sentence_has_the_first_error_not_that_of_the_broken_recording(monkeypatch):
+    """CUDA's end of a recording that has failed raises an error of its own, which names no cause."""
+
+    class Broken:
+        def __init__(self, *arguments, **options):
+            pass
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", Broken)
+
+    def function(value):
+        raise RuntimeError("this operation waits for the device\nhint: none")
+
+    with pytest.warns(UserWarning, match=r"this operation waits for the device\)$"):
+        capture.record(function, [torch.zeros(1)], capture.Resident(CPU))
+
+
+def test_work_after_a_training_that_was_interrupted_waits_for_its_steps(monkeypatch):
+    """After Ctrl-C a notebook loads weights while replays are still queued on the model's stream."""
+    order = []
+
+    class Stream:
+        device = torch.device("cuda")
+
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            order.append((self.name, other.name))
+
+    resident = capture.Resident(CPU)
+    resident.stream, outside = Stream("own"), Stream("outside")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: outside)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    with pytest.raises(KeyboardInterrupt), resident.own_stream():
+        raise KeyboardInterrupt
+    assert order == [("own", "outside"), ("outside", "own")]
+
+
 class _no_warning:
     """A context in which a warning is an error."""
 
@@ -236,10 +300,15 @@ def test_what_stays_beside_a_model_goes_with_it(recordings):
         key=(0, 0, 1),
     )
     assert recordings == [2]
-    gone = weakref.ref(model)
-    del model
+    # Without the garbage collector, which does not know that a GPU's memory is short.
+    gone = [weakref.ref(model), weakref.ref(capture.resident(model, CPU))]
     gc.collect()
-    assert gone() is None
+    gc.disable()
+    try:
+        del model
+        assert [one() for one in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 @needs_gpu

@@ -7,8 +7,9 @@ import pytest
 import torch
 from made_sources import make_folder
 
-from fmfl import config, data, metrics, runs, train
+from fmfl import capture, config, data, metrics, runs, train
 from fmfl.data import Preview
+from fmfl.errors import UserError
 from fmfl.sources import contents
 from fmfl.study import cost, execute, grid, preflight, stages
 from fmfl.study.cost import Speed
@@ -141,6 +142,7 @@ def test_the_work_is_what_the_notebooks_do(tmp_path, monkeypatch, given):
         work = {name: getattr(one, name) + getattr(rounds, name) for name in cost.Work._fields}
         clients = stages.partition(cohort, parts.federated, cell.cfg.federate)
         first_and_last = min(16, len(clients[0])) + min(32, len(clients[-1]))
+        first_and_last += 2 * sum(min(8, len(rows)) for rows in clients)  # two rounds in the piece
         by_hand = {"03_distill": 2 * len(parts.proxy), "04_federate": first_and_last}.get(cell.notebook, 0)
         assert work["images"] == pytest.approx(spy["trained"] - by_hand, abs=2), cell.key
         if cell.notebook == "05_analysis":  # losses around the starts are no predictions
@@ -197,6 +199,60 @@ def test_a_step_is_measured_in_bounded_time_however_long_it_is(tmp_path, monkeyp
     assert now[0] <= cost.MEASURED_SECONDS
     assert ((256, 16) in steps) == (whole_step < 1)
     assert (max(steps) == (64, 2)) == (whole_step > 30)
+
+
+def test_a_gpu_is_measured_by_recorded_steps_of_their_own_size(tmp_path, monkeypatch):
+    """A launch lasts 36 ms whatever the step's size, and the first step 3 s; a replay lasts 7 ms."""
+    replayed, now, taken = [], [0.0], Counter()
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(capture, "usable", lambda device: True)
+    monkeypatch.setattr(capture, "record", lambda function, buffers, resident: lambda: torch.zeros(()))
+
+    def fit(model, examples, loss, *, batch_size, **options):
+        for _ in range(len(examples) // batch_size):
+            recording = (id(examples.images), batch_size)  # as `train` knows it
+            taken[recording] += 1
+            first, eager = not replayed and not now[0], taken[recording] <= capture.EAGER_STEPS
+            now[0] += 3.0 if first else 0.036 if eager else 0.5 if taken[recording] == 4 else 0.007
+            replayed.append((examples.images.shape[-1], batch_size))
+
+    monkeypatch.setattr(train, "fit", fit)
+    images = torch.zeros(4, 1, 256, 256, dtype=torch.uint8)
+    step = cost._one_training(small(tmp_path, size=256, batch_size=16), images, images)
+    assert step == pytest.approx(0.007)
+    assert set(replayed) == {(256, 16)}
+
+
+def test_a_gpu_is_measured_in_a_process_that_ends_where_kernels_will_need_it(tmp_path, monkeypatch):
+    """The process of the study would keep what it takes of the GPU. Here a CPU stands in for one."""
+    cfg, look = small(tmp_path), data.preview("phantom", 32, num_phantoms=60)
+    monkeypatch.setattr(capture, "usable", lambda device: True)
+    monkeypatch.setattr(cost, "measure", lambda cfg, look, imports: SPEED)
+    assert cost._measured(cfg, look, 3.0, plain=True) == SPEED
+    speed = cost._measured(cfg, look, 3.0, plain=False)
+    assert isinstance(speed, Speed) and speed != SPEED and speed.imports == 3
+    assert all(value > 0 for value in speed)
+    monkeypatch.setattr(cost, "MEASURE", "raise RuntimeError('all GPUs are busy or unavailable')")
+    with pytest.raises(UserError, match=r"cannot be measured \(RuntimeError: all GPUs are busy"):
+        cost._measured(cfg, look, 3.0, plain=False)
+
+
+def test_a_gpus_first_answer_of_the_teacher_does_not_count(tmp_path, monkeypatch):
+    """It loads kernels for seconds; then an image takes 10 ms and a set of boxes 2."""
+    now = [0.0]
+
+    class Teacher:
+        def answers(self, images, boxes):
+            now[0] += 3.0 if not now[0] else len(images) * (0.010 + 0.002 * len(boxes))
+            return [torch.zeros(())]
+
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(capture, "usable", lambda device: True)
+    monkeypatch.setattr(stages, "load_teacher", lambda cfg: Teacher())
+    images = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)
+    masks = torch.zeros_like(images)
+    masks[..., 8:24, 8:24] = 1
+    assert cost._teacher_seconds(small(tmp_path), images, masks) == pytest.approx((0.010, 0.002))
 
 
 def test_this_machine_has_a_speed(tmp_path):

@@ -131,6 +131,14 @@ def test_a_limit_before_anything_is_finished_is_a_mistake(tmp_path, notebooks):
     assert not isinstance(caught.value, OutOfTime)
 
 
+def test_a_checkpoint_that_another_process_replaces_just_now_is_no_error(tmp_path):
+    """Its name leads nowhere between the two renamings of `states.write_state`; so does this link."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "there.safetensors").write_text("a round")
+    (tmp_path / "weights" / "away.safetensors").symlink_to(tmp_path / "nowhere")
+    assert [file.stem for file in grid._finished_files(plan(tmp_path))] == ["there"]
+
+
 # ------------------------------------------------------------------------------------------ some notebooks
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from fmfl import models, states
+from fmfl import config, models, states
 from fmfl.errors import UserError
 from fmfl.unet import UNet
 
@@ -302,3 +302,7 @@ def test_weights_that_do_not_fit_are_one_sentence(tmp_path):
         models.load_weights(models.build("tiny_unet"), tmp_path / "nowhere.pth")
     with pytest.raises(UserError, match="no published encoder"):
         models.load_weights(models.build("unet"), tmp_path / "missing.safetensors", encoder_only=True)
+
+
+def test_the_parameter_lists_the_students():
+    assert config.PARAMETERS["student"].meaning == f"network: {', '.join(models.STUDENTS)}"

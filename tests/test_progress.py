@@ -53,6 +53,27 @@ def test_a_cell_moves_by_the_clock_and_stays_below_its_end(cells, clock, checkpo
     assert watch.done() == 10
 
 
+def test_a_look_while_a_cell_ends_is_no_error(cells, clock, checkpoints):
+    """The bar's thread looks at any moment: here a cell runs at the first look and has ended at the next."""
+
+    class Ending(Watch):
+        @property
+        def running(self):
+            now, self.next = self.next, None
+            return now
+
+        @running.setter
+        def running(self, value):
+            self.next = value
+
+    watch = Ending(cells, COSTS)
+    watch.begin(cells[1])
+    assert watch.title() == "2 of 5: 02_teacher"
+    watch.begin(cells[1])
+    clock[0] += 4
+    assert watch._within(cells[1], COSTS["02_teacher"]) == pytest.approx(4)
+
+
 def test_rounds_move_by_their_checkpoints_also_those_of_another_process(cells, clock, checkpoints):
     watch = Watch(cells, COSTS)
     checkpoints["federated-iid-fm-seed0"] = 5  # 5 of 20 rounds

@@ -6,6 +6,7 @@ notebook. A step that would take too long is measured on fewer and smaller image
 """
 
 import math
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmfl import data, devices, metrics, models, parallel, prompts, states, train
+from fmfl import capture, data, devices, metrics, models, parallel, prompts, states, train
 from fmfl.config import Settings, split_list
 from fmfl.data import Cohort, Preview
 from fmfl.errors import UserError
@@ -31,6 +32,9 @@ from fmfl.train import Examples
 
 #: Seconds that the steps of a student may take to be measured, and the smallest images for it.
 MEASURED_SECONDS, SMALLEST = 1.5, 64
+
+#: Recorded steps that are timed on a GPU.
+REPLAYS = 8
 
 #: A forward pass over a training step: backward costs about twice as much as forward.
 FORWARD = 1 / 3
@@ -45,6 +49,12 @@ KERNEL = 1.6
 IMPORTS = (
     "import ipykernel, fmfl.study.report, fmfl.study.stages, fmfl.analysis.plots, matplotlib.pyplot;"
     "fmfl.models.build({student!r})"
+)
+
+#: Measurement in a process of its own; the file holds what is given, then the speed.
+MEASURE = (
+    "import pathlib, pickle, sys; from fmfl.study import cost; file = pathlib.Path(sys.argv[1]);"
+    "file.write_bytes(pickle.dumps(cost.measure(*pickle.loads(file.read_bytes()))))"
 )
 
 #: Sets of boxes that 02_teacher prompts with, by rules and by distances, and images that it encodes for them.
@@ -193,7 +203,7 @@ def of_cells(
         how = (cfg.data.size, cfg.distill.student, cfg.teacher, cfg.run, cfg.federate.batch_norm)
         how = (*how, cfg.federate.batch_size, cfg.federate.augmentation)
         if how not in speeds:
-            speeds[how] = measure(cfg, look, imports.result())
+            speeds[how] = _measured(cfg, look, imports.result(), plain)
         speed, parts = speeds[how], stages.holdout(cfg, cohort)
         work, rounds = work_of(cell, parts, speed.cores), _of_rounds(cell, parts)
         own = speed.imports * (DRAWING[cell.notebook] + (0 if plain else KERNEL))
@@ -263,8 +273,11 @@ def _idle(trainings: int, cores: int) -> int:
 
 def _of_steps_by_hand(cell: Cell, parts: Holdout, cores: int) -> Work:
     """Count the few images on which 04_federate takes Eq. 2 and 3 by hand, on one core."""
-    last = 16 + 8 * (cell.cfg.federate.num_clients - 1)
-    return Work(alone=cores * min(2 * 16 + last, 3 * len(parts.federated)))
+    clients, images = cell.cfg.federate.num_clients, len(parts.federated)
+    by_hand = 2 * 16 + 16 + 8 * (clients - 1)
+    piece = 2 * 8 * clients  # two rounds of few images, shown round by round
+    looks = 6 * min(8, len(parts.test))  # three states, each for its Dice and for its picture
+    return Work(alone=cores * (min(by_hand, 3 * images) + min(piece, 2 * images)), predicted=looks)
 
 
 def _of_rounds(cell: Cell, parts: Holdout) -> Work:
@@ -326,6 +339,27 @@ def measure(cfg: Settings, look: Preview, imports: float) -> Speed:
     )
 
 
+def _measured(cfg: Settings, look: Preview, imports: float, plain: bool) -> Speed:
+    """Measure the machine, and a GPU for kernels in a process that ends.
+
+    What this process takes of a GPU it keeps, and a cluster's GPU may be set to admit one process alone.
+
+    Raises:
+        UserError: the GPU cannot be measured.
+    """
+    if plain or not capture.usable(devices.device_of(cfg.run)):
+        return measure(cfg, look, imports)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "measured"
+        file.write_bytes(pickle.dumps((cfg, look, imports)))
+        code = [sys.executable, "-c", MEASURE, str(file)]
+        ended = subprocess.run(code, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            reason = (ended.stderr.strip() or f"exit code {ended.returncode}").splitlines()[-1]
+            raise UserError(f"the GPU cannot be measured ({reason}): free it, or run with --no-progress")
+        return pickle.loads(file.read_bytes())
+
+
 def _pictures(look: Preview, size: int) -> tuple[Tensor, Tensor]:
     """Return the images of a look with their masks; synthetic ones where none of them could be decoded."""
     if len(look.images):
@@ -361,6 +395,8 @@ def _teacher_seconds(cfg: Settings, images: Tensor, masks: Tensor) -> tuple[floa
 
         return _timed(answers)[0] / min(number, len(images))
 
+    if capture.usable(images.device):
+        ask(1, 1)  # the first answer of all loads kernels, for seconds
     if (once := ask(1, 1)) > MEASURED_SECONDS / 3:
         return once, 0.0
     one, four = ask(4, 1), ask(4, 4)
@@ -377,7 +413,8 @@ def _step_seconds(cfg: Settings, images: Tensor, masks: Tensor, cores: int) -> f
 def _one_training(cfg: Settings, images: Tensor, masks: Tensor) -> float:
     """Return the seconds of one step of the run's student at its own size and batch.
 
-    A first step has two images of a small size. It tells the largest step that is short enough to be timed.
+    A GPU takes whole steps at once: its small ones last as long as a launch, whatever their size. On a CPU a
+    first step has two images of a small size. It tells the largest step that is short enough to be timed.
     The optimizer's part does not grow with the images, so it is timed apart.
     """
     size, batch, until = cfg.data.size, cfg.federate.batch_size, time.perf_counter() + MEASURED_SECONDS
@@ -395,6 +432,9 @@ def _one_training(cfg: Settings, images: Tensor, masks: Tensor) -> float:
         step = seconds(side, number, steps)
         return max(step - update, step / 10) / (number * side**2)
 
+    if capture.usable(images.device):
+        seconds(size, batch, capture.EAGER_STEPS + 1)  # launched one by one, then recorded
+        return seconds(size, batch, REPLAYS)
     ladder, update = _ladder(size, batch), 0.0
     of_a_pixel(*ladder[0])  # the first step of all is slow
     update = _timed(optimizer.step)[0]

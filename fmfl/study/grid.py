@@ -227,8 +227,12 @@ def _told_what_is_left(cells: list[Cell], keys: dict[str, str], locks: CellLocks
 def _finished_files(cells: list[Cell]) -> dict[Path, int]:
     """Return when each checkpoint, start and record of a finished cell was written."""
     files = {file for cell in cells for file in (cell.cfg.run_dir / "weights").glob("*.safetensors")}
-    files |= {cell.marker for cell in cells if cell.marker.exists()}
-    return {file: file.stat().st_mtime_ns for file in files}
+    times: dict[Path, int] = {}
+    for file in files | {cell.marker for cell in cells}:
+        # A checkpoint has no file for a moment while another process replaces it.
+        with contextlib.suppress(FileNotFoundError):
+            times[file] = file.stat().st_mtime_ns
+    return times
 
 
 @contextlib.contextmanager

@@ -70,7 +70,8 @@ class Watch:
 
     def title(self) -> str:
         """Name the notebook that runs, and its number in the plan."""
-        name = self.running.cell.key if self.running else "waiting for another process"
+        running = self.running  # read once: the bar's thread looks while a cell ends
+        name = running.cell.key if running else "waiting for another process"
         number = min(len(self.finished) + 1, len(self.cells))
         return f"{number} of {len(self.cells)}: {name}" if len(self.finished) < len(self.cells) else "study"
 
@@ -86,9 +87,10 @@ class Watch:
     def _within(self, cell: Cell, cost: Cost) -> float:
         """Estimated seconds of what is done in a cell that is not finished."""
         rounds = cost.rounds * rounds_done(cell) / cell.rounds if cell.rounds else 0.0
-        if self.running is None or self.running.cell is not cell:
+        running = self.running
+        if running is None or running.cell is not cell:
             return rounds
-        gone = (time.monotonic() - self.running.since) / self.pace
+        gone = (time.monotonic() - running.since) / self.pace
         return rounds + min(gone, ALMOST * (cost.seconds - cost.rounds))
 
 

@@ -1,0 +1,130 @@
+"""Experiments: who holds what, steps and rates by hand, and rounds equal to a loop of another hand."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from bench import experiment_tables, experiments, independent
+from bench.experiments import Setting, Trial
+from fmfl import data, models, states
+from fmfl.split import Holdout
+from fmfl.train import Examples
+
+
+@pytest.fixture(scope="module")
+def cohort():
+    return data.load("phantom", size=32, num_phantoms=40, progress=False)
+
+
+@pytest.fixture(scope="module")
+def setting(cohort):
+    parts = Holdout(torch.arange(8), torch.arange(8, 14), torch.arange(14, 34))
+    logits = torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    proxy = Examples(cohort.images, cohort.masks, parts.proxy, teacher_logits=logits)
+    return Setting(cohort, parts, proxy, list(parts.federated.split([10, 7, 3])))
+
+
+def test_a_balanced_deal_has_as_many_adults_as_children_and_no_patient_twice():
+    """A made table: 30 adults with two images, 90 children with one, 10 people of unknown age with three."""
+    ages = np.repeat([40.0, 3.0, np.nan], [60, 90, 30])
+    patients = [*np.repeat(range(30), 2), *range(30, 120), *np.repeat(range(120, 130), 3)]
+    table = pd.DataFrame({"patient_id": [f"p{number}" for number in patients], "age": ages})
+    cohort = type("Cohort", (), {"table": table})
+    parts = experiments.balanced_parts(cohort, test_patients=10, proxy=20)
+    rows = {name: table.iloc[part.tolist()] for name, part in parts._asdict().items()}
+    assert {name: ((part.age >= 18).sum(), (part.age < 18).sum()) for name, part in rows.items()} == {
+        "proxy": (0, 20),
+        "test": (20, 20),
+        "federated": (40, 40),
+    }
+    assert rows["proxy"].age.isna().sum() == 30
+    seen = [set(part.patient_id) for part in rows.values()]
+    assert sum(map(len, seen)) == len(set.union(*seen))
+
+
+@pytest.mark.parametrize("arm", ["federated", "centralised"])
+def test_rounds_are_those_of_the_loop_that_imports_nothing(setting, arm):
+    trial = Trial("age", arm, "random", seed=1, rounds=2)
+    start = models.copy_state(models.build("tiny_unet", seed=1))
+    ours = [state for (state,) in experiments.states_by_round(trial, setting, start)]
+    other = independent.Setting(setting.cohort, setting.parts, setting.clients, None)
+    if arm == "federated":
+        theirs = [theta for theta, _ in independent.federated_rounds(other, start, seed=1, rounds=2)]
+    else:
+        everything = setting.parts.federated
+        theirs = independent.alone_rounds(other, start, everything, independent.POOLED, seed=1, rounds=2)
+    digests = [states.state_digest(state) for state in ours]
+    assert digests == [states.state_digest(state) for state in (start, *theirs)]
+
+
+def test_a_cosine_begins_at_the_rate_and_is_halved_in_the_middle():
+    trial = Trial("age", "federated", "fm", 0, rounds=60, schedule="cosine")
+    assert experiments.learning_rate(trial, 1) == experiments.CONFIG.learning_rate
+    assert experiments.learning_rate(trial, 31) == pytest.approx(experiments.CONFIG.learning_rate / 2)
+    rates = [experiments.learning_rate(trial, number) for number in range(1, 61)]
+    assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < 1e-6
+    assert experiments.learning_rate(replace_schedule(trial), 60) == experiments.CONFIG.learning_rate
+
+
+def replace_schedule(trial: Trial) -> Trial:
+    return trial._replace(schedule="constant")
+
+
+def test_equal_steps_give_small_clients_more_epochs(setting):
+    """90, 30 and 10 images: the mean is 43.3, so 1, 1 and 4 epochs of them."""
+    clients = [torch.arange(number) for number in (90, 30, 10)]
+    trial = Trial("quantity", "federated", "random", 0)
+    assert experiments.local_epochs(trial, clients) == [1, 1, 1]
+    assert experiments.local_epochs(trial._replace(equal_steps=True), clients) == [1, 1, 4]
+    seen = experiments.images_by_round(trial._replace(equal_steps=True), replace(setting, clients=clients), 7)
+    assert seen[:3] == [7, 7 + 90 + 30 + 40, 7 + 2 * 160]
+
+
+@pytest.mark.parametrize("name", experiments.PLANS)
+def test_a_committed_page_has_the_tables_of_its_files(tmp_path, name):
+    folder = experiments.RESULTS / name
+    if not (folder / "README.md").exists():
+        pytest.skip("not committed yet")
+    shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("runs"))
+    experiment_tables.page(tmp_path / name)
+    assert (tmp_path / name / "README.md").read_text() == (folder / "README.md").read_text()
+
+
+def test_names_of_trials_are_their_own():
+    for name, plan in experiments.PLANS.items():
+        names = [trial.name for trial in plan()]
+        assert len(set(names)) == len(names) > 0, name
+        assert all(trial.deal in experiments.DEALS for trial in plan())
+
+
+def test_tables_tell_the_difference_that_was_put_in(tmp_path):
+    """Dice made by hand: fm is 2 points above random on each of 25 patients under age, 1 under IID."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0.8, 0.9, 25)
+    for deal, gain in (("balanced_age", 0.02), ("balanced_iid", 0.01)):
+        for init in ("random", "fm"):
+            for seed in range(3):
+                dice = base + gain * (init == "fm") + rng.normal(0, 1e-3, 25)
+                trial = Trial(deal, "federated", init, seed, rounds=1)
+                about = {"images": [f"i{k}" for k in range(25)], "patients": [f"p{k}" for k in range(25)]}
+                about |= {"ages": [40.0] * 25, "dice": [(0 * dice).tolist(), dice.tolist()]}
+                content = trial._asdict() | about | {"images_seen": [0, 10]}
+                (runs / f"{trial.name}.json").write_text(json.dumps(content))
+    experiment_tables.write("skew", runs, tmp_path)
+    table = pd.read_csv(tmp_path / "differences.csv").set_index("difference")
+    row = table.loc["foundation model less random, age"]
+    assert row.value == pytest.approx(2, abs=0.1) and row.low < 2 < row.high and row.reading == "higher"
+    loss = table.loc["loss of random less loss of foundation model, age"]
+    assert loss.value == pytest.approx(1, abs=0.1)
+    assert set(pd.read_csv(tmp_path / "means.csv").split) == {"balanced_age", "balanced_iid"}
+    assert (tmp_path / "skew.png").stat().st_size > 10_000
+    (tmp_path / "README.md").write_text("<!-- means: begin -->\n<!-- means: end -->\n")
+    experiment_tables.page(tmp_path)
+    assert "| balanced_age | federated | foundation model |" in (tmp_path / "README.md").read_text()
