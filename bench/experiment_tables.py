@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench import lessons
 from fmfl.analysis import markdown, plots, statistics, words
 
 INITS = ("random", "pretraining", "fm")
@@ -38,6 +39,10 @@ def setting_name(trial: dict) -> str:
     """Name all that the trials of a cell share: the deal, local epochs, schedule and steps."""
     parts = [trial["deal"], f"E={trial['epochs']}" * (trial["epochs"] > 1)]
     parts += [trial["schedule"] * (trial["schedule"] != "constant"), "equal steps" * trial["equal_steps"]]
+    if trial.get("alpha"):
+        parts.append("teacher stays")
+    if trial.get("lesson"):
+        parts = [trial["lesson"], f"{trial['labelled'] or 'all'} masks"]
     return ", ".join(filter(None, parts))
 
 
@@ -117,6 +122,12 @@ def of_budgets() -> Iterator[Contrast]:
     for init in INITS[1:]:
         one, other = ("centralised", init, "age"), ("centralised", "random", "age")
         yield difference(f"centralised from {words.INITS[init]} less centralised from random", one, other)
+    for init in ("random", "fm"):
+        one, other = ("federated", init, "age, teacher stays"), ("federated", init, "age")
+        yield difference(f"{words.INITS[init]}: teacher stays less teacher at the start alone", one, other)
+    yield difference(
+        "random, teacher stays, less foundation model", ("federated", "random", "age, teacher stays"), fm
+    )
     for init in INITS:
         one, other = ("federated", init, "quantity, equal steps"), ("federated", init, "quantity")
         yield difference(f"{words.INITS[init]}, quantity skew: equal steps less equal epochs", one, other)
@@ -140,7 +151,30 @@ def of_plateau() -> Iterator[Contrast]:
                 )
 
 
-CONTRASTS = {"skew": of_skew, "budgets": of_budgets, "plateau": of_plateau}
+def of_taught() -> Iterator[Contrast]:
+    """A teacher's student less pre-training on the proxy images' masks, and on its teacher's as well."""
+    for number, when in ((0, "before any round"), (-1, "after two rounds")):
+        for budget in ("10 masks", "30 masks", "100 masks", "all masks"):
+            cells = {
+                name: ("federated", lessons.init_of(name), f"{name}, {budget}") for name in lessons.NAMES
+            }
+            about = f"{budget}, {when}"
+            yield difference(
+                f"shipped teacher less own masks, {about}", cells["shipped"], cells["own_masks"], round=number
+            )
+            yield difference(
+                f"shipped teacher less its corpus's masks, {about}",
+                cells["shipped"],
+                cells["corpus_masks"],
+                round=number,
+            )
+            for name in lessons.NAMES[3:] if number == 0 else ():
+                yield difference(
+                    f"teacher {name} less own masks, {about}", cells[name], cells["own_masks"], round=0
+                )
+
+
+CONTRASTS = {"skew": of_skew, "budgets": of_budgets, "plateau": of_plateau, "taught": of_taught}
 
 
 def differences(name: str, scores: pd.DataFrame) -> pd.DataFrame:

@@ -2,8 +2,9 @@
 
     skew      as many adults as children, dealt by age, by site or as IID: does a skew that bites cost a
               random start more than an informed one?
-    budgets   the images and steps that an informed start has cost, given to the others
+    budgets   the images, steps and the teacher that an informed start has cost, given to the others
     plateau   60 rounds, constant and decaying learning rate: what is left of the differences at the end
+    taught    is a teacher worth more than the masks that it learned from, and how good must it be?
 
 `run NAME` trains what is missing, one JSON file a training, and can be stopped at any time; `tables NAME`
 writes what is finished. The rounds are
@@ -24,8 +25,9 @@ import torch
 import typer
 from torch import Tensor
 
-from bench import experiment_tables
-from fmfl import data, distill, federate, metrics, models, paths, prompts, runs, seeds, split, teacher, train
+from bench import experiment_tables, lessons
+from bench.lessons import Lesson
+from fmfl import data, distill, federate, metrics, models, paths, runs, seeds, split, train
 from fmfl.config import DistillConfig, FederateConfig
 from fmfl.data import Cohort
 from fmfl.split import Holdout
@@ -53,6 +55,9 @@ class Trial(NamedTuple):
         rounds: number of rounds.
         schedule: of the learning rate over rounds: constant, or cosine, down to 0 after the last round.
         equal_steps: every client takes as many steps as the mean client, by its number of local epochs.
+        alpha: the teacher's share in the clients' loss, Eq. 5; 0: Eq. 2.
+        lesson: name in `lessons.NAMES`: what the start has learned from.
+        labelled: number of proxy images with a mask; None for all.
     """
 
     deal: str
@@ -63,12 +68,22 @@ class Trial(NamedTuple):
     rounds: int = 10
     schedule: str = "constant"
     equal_steps: bool = False
+    alpha: float = 0.0
+    lesson: str = ""
+    labelled: int | None = None
 
     @property
     def name(self) -> str:
         """Name of its file without suffix."""
         how = f"E{self.epochs}-{self.schedule}" + "-equal_steps" * self.equal_steps
-        return f"{self.deal}-{how}-{self.arm}-{self.init}-seed{self.seed}"
+        how += f"-alpha{self.alpha:g}" * bool(self.alpha)
+        return f"{self.deal}-{how}-{self.arm}-{self.start}-seed{self.seed}"
+
+    @property
+    def start(self) -> str:
+        """Name of its start, without the seed."""
+        masks = "all" if self.labelled is None else self.labelled
+        return self.init + f"-{self.lesson}-{masks}_masks" * bool(self.lesson)
 
 
 # ------------------------------------------------------------------------------------------ who holds what
@@ -152,12 +167,13 @@ def skew(number: int = 5) -> list[Trial]:
 
 
 def budgets(number: int = 3) -> list[Trial]:
-    """Random with the proxy images inside, centralised from each start and on all images, equal steps."""
+    """Random with the proxy images inside, the teacher in the rounds, centralised training, equal steps."""
     plan = []
     for seed in range(number):
         plan += [Trial("age", "federated", init, seed) for init in INITS]
         plan.append(Trial("age_with_proxy", "federated", "random", seed))
         plan.append(Trial("age_with_proxy", "centralised", "random", seed))
+        plan += [Trial("age", "federated", init, seed, alpha=0.5) for init in ("random", "fm")]
         plan += [Trial("age", "centralised", init, seed) for init in INITS]
         plan += [
             Trial("quantity", "federated", init, seed, equal_steps=equal)
@@ -178,7 +194,27 @@ def plateau(number: int = 8) -> list[Trial]:
     ]
 
 
-PLANS: dict[str, Callable[[], list[Trial]]] = {"skew": skew, "budgets": budgets, "plateau": plateau}
+def taught(number: int = 3) -> list[Trial]:
+    """Starts by each lesson, before and after two rounds; few masks and all of them come first."""
+    plan = []
+    for budgets_of, names in (((10, None), lessons.NAMES), ((30, 100), lessons.NAMES[:3])):
+        for seed in range(number):
+            plan += [
+                Trial(
+                    "age", "federated", lessons.init_of(name), seed, rounds=2, lesson=name, labelled=labelled
+                )
+                for name in names
+                for labelled in budgets_of
+            ]
+    return plan
+
+
+PLANS: dict[str, Callable[[], list[Trial]]] = {
+    "skew": skew,
+    "budgets": budgets,
+    "plateau": plateau,
+    "taught": taught,
+}
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -186,23 +222,41 @@ PLANS: dict[str, Callable[[], list[Trial]]] = {"skew": skew, "budgets": budgets,
 
 @dataclass(frozen=True)
 class Setting:
-    """Images of a trial, its proxy set with the teacher's logits, and its clients."""
+    """Images of a trial, its proxy set with the teacher's logits, and its clients.
+
+    Attributes:
+        lesson: the images that a start learns from.
+        clients: rows of each client's images.
+        answers: the teacher's logits of all images, [N, 1, H, W]; 0 where no client holds the image. None
+            where it does not stay in the rounds.
+    """
 
     cohort: Cohort
     parts: Holdout
-    proxy: Examples
+    lesson: Lesson
     clients: list[Tensor]
+    answers: Tensor | None = None
 
 
-def setting_of(cohort: Cohort, trial: Trial) -> Setting:
-    """Deal the images, and prompt the teacher with exact boxes on the proxy set (cached)."""
+def setting_of(cohort: Cohort, trial: Trial, material: lessons.Material | None = None) -> Setting:
+    """Deal the images, and make the lesson of the start; the teacher's answers are cached.
+
+    Args:
+        material: where a trial's lesson lies; none is needed where it has no name.
+    """
     find_parts, deal = DEALS[trial.deal]
     parts = find_parts(cohort)
-    images, masks = cohort.images[parts.proxy], cohort.masks[parts.proxy]
-    boxes = prompts.prompt(masks, "ground_truth", per_image="per_lung")
-    logits = teacher.cached_logits(teacher.load("builtin"), images, boxes, progress=False).logits
-    proxy = Examples(cohort.images, cohort.masks, parts.proxy, teacher_logits=logits)
-    return Setting(cohort, parts, proxy, deal(trial.seed, cohort, parts))
+    clients = deal(trial.seed, cohort, parts)
+    if trial.lesson:
+        lesson = lessons.named(trial.lesson, cohort, parts.proxy, trial.labelled, trial.seed, material)
+    else:
+        lesson = lessons.exact(cohort, parts.proxy)
+    answers = None
+    if trial.alpha:
+        held = torch.cat(clients).sort().values
+        answers = torch.zeros(cohort.images.shape)
+        answers[held] = lessons.exact(cohort, held).examples.teacher_logits
+    return Setting(cohort, parts, lesson, clients, answers)
 
 
 def learning_rate(trial: Trial, number: int) -> float:
@@ -226,13 +280,15 @@ def rounds_of(trial: Trial, setting: Setting, start: State, clients: dict[int, T
     model = models.build(STUDENT)
     cfg = runs.own_settings(CONFIG, trial.arm)
     epochs = dict(zip(clients, local_epochs(trial, list(clients.values())), strict=True))
+    loss = distill.eq5(trial.alpha, DISTILL) if trial.alpha else None
     for number in range(1, trial.rounds + 1):
         updates = []
         for k, rows in clients.items():
             how = replace(cfg, local_epochs=epochs[k], learning_rate=learning_rate(trial, number))
-            examples = Examples(cohort.images, cohort.masks, rows)
-            key = (trial.seed, k, number)
-            updates.append(federate.train_client(model, theta, examples, how, key=key, memory=memory.get(k)))
+            answers = None if setting.answers is None else setting.answers[rows]
+            examples = Examples(cohort.images, cohort.masks, rows, answers)
+            how_to_train = dict(key=(trial.seed, k, number), memory=memory.get(k), loss=loss)
+            updates.append(federate.train_client(model, theta, examples, how, **how_to_train))
             memory[k] = updates[-1].memory
         theta = federate.aggregate(updates)
         yield theta
@@ -267,15 +323,15 @@ def images_by_round(trial: Trial, setting: Setting, start_images: int) -> list[i
 
 def train_trial(trial: Trial, setting: Setting, starts: Path) -> dict[str, Any]:
     """Train and score one trial: Dice by round and test image."""
-    parts_name = DEALS[trial.deal][0].__name__
+    parts_name, lesson = DEALS[trial.deal][0].__name__, setting.lesson
     start = distill.initial_state(
         trial.init,
-        setting.proxy,
-        DISTILL,
+        lesson.examples,
+        replace(DISTILL, proxy_epochs=lesson.epochs(DISTILL.proxy_epochs)),
         batch_size=CONFIG.batch_size,
         seed=trial.seed,
-        file=starts / f"{parts_name}-{trial.init}-seed{trial.seed}.safetensors",
-        teacher_key="builtin, ground_truth, per_lung",
+        file=starts / f"{parts_name}-{trial.start}-seed{trial.seed}.safetensors",
+        teacher_key=lesson.key,
     )
     judge, test = models.build(STUDENT), setting.parts.test
     dice = []
@@ -285,7 +341,9 @@ def train_trial(trial: Trial, setting: Setting, starts: Path) -> dict[str, Any]:
     rows = setting.cohort.table.iloc[test.tolist()]
     return trial._asdict() | {
         "data": setting.cohort.fingerprint,
-        "proxy": len(setting.proxy),
+        "proxy": lesson.num_proxy,
+        "teacher_dice": lesson.teacher_dice,
+        "teacher": lesson.key,
         "clients": [len(rows) for rows in setting.clients],
         "images_seen": images_by_round(trial, setting, start.fit.images_seen),
         "images": rows.image_id.tolist(),
@@ -301,23 +359,30 @@ def run_all(
     sources: str = "v7_covid,v7_guangzhou",
     folder: Path | None = None,
     starts: Path = Path("runs/experiments"),
+    corpus: str = "teacher_corpus",
+    teachers: Path = Path("runs/teachers"),
     worker: int = 0,
     workers: int = 1,
 ) -> None:
-    """Train the trials that have no file yet; worker i of n takes every n-th, from the i-th on."""
+    """Train the trials that have no file yet; worker i of n takes every n-th, from the i-th on.
+
+    For `taught`, `--corpus` is the folder of images that the shipped teacher learned from, and `--teachers`
+    one of other teachers' weights, `NAME.safetensors`.
+    """
     torch.set_num_threads(1)
     folder = folder or RESULTS / name / "runs"
     for needed in (folder, starts):
         needed.mkdir(parents=True, exist_ok=True)
     cohort = data.load(sources, size=96, progress=False)
-    settings: dict[tuple[str, int], Setting] = {}
+    material = lessons.Material(corpus, teachers)
+    settings: dict[tuple[object, ...], Setting] = {}
     for trial in PLANS[name]()[worker::workers]:
         file = folder / f"{trial.name}.json"
         if file.exists():
             continue
-        key = trial.deal, trial.seed
+        key = trial.deal, trial.seed, trial.alpha, trial.lesson, trial.labelled
         if key not in settings:
-            settings = {key: setting_of(cohort, trial)}
+            settings = {key: setting_of(cohort, trial, material)}
         result = train_trial(trial, settings[key], starts)
         unfinished = file.with_name(f".{file.name}.{os.getpid()}")
         unfinished.write_text(json.dumps(result))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fmfl import models, train
 from fmfl.config import FederateConfig
 from fmfl.states import State
-from fmfl.train import Examples, FitResult
+from fmfl.train import Examples, FitResult, Loss
 
 
 class ClientUpdate(NamedTuple):
@@ -44,6 +44,7 @@ def train_client(
     key: tuple[int, int, int],
     memory: State | None = None,
     precision: str = "float32",
+    loss: Loss | None = None,
 ) -> ClientUpdate:
     """Eq. 2: train from the global state for E local epochs on a client's own images.
 
@@ -62,13 +63,14 @@ def train_client(
         key: (seed, client, round), the round counted from 1.
         memory: of this client's last update; None or empty in its first round.
         precision: see `devices.autocast`.
+        loss: instead of the one that `cfg` names, as Eq. 5 for a teacher that stays in the rounds.
     """
     memory = memory or {}
     models.load_state(model, theta | _part(memory, "norm/"))
     optimizer = train.adam(model, cfg.learning_rate)
     if moments := _part(memory, "adam/"):
         load_moments(optimizer, moments)
-    loss = train.LOSSES[cfg.loss]
+    loss = loss or train.LOSSES[cfg.loss]
     fit = train.fit(
         model,
         examples,

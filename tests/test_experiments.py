@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import experiment_tables, experiments, independent
+from bench import experiment_tables, experiments, independent, lessons
 from bench.experiments import Setting, Trial
-from fmfl import data, models, states
+from bench.lessons import Lesson
+from fmfl import data, federate, losses, models, paths, states, train
 from fmfl.split import Holdout
 from fmfl.train import Examples
 
@@ -26,7 +27,7 @@ def setting(cohort):
     parts = Holdout(torch.arange(8), torch.arange(8, 14), torch.arange(14, 34))
     logits = torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     proxy = Examples(cohort.images, cohort.masks, parts.proxy, teacher_logits=logits)
-    return Setting(cohort, parts, proxy, list(parts.federated.split([10, 7, 3])))
+    return Setting(cohort, parts, Lesson(proxy, 8), list(parts.federated.split([10, 7, 3])))
 
 
 def test_a_balanced_deal_has_as_many_adults_as_children_and_no_patient_twice():
@@ -83,6 +84,64 @@ def test_equal_steps_give_small_clients_more_epochs(setting):
     assert experiments.local_epochs(trial._replace(equal_steps=True), clients) == [1, 1, 4]
     seen = experiments.images_by_round(trial._replace(equal_steps=True), replace(setting, clients=clients), 7)
     assert seen[:3] == [7, 7 + 90 + 30 + 40, 7 + 2 * 160]
+
+
+def test_a_teacher_in_the_rounds_is_eq_5_with_the_answers_of_each_clients_images(setting):
+    """The clients' loss by hand: half Eq. 4 against the answers, half Dice; with alpha 0 nothing changes."""
+    trial = Trial("age", "federated", "random", seed=1, rounds=1)
+    start = models.copy_state(models.build("tiny_unet", seed=1))
+    plain = list(experiments.states_by_round(trial, setting, start))[-1][0]
+    answers = torch.randn(setting.cohort.images.shape, generator=torch.Generator().manual_seed(2))
+    stays = replace(setting, answers=answers)
+    untouched = list(experiments.states_by_round(trial, stays, start))[-1][0]
+    assert states.state_digest(plain) == states.state_digest(untouched)
+    ours = list(experiments.states_by_round(trial._replace(alpha=0.5), stays, start))[-1][0]
+    updates = []
+    for k, rows in enumerate(setting.clients):
+        model = models.build("tiny_unet")
+        models.load_state(model, start)
+        train.fit(
+            model,
+            Examples(setting.cohort.images, setting.cohort.masks, rows, answers[rows]),
+            lambda z, y, t: losses.kl_divergence(z, t) / 2 + losses.dice_loss(z, y) / 2,
+            epochs=1,
+            batch_size=8,
+            optimizer=train.adam(model, 1e-3),
+            key=(1, k, 1),
+        )
+        updates.append((models.copy_state(model), len(rows)))
+    theirs = federate.aggregate(updates)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
+    assert states.state_digest(ours) != states.state_digest(plain)
+
+
+def test_a_lesson_keeps_some_masks_and_has_the_teachers_answer_for_the_rest(cohort, tmp_path, monkeypatch):
+    """Ten of forty images keep their mask; the corpus joins with all of its own."""
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    material = lessons.Material("kidneys", tmp_path)
+    proxy = torch.arange(3, 15)
+    lesson = lessons.named("shipped", cohort, proxy, 5, 1, material)
+    own = lessons.named("own_masks", cohort, proxy, 5, 1, material)
+    known = set(own.examples.indices.tolist())
+    assert len(known) == 5 and known < set(proxy.tolist()) and own.epochs(10) == 24
+    few = lessons.named("own_masks", cohort, proxy, 2, 1, material).examples.indices.tolist()
+    assert len(few) == 2 and set(few) < known
+    for place, row in enumerate(proxy.tolist()):
+        answer = lesson.examples.teacher_logits[place] > 0
+        expected = cohort.masks[row] if row in known else answer.to(torch.uint8)
+        assert torch.equal(lesson.examples.masks[row], expected)
+    assert lesson.epochs(10) == 10 and 0.2 < lesson.teacher_dice <= 1
+    corpus = data.load("phantom", size=32, num_phantoms=20, phantom_seed=5, progress=False)
+    corpus.table["patient_id"] = [f"other {name}" for name in corpus.table.patient_id]
+    monkeypatch.setattr(lessons.data, "load", lambda *args, **how: corpus)
+    joined = lessons.named("corpus_masks", cohort, proxy, 5, 1, material)
+    assert len(joined.examples) == 25 and joined.epochs(25) == 12
+    assert torch.equal(joined.examples.images[joined.examples.indices[5:]], corpus.images)
+    assert torch.equal(joined.examples.masks[joined.examples.indices[5:]], corpus.masks)
+    corpus.table["patient_id"] = cohort.table.patient_id.iloc[:20].tolist()
+    with pytest.raises(AssertionError, match="patients are in both"):
+        lessons.named("corpus_masks", cohort, proxy, 5, 1, material)
 
 
 @pytest.mark.parametrize("name", experiments.PLANS)
