@@ -114,6 +114,11 @@ def ratio(above: list[Taken], below: list[Taken], clock: str = "wall") -> dict[s
     return spread(getattr(a, clock) / getattr(b, clock) for a, b in zip(above, below, strict=True))
 
 
+def fastest(above: list[Taken], below: list[Taken]) -> float:
+    """Ratio of the two sides' shortest times, which other work on the machine has disturbed least."""
+    return min(one.wall for one in above) / min(one.wall for one in below)
+
+
 def median_seconds(taken: list[Taken], clock: str = "wall") -> float:
     """The middle of the times."""
     return statistics.median(getattr(one, clock) for one in taken)

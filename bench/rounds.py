@@ -161,5 +161,7 @@ def run(
     for clock in ("wall", "cpu"):
         found[f"fmfl_over_plain_{clock}"] = measure.ratio(taken["fmfl"], taken["plain loop"], clock)
         found[f"plain_over_bare_{clock}"] = measure.ratio(taken["plain loop"], taken["bare steps"], clock)
+    found["fmfl_over_plain_fastest"] = measure.fastest(taken["fmfl"], taken["plain loop"])
+    found["plain_over_bare_fastest"] = measure.fastest(taken["plain loop"], taken["bare steps"])
     found["largest_difference_of_weights"] = apart
     measure.report("rounds", settings, rows, found, out)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import gpu, kills, memory, scale
+from bench import gpu, kills, measure, memory, scale
 from bench.__main__ import app
 from fmfl import capture, models, paths
 
@@ -129,6 +129,14 @@ def test_scale_states_a_cost_a_client_and_measures_each_number_in_its_own_proces
     assert all(row["cpu"] > 0 and row["peak_mib"] > 100 for row in found["rows"])
     one, four = (row["cpu"] for row in found["rows"])
     assert found["milliseconds_a_client_cpu"] == pytest.approx(1e3 * (four - one) / 3, rel=1e-6)
+
+
+def test_ratios_of_two_sides_by_hand():
+    """A machine twice as slow in the second of three turns changes neither the median nor the fastest."""
+    one = [measure.Taken(3.0, 3.0), measure.Taken(6.6, 6.6), measure.Taken(3.3, 3.3)]
+    other = [measure.Taken(2.0, 2.0), measure.Taken(4.0, 4.0), measure.Taken(2.2, 2.2)]
+    assert measure.ratio(one, other)["median"] == pytest.approx(1.5)
+    assert measure.fastest(one, other) == pytest.approx(1.5)
 
 
 def test_a_line_through_costs_that_lie_on_one_gives_them_back():
