@@ -18,7 +18,7 @@ COMMANDS = (
     "hosts",
     "teachers",
 )
-COMMANDS += ("kills", "golden", "independent")
+COMMANDS += ("kills", "golden", "independent", "pack")
 GROUPS = {"collapse": "collapse", "experiment": "experiments"}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)

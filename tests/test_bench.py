@@ -5,17 +5,19 @@ import json
 import mmap
 import subprocess
 import sys
+import tarfile
 import weakref
 from functools import partial
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import gpu, kills, measure, memory, scale
+from bench import gpu, kills, measure, memory, pack, scale
 from bench.__main__ import app
-from fmfl import capture, models, paths
+from fmfl import capture, data, models, paths
 
 
 def result(*arguments: str) -> dict:
@@ -184,3 +186,15 @@ def test_flower_ends_where_fmfl_does():
     assert found["2x4_difference_after_one_round"] < 1e-5
     assert [row["side"] for row in found["rows"]] == ["fmfl", "Flower", "Flower, quickstart"]
     assert all(row["round"] > 0 and row["round_cpu"] > 0 for row in found["rows"])
+
+
+def test_packed_images_are_read_as_they_were_but_for_jpegs_changes(tmp_path):
+    cohort = data.load("phantom", size=64, num_phantoms=12, progress=False)
+    pack.write(cohort, tmp_path / "packed.tgz")
+    with tarfile.open(tmp_path / "packed.tgz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    read = data.load(str(tmp_path / "packed"), size=64, progress=False)
+    assert torch.equal(read.masks, cohort.masks)
+    assert (read.images.int() - cohort.images.int()).abs().float().mean() < 3
+    kept = ["patient_id", "age", "sex", "site"]
+    pandas.testing.assert_frame_equal(read.table[kept], cohort.table[kept], check_dtype=False)
