@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -14,6 +15,17 @@ from bench import lessons
 from fmfl.analysis import markdown, plots, statistics, words
 
 INITS = ("random", "pretraining", "fm")
+
+#: Names of `lessons.NAMES` on a page.
+LESSONS = {
+    "own_masks": "proxy masks alone",
+    "corpus_masks": "proxy masks and the shipped teacher's own",
+    "shipped": "the shipped teacher",
+    "corpus": "a teacher of the same images, 1,200 steps",
+    "montgomery": "a teacher of Montgomery's 138 images",
+    "synthetic": "a teacher of synthetic X-rays",
+    "kidneys": "a teacher of drawn kidneys",
+}
 
 #: Arm, initial state and setting, as `statistics.contrast` has them.
 Cell = tuple[str, str, str]
@@ -55,7 +67,8 @@ def read(folder: Path) -> pd.DataFrame:
         key = {name: trial[name] for name in ("arm", "init", "seed")} | {"split": setting_name(trial)}
         for number, dice in enumerate(trial["dice"]):
             seen = trial["images_seen"][number]
-            table = pd.DataFrame(images).assign(**key, round=number, images_seen=seen, dice=dice)
+            about = {"round": number, "images_seen": seen, "teacher_dice": trial.get("teacher_dice")}
+            table = pd.DataFrame(images).assign(**key, **about, dice=dice)
             tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
@@ -187,17 +200,16 @@ def differences(name: str, scores: pd.DataFrame) -> pd.DataFrame:
     return table.assign(difference=[contrasts[number].label for number in kept])
 
 
-def means(scores: pd.DataFrame) -> pd.DataFrame:
-    """Final Dice of every cell, in %, with its interval."""
-    last = scores[
-        scores["round"] == scores.groupby(["arm", "init", "split", "seed"])["round"].transform("max")
-    ]
+def means(scores: pd.DataFrame, number: int = -1) -> pd.DataFrame:
+    """Dice of every cell after a round, in %, with its interval; -1 is the last."""
+    last = chosen(scores, number, "all")
     rows = []
     for cell in last[["split", "arm", "init"]].drop_duplicates().itertuples(index=False):
         about = cell._asdict()
         found = statistics.contrast(last, {(cell.arm, cell.init, cell.split): 1})
-        seen = last.loc[(last[list(about)] == pd.Series(about)).all(axis=1), "images_seen"].mean()
-        rows.append(about | {"images_seen": round(seen)} | found)
+        own = last[(last[list(about)] == pd.Series(about)).all(axis=1)]
+        costs = {"images_seen": round(own.images_seen.mean()), "teacher_dice": own.teacher_dice.mean()}
+        rows.append(about | costs | found)
     return pd.DataFrame(rows)
 
 
@@ -218,6 +230,24 @@ def means_block(table: pd.DataFrame) -> list[str]:
         ]
         for row in table.itertuples()
     ]
+    return markdown.table(columns, rows)
+
+
+def starts_block(before: pd.DataFrame, after: pd.DataFrame) -> list[str]:
+    """Markdown of the scores before any round and after the last, by lesson and number of masks."""
+    columns = ["learned from", "masks", "teacher's Dice", "before any round", "after two rounds", "seeds"]
+    joined = before.merge(after, on="split", suffixes=("", "_after"))
+    rows = []
+    for row in joined.itertuples():
+        lesson, masks = row.split.split(", ")
+        taught = "" if pd.isna(row.teacher_dice) else words.number(100 * row.teacher_dice, 1)
+        estimates = (
+            words.estimate(row.value, row.low, row.high),
+            words.estimate(row.value_after, row.low_after, row.high_after),
+        )
+        rows.append([LESSONS[lesson], masks.removesuffix(" masks"), taught, *estimates, str(row.seeds)])
+    order = list(LESSONS.values())
+    rows.sort(key=lambda row: (["10", "30", "100", "all"].index(row[1]), order.index(row[0])))
     return markdown.table(columns, rows)
 
 
@@ -272,15 +302,48 @@ def _panel(axis: Axes, scores: pd.DataFrame) -> None:
     axis.set_ylim(80, 96)
 
 
+def lessons_figure(scores: pd.DataFrame) -> Figure:
+    """Dice of each start before any round by number of masks, and its gain by the Dice of its teacher."""
+    plots.use_style()
+    begun = scores[scores["round"] == 0]
+    dice = 100 * begun.groupby(["split", "seed"]).dice.mean().unstack()
+    taught = 100 * begun.groupby("split").teacher_dice.mean()
+    colour = dict(zip(LESSONS, sns.color_palette("colorblind", len(LESSONS)), strict=True))
+    budgets = {"10 masks": 10, "30 masks": 30, "100 masks": 100, "all masks": 796}
+    drawn, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2))
+    for lesson, label in LESSONS.items():
+        known = [masks for masks in budgets if f"{lesson}, {masks}" in dice.index]
+        values = [dice.loc[f"{lesson}, {masks}"] for masks in known]
+        line = [value.mean() for value in values]
+        left.plot([budgets[masks] for masks in known], line, "o-", color=colour[lesson], label=label)
+        for masks, marker in (("10 masks", "o"), ("all masks", "s")):
+            own, cell = f"own_masks, {masks}", f"{lesson}, {masks}"
+            if cell in dice.index and own in dice.index and pd.notna(taught[cell]):
+                gain = (dice.loc[cell] - dice.loc[own]).mean()
+                right.plot(taught[cell], gain, marker, color=colour[lesson])
+    left.set(xscale="log", xlabel="proxy images with a mask", ylabel="Dice before any round, %")
+    left.set_xticks(list(budgets.values()), list(map(str, budgets.values())), minor=False)
+    right.axhline(0, color="0.6", linewidth=0.8)
+    right.set(xlabel="teacher's Dice on the proxy set, %", ylabel="gain over proxy masks alone, points")
+    for marker, masks in (("o", "10 masks"), ("s", "all masks")):
+        right.plot([], [], marker, color="0.4", label=masks)
+    right.legend()
+    drawn.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return drawn
+
+
 def write(name: str, folder: Path, out: Path) -> None:
     """Write means.csv, differences.csv, by_round.csv, the figure, and the tables of an existing page."""
     scores = read(folder)
     means(scores).round(5).to_csv(out / "means.csv", index=False)
+    if name == "taught":
+        means(scores, 0).round(5).to_csv(out / "starts.csv", index=False)
     differences(name, scores).round(5).to_csv(out / "differences.csv", index=False)
     key = ["split", "arm", "init", "seed", "round", "images_seen"]
     by_round = (100 * scores.groupby(key, sort=False).dice.mean()).round(3).reset_index()
     by_round.to_csv(out / "by_round.csv", index=False)
-    figure(scores).savefig(out / f"{name}.png", dpi=130)
+    draw = lessons_figure if name == "taught" else figure
+    draw(scores).savefig(out / f"{name}.png", dpi=130)
     page(out)
 
 
@@ -290,5 +353,6 @@ def page(out: Path) -> None:
         blocks = {
             "means": lambda _: means_block(pd.read_csv(out / "means.csv")),
             "differences": lambda _: differences_block(pd.read_csv(out / "differences.csv")),
+            "starts": lambda _: starts_block(pd.read_csv(out / "starts.csv"), pd.read_csv(out / "means.csv")),
         }
         markdown.write_into(out / "README.md", out, blocks)
