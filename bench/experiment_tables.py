@@ -127,7 +127,10 @@ def of_budgets() -> Iterator[Contrast]:
     fm, pretraining, random = (("federated", init, "age") for init in ("fm", "pretraining", "random"))
     inside = ("federated", "random", "age_with_proxy")
     everything = ("centralised", "random", "age_with_proxy")
-    yield difference("foundation model less random", fm, random)
+    for number in (1, 2, 4, 10):
+        about = f"{number} round" + "s" * (number > 1)
+        yield difference(f"foundation model less random, {about}", fm, random, round=number)
+        yield difference(f"foundation model less pre-training, {about}", fm, pretraining, round=number)
     yield difference("random with the proxy images inside less random", inside, random)
     yield difference("foundation model less random with the proxy images inside", fm, inside)
     yield difference("pre-training less random with the proxy images inside", pretraining, inside)
