@@ -199,6 +199,8 @@ def differences(name: str, scores: pd.DataFrame) -> pd.DataFrame:
     for one in contrasts:
         rows.append(statistics.contrast(chosen(scores, one.round, one.group), one.cells))
     kept = [number for number, row in enumerate(rows) if not row["missing"]]
+    if not kept:
+        return pd.DataFrame(columns=["difference", "value", "low", "high"])
     table = statistics.corrected(pd.DataFrame([rows[number] for number in kept]))
     return table.assign(difference=[contrasts[number].label for number in kept])
 
@@ -258,7 +260,7 @@ def differences_block(table: pd.DataFrame) -> list[str]:
     """Markdown of the contrasts."""
     columns = ["difference", "points (95 %)", "seeds", "p, corrected", "reading"]
     rows = []
-    for row in table.fillna({"reading": ""}).itertuples():
+    for row in table.fillna({"reading": ""} if len(table) else {}).itertuples():
         estimate = words.estimate(row.value, row.low, row.high, sign=True)
         p = words.number(max(row.p_holm, row.p_permutation_holm, row.p_two_way_holm), 3)
         reading = row.reading + ", equivalent within 0.5" * bool(row.equivalent)
@@ -313,7 +315,7 @@ def lessons_figure(scores: pd.DataFrame) -> Figure:
     taught = 100 * begun.groupby("split").teacher_dice.mean()
     colour = dict(zip(LESSONS, sns.color_palette("colorblind", len(LESSONS)), strict=True))
     budgets = {"10 masks": 10, "30 masks": 30, "100 masks": 100, "all masks": 796}
-    drawn, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2))
+    drawn, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.8))
     for lesson, label in LESSONS.items():
         known = [masks for masks in budgets if f"{lesson}, {masks}" in dice.index]
         values = [dice.loc[f"{lesson}, {masks}"] for masks in known]
@@ -325,13 +327,14 @@ def lessons_figure(scores: pd.DataFrame) -> Figure:
                 gain = (dice.loc[cell] - dice.loc[own]).mean()
                 right.plot(taught[cell], gain, marker, color=colour[lesson])
     left.set(xscale="log", xlabel="proxy images with a mask", ylabel="Dice before any round, %")
-    left.set_xticks(list(budgets.values()), list(map(str, budgets.values())), minor=False)
+    left.set_xticks(list(budgets.values()), list(map(str, budgets.values())))
+    left.minorticks_off()
     right.axhline(0, color="0.6", linewidth=0.8)
     right.set(xlabel="teacher's Dice on the proxy set, %", ylabel="gain over proxy masks alone, points")
     for marker, masks in (("o", "10 masks"), ("s", "all masks")):
         right.plot([], [], marker, color="0.4", label=masks)
     right.legend()
-    drawn.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    drawn.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize="small")
     return drawn
 
 

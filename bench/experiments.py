@@ -254,8 +254,9 @@ def setting_of(cohort: Cohort, trial: Trial, material: lessons.Material | None =
     answers = None
     if trial.alpha:
         held = torch.cat(clients).sort().values
-        answers = torch.zeros(cohort.images.shape)
-        answers[held] = lessons.exact(cohort, held).examples.teacher_logits
+        logits = lessons.exact(cohort, held).examples.teacher_logits
+        answers = logits.new_zeros(cohort.images.shape)
+        answers[held] = logits
     return Setting(cohort, parts, lesson, clients, answers)
 
 

@@ -307,9 +307,18 @@ def known(name: str) -> Parameter:
     raise unknown(name, PARAMETERS)
 
 
+#: Short names that people write, to ours.
+SHORT = {
+    **{"lr": "learning_rate", "bs": "batch_size", "epochs": "local_epochs", "rounds": "num_rounds"},
+    **{"clients": "num_clients", "resolution": "size", "img_size": "size", "mu": "proximal"},
+}
+
+
 def unknown(name: str, names: Iterable[str]) -> UserError:
-    """Return the error for a name that is none of these, with the nearest one."""
-    near = difflib.get_close_matches(name, names, n=1)
+    """Return the error for a name that is none of these, with the one that is meant by it or nearest."""
+    names = list(names)
+    meant = SHORT.get(name.lower())
+    near = [meant] if meant in names else difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]}?" if near else "`fmfl params` lists them all"
     return UserError(f"parameter {name!r} is unknown: {hint}")
 

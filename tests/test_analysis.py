@@ -386,6 +386,7 @@ def test_sooner_is_counted_to_a_fixed_dice_and_never_beyond_the_run():
     assert late.high <= 8
     never = ledger(dict.fromkeys(cells, 79.0)).loc[claim]
     assert (never.verdict, never.why) == ("not testable here", "no run comes to 90 %")
+    assert np.isnan([never.ours, never.low, never.high]).all()  # no number of rounds stands for it
 
 
 # How soon, who fares worst, where it pays

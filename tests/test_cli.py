@@ -51,6 +51,7 @@ def sentence(code: int, out: str, err: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["-p", "lr=1e-4"], "parameter 'lr' is unknown: did you mean learning_rate?"),
         (["-p", "numrounds=3"], "parameter 'numrounds' is unknown: did you mean num_rounds?"),
         (["-p", "zzz=3"], "parameter 'zzz' is unknown"),
         (["-p", "num_rounds=three"], "parameter num_rounds must be a whole number, not 'three'"),
@@ -74,10 +75,10 @@ def sentence(code: int, out: str, err: str) -> str:
         (["-p", "checkpoint=x"], "-p checkpoint has an option of its own: use --checkpoint"),
         (["-p", "device=cpu"], "-p device has an option of its own: use --device"),
         (["--profile", "huge"], "profile 'huge' is unknown: choose one of smoke, class, paper"),
-        (["--splits", "iid,random"], "parameter split is 'random': choose one of iid"),
+        (["--splits", "iid,random"], "--splits is 'random': choose one of iid"),
         (["--splits", "iid,iid"], "--splits names one twice (iid, iid)"),
         (["--splits", ","], "--splits is empty"),
-        (["--seeds", "one"], "parameter seed must be a whole number, not 'one'"),
+        (["--seeds", "one"], "--seeds must be a whole number, not 'one'"),
         (["--seeds", "-1"], "parameter seed is -1"),
         (["--seeds", "0,00"], "--seeds names one twice (0, 0)"),
         (["--device", "tpu"], "parameter device is 'tpu': choose one of auto, cpu, cuda"),

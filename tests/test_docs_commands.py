@@ -81,7 +81,10 @@ def check_study(arguments, monkeypatch):
     for position, argument in enumerate(arguments[:-1]):
         if argument == "--data":
             names = [name for name in arguments[position + 1].split(",") if name != "phantom"]
-            folders = [Path(f"{name}{number}") for number, name in enumerate(names)]  # FOLDER,FOLDER are two
+            # FOLDER,FOLDER are two, and /data/xrays lies below the test's own folder.
+            folders = [
+                Path(f"{name.lstrip('/')}{number}") for number, name in enumerate(names)
+            ]  # FOLDER,FOLDER are two
             for folder in folders:
                 folder.mkdir(parents=True)
             arguments[position + 1] = ",".join(map(str, folders)) or "phantom"

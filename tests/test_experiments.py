@@ -116,6 +116,19 @@ def test_a_teacher_in_the_rounds_is_eq_5_with_the_answers_of_each_clients_images
     assert states.state_digest(ours) != states.state_digest(plain)
 
 
+def test_answers_lie_beside_their_images(cohort, setting, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    deal = (lambda cohort: setting.parts, lambda seed, cohort, parts: setting.clients)
+    monkeypatch.setitem(experiments.DEALS, "made", deal)
+    trial = Trial("made", "federated", "random", seed=1, alpha=0.5)
+    answers = experiments.setting_of(cohort, trial).answers
+    for row in range(14, 34):
+        expected = lessons.exact(cohort, torch.tensor([row])).examples.teacher_logits[0]
+        torch.testing.assert_close(answers[row], expected, rtol=0.02, atol=0.02)
+    assert not answers[:14].any() and not answers[34:].any()
+    assert experiments.setting_of(cohort, trial._replace(alpha=0.0)).answers is None
+
+
 def test_a_lesson_keeps_some_masks_and_has_the_teachers_answer_for_the_rest(cohort, tmp_path, monkeypatch):
     """Ten of forty images keep their mask; the corpus joins with all of its own."""
     monkeypatch.setattr(paths, "CACHE", tmp_path)

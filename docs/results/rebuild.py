@@ -30,6 +30,7 @@ def main(root: Path = ROOT, *, figures: bool = True) -> None:
     for name in VARIED:
         gains(results / name)
         scores_of_variants(results / name)
+    the_map(results).round(5).to_csv(results / "when-it-pays" / "gains.csv", index=False)
     if figures:
         draw(results)
     report.write(results / REPORTED)
@@ -102,6 +103,64 @@ def scores_of_variants(folder: Path) -> None:
     table[["axis", "value", "init", "dice", *tables.SCORED]].to_csv(folder / "by_variant.csv", index=False)
 
 
+# The map: what the teacher's student gains where one thing is changed, from all experiments
+#: Of each experiment: the label of a difference to the map's axis, its value, and the lower start.
+MAPPED = {
+    "budgets": {
+        f"foundation model less {start}, {number} round{'s' * (number > 1)}": ("rounds", str(number), init)
+        for start, init in (("random", "random"), ("pre-training", "pretraining"))
+        for number in (1, 2, 4, 10)
+    },
+    "skew": {
+        f"foundation model less {start}, {split}": ("split, 20 rounds", split, init)
+        for start, init in (("random", "random"), ("pre-training", "pretraining"))
+        for split in ("iid", "age", "site")
+    },
+    "taught": {
+        f"{label} less own masks, 10 masks, before any round": ("teacher, no round", value, "pretraining")
+        for value, label in (
+            ("shipped", "shipped teacher"),
+            ("briefer", "teacher corpus"),
+            ("Montgomery", "teacher montgomery"),
+            ("synthetic", "teacher synthetic"),
+            ("kidneys", "teacher kidneys"),
+        )
+    },
+}
+
+
+def the_map(results: Path) -> pd.DataFrame:
+    """Return every experiment's gains of the teacher's student: axis, value, lower start, gain, interval."""
+    rows = []
+    labels = pd.read_csv(results / "v7-labels" / "gains.csv", dtype={"value": str})
+    choices = pd.read_csv(results / "v7-choices" / "gains.csv", dtype={"value": str})
+    server = choices[choices.axis.isin(["server", "batch_norm"]) & (choices.value != "group")]
+    rows += [labels.assign(axis="masks"), server.assign(axis=server.axis.replace("batch_norm", "BatchNorm"))]
+    rows.append(_servers_that_forget(pd.read_csv(results / "collapse" / "per_image.csv")))
+    for name, labels_of in MAPPED.items():
+        table = pd.read_csv(results / name / "differences.csv").rename(columns={"value": "gain"})
+        table = table[table.difference.isin(labels_of)]
+        about = pd.DataFrame([labels_of[label] for label in table.difference], index=table.index)
+        rows.append(table.assign(axis=about[0], value=about[1], lower=about[2], higher="fm"))
+    columns = ["axis", "value", "higher", "lower", "gain", "low", "high", "seeds", "inside_noise"]
+    return pd.concat(rows, ignore_index=True)[columns]
+
+
+def _servers_that_forget(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return gains by what a server does with BatchNorm's running statistics, corrected together."""
+    scores = scores[(scores.arm == "federated") & (scores.norm == "batch") & (scores.learning_rate == 1e-3)]
+    scores = scores[scores.split == "age"].assign(dice=scores.dice / 100)
+    rows = []
+    for server, value in (("all", "averaged"), ("client 0", "one client's"), ("start", "forgotten")):
+        for lower in ("random", "pretraining"):
+            cells = {("federated", "fm", "age"): 1, ("federated", lower, "age"): -1}
+            found = statistics.contrast(scores[scores.server == server], cells)
+            about = {"axis": "running statistics", "server": value, "higher": "fm", "lower": lower}
+            rows.append(about | found)
+    table = statistics.corrected(pd.DataFrame(rows))
+    return table.rename(columns={"value": "gain", "server": "value"})
+
+
 def draw(results: Path) -> None:
     """Draw the figures that tables hold all of; those with images or teachers stay as the study drew them."""
     plots.use_style()
@@ -118,6 +177,8 @@ def draw(results: Path) -> None:
     for name in VARIED:
         gained = pd.read_csv(results / name / "gains.csv", dtype={"value": str})
         _save(plots.when_it_pays(gained), results / name / "figures" / "when_it_pays.png")
+    gained = pd.read_csv(results / "when-it-pays" / "gains.csv", dtype={"value": str})
+    _save(plots.when_it_pays(gained), results / "when-it-pays" / "figures" / "map.png")
 
 
 def _save(figure, file: Path) -> None:
@@ -259,6 +320,16 @@ def head_start(study: markdown.Folder) -> list[str]:
     return markdown.table(columns, rows)
 
 
+def mapped(study: markdown.Folder) -> list[str]:
+    """Return the map as a table."""
+    rows = []
+    for row in study["gains"].to_dict("records"):
+        size = words.estimate(row["gain"], row["low"], row["high"], sign=True)
+        noise = "inside the noise" if row["inside_noise"] else "higher" if row["gain"] > 0 else "lower"
+        rows.append([row["axis"], row["value"], words.INITS[row["lower"]], size, str(row["seeds"]), noise])
+    return markdown.table(["axis", "value", "above", "points (95 %)", "seeds", "reading"], rows)
+
+
 PAGES: dict[str, dict[str, markdown.Block]] = {
     "v7-cpu": {},
     "v7-labels": {"by_round": by_round, "head_start": head_start},
@@ -266,6 +337,7 @@ PAGES: dict[str, dict[str, markdown.Block]] = {
     "centralised-128": {"epochs": epochs, "end": end},
     "guangzhou-centralised": {"epochs": epochs},
     "distillation": {"starts": starts, "mixes": mixes},
+    "when-it-pays": {"mapped": mapped},
 }
 
 if __name__ == "__main__":

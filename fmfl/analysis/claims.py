@@ -266,6 +266,7 @@ def _fewer_rounds(runs: pd.DataFrame, tested: Mapping[str, int], init: str) -> d
     ours = _over_seeds(spent[0] - spent[1], missing, tested, _length(runs))
     if not ours["missing"] and not runs.dice[runs.init.isin(["random", init])].max() >= target:
         ours["missing"] = f"no run comes to {100 * target:g} %"
+        ours |= dict.fromkeys(("value", "low", "high"), np.nan)
     ours["equivalent"] = False  # the margin is one of Dice
     verdict = judge_difference(ours)
     if verdict[1].startswith("inside"):

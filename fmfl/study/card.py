@@ -73,7 +73,8 @@ def _contents(
         "student": manifest.get("student", {}),
         "organ": "lung" if is_lung(organ) else organ,
         "chest": is_lung(organ),
-        "sources": ", ".join(sources) or "not stated",
+        # A card is passed on: it names folders, not where they lie on this machine.
+        "sources": ", ".join(Path(source).name or source for source in sources) or "not stated",
         "synthetic": "all" if phantoms and all(phantoms) else "some" if any(phantoms) else "",
         "data": _data(manifest.get("data", {}), per_image),
         "training": _training(manifest),

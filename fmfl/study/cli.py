@@ -276,8 +276,8 @@ def predict(
         from fmfl.study import predictions, students
 
     where = students.device(device)
-    pixels = students.image_size(run, size)
     final, why = students.choose(run, arm=arm, init=init, split=split, seed=seed, client=client)
+    pixels = students.image_size(run, size)
     typer.echo(f"weights: {final}\nwhy: {why}")
     model = students.load(final, where)
     progress = sys.stderr.isatty()
@@ -307,8 +307,8 @@ def export_student(
         from fmfl.study import students
 
     export.check_file(onnx)
-    pixels = students.image_size(run, size)
     final, why = students.choose(run, arm=arm, init=init, split=split, seed=seed, client=client)
+    pixels = students.image_size(run, size)
     typer.echo(f"weights: {final}\nwhy: {why}")
     metadata = {"fmfl": fmfl.__version__, "weights": final.file.name, "weights_sha256": final.sha256}
     metadata |= {"organ": students.organ(run)}

@@ -1,6 +1,7 @@
 """Options of the command line: their declaration, and their texts as parameters."""
 
 import math
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -126,7 +127,10 @@ def _text(name: str, value: Any) -> str:
 
 def read_values(option: str, text: str, read: Callable[[str], Any] = str) -> list:
     """Return the values of an option that joins them by commas, each once."""
-    values = [read(part) for part in config.split_list(text)]
+    try:
+        values = [read(part) for part in config.split_list(text)]
+    except UserError as error:  # a parameter's own error: the person has typed the option
+        raise UserError(re.sub(r"^parameter \w+ ", f"{option} ", str(error))) from None
     if not values:
         raise UserError(f"{option} is empty: name at least one, with commas between them")
     if len(set(values)) < len(values):
