@@ -79,7 +79,7 @@ def sentence(code: int, out: str, err: str) -> str:
         (["--splits", "iid,iid"], "--splits names one twice (iid, iid)"),
         (["--splits", ","], "--splits is empty"),
         (["--seeds", "one"], "--seeds must be a whole number, not 'one'"),
-        (["--seeds", "-1"], "parameter seed is -1"),
+        (["--seeds", "-1"], "--seeds is -1"),
         (["--seeds", "0,00"], "--seeds names one twice (0, 0)"),
         (["--device", "tpu"], "parameter device is 'tpu': choose one of auto, cpu, cuda"),
         (["--engine", "spark"], "parameter engine is 'spark': choose one of local, flower"),
@@ -286,7 +286,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path, fmfl):
         ("seed=1,2", "--vary seed has an option of its own: use --seeds"),
         ("inits=fm", "--vary inits is no axis of the map: use -p inits"),
         ("alpha_sweep=0,1", "--vary alpha_sweep is no axis of the map: use -p alpha_sweep"),
-        ("alpha=0.5,2", "parameter alpha is 2.0: it must lie between 0 and 1"),
+        ("alpha=0.5,2", "--vary alpha is 2.0: it must lie between 0 and 1"),
         ("alpha=0.5,0.5", "--vary alpha names one twice (0.5, 0.5): name each once"),
     ],
 )
