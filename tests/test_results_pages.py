@@ -32,7 +32,7 @@ def rebuilt(tmp_path_factory):
 @pytest.mark.slow
 def test_each_page_is_what_the_command_writes(rebuilt):
     pages = ["docs/findings.md", *(str(p.relative_to(paths.ROOT)) for p in RESULTS.glob("*/README.md"))]
-    assert len(pages) == 9
+    assert len(pages) == 13
     for page in pages:
         committed = (paths.ROOT / page).read_text(encoding="utf-8")
         assert (rebuilt / page).read_text(encoding="utf-8") == committed, page
@@ -64,6 +64,40 @@ def test_each_figure_is_what_the_command_draws(rebuilt):
             assert committed.size == again.size, file
             difference = ImageChops.difference(committed.convert("L"), again.convert("L"))
             assert np.asarray(difference).mean() < 1, file  # of 255 grey levels, for fonts hinted otherwise
+
+
+def test_the_map_has_each_experiments_gains():
+    """Means of differences by pandas alone from the scores, and two tables as they are."""
+    table = pd.read_csv(RESULTS / "when-it-pays" / "gains.csv").set_index(["axis", "value", "lower"])
+    elsewhere = pd.read_csv(RESULTS / "elsewhere" / "scores.csv")
+    collapse = pd.read_csv(RESULTS / "collapse" / "per_image.csv")
+    collapse = collapse[
+        (collapse.norm == "batch") & (collapse.learning_rate == 1e-3) & (collapse.split == "age")
+    ]
+    collapse = collapse[collapse.arm == "federated"].assign(dice=collapse.dice / 100)
+    axes = (
+        ("test images, 10 rounds", elsewhere, "set", {}),
+        (
+            "running statistics, 10 rounds",
+            collapse,
+            "server",
+            {"all": "averaged", "client 0": "one client's", "start": "forgotten"},
+        ),
+    )
+    for axis, scores, by, names in axes:
+        means = 100 * scores.groupby([by, "init"]).dice.mean().unstack()
+        for value, row in means.iterrows():
+            for lower in ("random", "pretraining"):
+                gain = table.gain[axis, names.get(value, value), lower]
+                assert gain == pytest.approx(row["fm"] - row[lower], abs=1e-3), (axis, value, lower)
+    labels = pd.read_csv(RESULTS / "v7-labels" / "gains.csv")
+    for row in labels.itertuples():
+        assert table.gain["proxy masks, 4 rounds", str(row.value), row.lower] == pytest.approx(
+            row.gain, abs=1e-4
+        )
+    taught = pd.read_csv(RESULTS / "taught" / "differences.csv").set_index("difference")
+    synthetic = taught.value["teacher synthetic less own masks, 10 masks, before any round"]
+    assert table.gain["teacher, 10 masks, no round", "of synthetic X-rays", "pretraining"] == synthetic
 
 
 def test_links_of_the_pages_lead_somewhere():

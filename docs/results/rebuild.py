@@ -9,8 +9,11 @@ between the marks of the pages.
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import scipy
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from fmfl.analysis import claims, markdown, plots, statistics, tables, words
 from fmfl.study import report
@@ -18,6 +21,7 @@ from fmfl.study import report
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = ("v7-cpu", "v7-labels")  # all tables
 REPORTED = "v7-cpu"
+INITS = ("random", "pretraining", "fm")
 VARIED = ("v7-labels", "v7-choices")  # the map
 ROUNDS = {"v7-labels": "before_any_round", "v7-choices": "by_round"}  # every choice's and seed's scores
 
@@ -30,6 +34,7 @@ def main(root: Path = ROOT, *, figures: bool = True) -> None:
     for name in VARIED:
         gains(results / name)
         scores_of_variants(results / name)
+    elsewhere(results / "elsewhere")
     the_map(results).round(5).to_csv(results / "when-it-pays" / "gains.csv", index=False)
     if figures:
         draw(results)
@@ -104,26 +109,38 @@ def scores_of_variants(folder: Path) -> None:
 
 
 # The map: what the teacher's student gains where one thing is changed, from all experiments
+IMAGES = "test images, 10 rounds"
+ROUND, TEACHER = "rounds, age skew", "teacher, 10 masks, no round"
+SPLITS = {"iid": "IID", "age": "by age", "site": "by hospital"}
+
 #: Of each experiment: the label of a difference to the map's axis, its value, and the lower start.
 MAPPED = {
     "budgets": {
-        f"foundation model less {start}, {number} round{'s' * (number > 1)}": ("rounds", str(number), init)
+        f"foundation model less {start}, {number} round{'s' * (number > 1)}": (
+            "rounds, age skew",
+            str(number),
+            init,
+        )
         for start, init in (("random", "random"), ("pre-training", "pretraining"))
         for number in (1, 2, 4, 10)
     },
     "skew": {
-        f"foundation model less {start}, {split}": ("split, 20 rounds", split, init)
+        f"foundation model less {start}, {split}": ("balanced split, 20 rounds", SPLITS[split], init)
         for start, init in (("random", "random"), ("pre-training", "pretraining"))
         for split in ("iid", "age", "site")
     },
     "taught": {
-        f"{label} less own masks, 10 masks, before any round": ("teacher, no round", value, "pretraining")
+        f"{label} less own masks, 10 masks, before any round": (
+            "teacher, 10 masks, no round",
+            value,
+            "pretraining",
+        )
         for value, label in (
             ("shipped", "shipped teacher"),
-            ("briefer", "teacher corpus"),
-            ("Montgomery", "teacher montgomery"),
-            ("synthetic", "teacher synthetic"),
-            ("kidneys", "teacher kidneys"),
+            ("of the same images, 1,200 steps", "teacher corpus"),
+            ("of Montgomery's images", "teacher montgomery"),
+            ("of synthetic X-rays", "teacher synthetic"),
+            ("of drawn kidneys", "teacher kidneys"),
         )
     },
 }
@@ -135,15 +152,80 @@ def the_map(results: Path) -> pd.DataFrame:
     labels = pd.read_csv(results / "v7-labels" / "gains.csv", dtype={"value": str})
     choices = pd.read_csv(results / "v7-choices" / "gains.csv", dtype={"value": str})
     server = choices[choices.axis.isin(["server", "batch_norm"]) & (choices.value != "group")]
-    rows += [labels.assign(axis="masks"), server.assign(axis=server.axis.replace("batch_norm", "BatchNorm"))]
+    named = {"batch_norm": "BatchNorm, 4 rounds", "server": "server, 4 rounds"}
+    rows += [labels.assign(axis="proxy masks, 4 rounds"), server.assign(axis=server.axis.replace(named))]
     rows.append(_servers_that_forget(pd.read_csv(results / "collapse" / "per_image.csv")))
     for name, labels_of in MAPPED.items():
         table = pd.read_csv(results / name / "differences.csv").rename(columns={"value": "gain"})
         table = table[table.difference.isin(labels_of)]
         about = pd.DataFrame([labels_of[label] for label in table.difference], index=table.index)
         rows.append(table.assign(axis=about[0], value=about[1], lower=about[2], higher="fm"))
+    sites = pd.read_csv(results / "elsewhere" / "differences.csv").rename(columns={"points": "gain"})
+    rows.append(sites[sites.higher == "fm"].rename(columns={"set": "value"}).assign(axis=IMAGES))
     columns = ["axis", "value", "higher", "lower", "gain", "low", "high", "seeds", "inside_noise"]
     return pd.concat(rows, ignore_index=True)[columns]
+
+
+def forest(gains: pd.DataFrame) -> Figure:
+    """Draw the map: a row a setting, a column a pair of starts.
+
+    Bars and markers are those of `plots.when_it_pays`. Where gains go beyond ten points, the scale is
+    logarithmic beyond ±1, so that tenths are seen as well.
+    """
+    pairs = list(dict.fromkeys(zip(gains.higher, gains.lower, strict=True)))
+    settings = list(dict.fromkeys(zip(gains.axis, gains["value"], strict=True)))
+    groups = list(dict.fromkeys(gains.axis))
+    # A free row above each group holds its name.
+    place = {one: row + 1.3 * (groups.index(one[0]) + 1) for row, one in enumerate(settings)}
+    bottom = max(place.values()) + 0.8
+    size = 3.6 * len(pairs), 0.2 * bottom + 1
+    figure, axes = plt.subplots(1, len(pairs), figsize=size, sharey=True, layout="constrained")
+    for axis, pair in zip(axes, pairs, strict=True):
+        _gains(axis, gains[(gains.higher == pair[0]) & (gains.lower == pair[1])], place)
+        axis.set_title(" above ".join(map(words.init_name, pair)), fontsize="medium")
+    for group in groups:
+        above = min(row for (name, _), row in place.items() if name == group) - 1
+        where = {"transform": axes[0].get_yaxis_transform(), "ha": "right", "va": "center"}
+        axes[0].text(-0.03, above, group, fontweight="bold", fontsize="small", **where)
+    axes[0].set_yticks(list(place.values()), [value for _, value in settings], fontsize="small")
+    axes[0].set_ylim(bottom, -0.3)
+    return figure
+
+
+def _gains(axis: Axes, points: pd.DataFrame, place: dict[tuple[str, str], float]) -> None:
+    """Draw the gains of one pair of starts, hollow inside the noise."""
+    for point in points.itertuples():
+        color = plots.colours([point.lower])[point.lower]
+        fill = "white" if point.inside_noise else color
+        row = place[point.axis, point.value]
+        axis.plot([point.low, point.high], [row, row], color=color)
+        axis.plot(point.gain, row, plots.MARKERS["fm"], color=color, markerfacecolor=fill, markersize=5)
+    axis.axvline(0, color="black", linewidth=1)
+    if points[["low", "high"]].abs().to_numpy().max() > 10:
+        axis.set_xscale("symlog", linthresh=1)
+    axis.set_xlim(min(-0.5, 1.6 * points.low.min()), max(0.5, 1.6 * points.high.max()))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+    axis.set_xlabel("points of Dice")
+    axis.grid(axis="x")
+    axis.grid(visible=False, axis="y")
+
+
+def elsewhere(folder: Path) -> None:
+    """Write Dice and the starts' differences by set of images, all differences corrected together."""
+    scores = pd.read_csv(folder / "scores.csv", dtype={"image_id": str})
+    means, differences = [], []
+    cells = {init: ("federated", init, "age") for init in ("random", "pretraining", "fm")}
+    for name, own in scores.groupby("set", sort=False):
+        for init, cell in cells.items():
+            means.append({"set": name, "init": init} | statistics.contrast(own, {cell: 1}))
+        for higher, lower in (("fm", "random"), ("pretraining", "random"), ("fm", "pretraining")):
+            about = {"set": name, "higher": higher, "lower": lower}
+            differences.append(about | statistics.contrast(own, {cells[higher]: 1, cells[lower]: -1}))
+    judged = statistics.corrected(pd.DataFrame(differences)).rename(columns={"value": "points"})
+    judged.round(5).to_csv(folder / "differences.csv", index=False)
+    table = pd.DataFrame(means).rename(columns={"value": "points"})
+    table.round(5).to_csv(folder / "means.csv", index=False)
 
 
 def _servers_that_forget(scores: pd.DataFrame) -> pd.DataFrame:
@@ -155,7 +237,7 @@ def _servers_that_forget(scores: pd.DataFrame) -> pd.DataFrame:
         for lower in ("random", "pretraining"):
             cells = {("federated", "fm", "age"): 1, ("federated", lower, "age"): -1}
             found = statistics.contrast(scores[scores.server == server], cells)
-            about = {"axis": "running statistics", "server": value, "higher": "fm", "lower": lower}
+            about = {"axis": "running statistics, 10 rounds", "server": value, "higher": "fm", "lower": lower}
             rows.append(about | found)
     table = statistics.corrected(pd.DataFrame(rows))
     return table.rename(columns={"value": "gain", "server": "value"})
@@ -178,7 +260,9 @@ def draw(results: Path) -> None:
         gained = pd.read_csv(results / name / "gains.csv", dtype={"value": str})
         _save(plots.when_it_pays(gained), results / name / "figures" / "when_it_pays.png")
     gained = pd.read_csv(results / "when-it-pays" / "gains.csv", dtype={"value": str})
-    _save(plots.when_it_pays(gained), results / "when-it-pays" / "figures" / "map.png")
+    _save(forest(gained), results / "when-it-pays" / "figures" / "map.png")
+    sites = gained[gained.axis == IMAGES]
+    _save(forest(sites), results / "elsewhere" / "figures" / "elsewhere.png")
 
 
 def _save(figure, file: Path) -> None:
@@ -320,6 +404,25 @@ def head_start(study: markdown.Folder) -> list[str]:
     return markdown.table(columns, rows)
 
 
+def by_set(study: markdown.Folder) -> list[str]:
+    """Return Dice by set of images and start."""
+    rows = []
+    for name, own in study["means"].groupby("set", sort=False):
+        cells = [words.estimate(row.points, row.low, row.high) for row in own.itertuples()]
+        rows.append([name, f"{own.images.iloc[0]:,} of {own.patients.iloc[0]:,}", *cells])
+    return markdown.table(["images", "number, of patients", *map(words.init_name, INITS)], rows)
+
+
+def differences_by_set(study: markdown.Folder) -> list[str]:
+    """Return the starts' differences by set of images."""
+    rows = []
+    for row in study["differences"].to_dict("records"):
+        size = words.estimate(row["points"], row["low"], row["high"], sign=True)
+        pair = f"{words.INITS[row['higher']]} less {words.INITS[row['lower']]}"
+        rows.append([row["set"], pair, size, str(row["seeds"]), words.largest_p(row), words.reading(row)])
+    return markdown.table(["images", "difference", "points (95 %)", "seeds", "p, corrected", "reading"], rows)
+
+
 def mapped(study: markdown.Folder) -> list[str]:
     """Return the map as a table."""
     rows = []
@@ -337,6 +440,7 @@ PAGES: dict[str, dict[str, markdown.Block]] = {
     "centralised-128": {"epochs": epochs, "end": end},
     "guangzhou-centralised": {"epochs": epochs},
     "distillation": {"starts": starts, "mixes": mixes},
+    "elsewhere": {"by_set": by_set, "differences_by_set": differences_by_set},
     "when-it-pays": {"mapped": mapped},
 }
 
