@@ -19,12 +19,23 @@ INITS = ("random", "pretraining", "fm")
 #: Names of `lessons.NAMES` on a page.
 LESSONS = {
     "own_masks": "proxy masks alone",
-    "corpus_masks": "proxy masks and the shipped teacher's own",
+    "corpus_masks": "proxy and corpus masks",
     "shipped": "the shipped teacher",
-    "corpus": "a teacher of the same images, 1,200 steps",
-    "montgomery": "a teacher of Montgomery's 138 images",
+    "corpus": "a teacher of the same images",
+    "montgomery": "a teacher of Montgomery's images",
     "synthetic": "a teacher of synthetic X-rays",
     "kidneys": "a teacher of drawn kidneys",
+}
+
+#: Titles of a figure's panels, where a setting's name is no good one.
+PANELS = {
+    "balanced_iid": "balanced, IID",
+    "balanced_age": "balanced, by age",
+    "balanced_site": "balanced, by hospital",
+    "balanced_iid, E=5": "balanced, IID, 5 epochs",
+    "balanced_age, E=5": "balanced, by age, 5 epochs",
+    "age": "age",
+    "age_with_proxy": "age, proxy images inside",
 }
 
 #: Arm, initial state and setting, as `statistics.contrast` has them.
@@ -134,15 +145,15 @@ def of_budgets() -> Iterator[Contrast]:
     yield difference("random with the proxy images inside less random", inside, random)
     yield difference("foundation model less random with the proxy images inside", fm, inside)
     yield difference("pre-training less random with the proxy images inside", pretraining, inside)
-    yield difference("centralised on all images less foundation model", everything, fm)
+    yield difference("centralised from random on all images less foundation model", everything, fm)
     for init in INITS[1:]:
         one, other = ("centralised", init, "age"), ("centralised", "random", "age")
         yield difference(f"centralised from {words.INITS[init]} less centralised from random", one, other)
     for init in ("random", "fm"):
         one, other = ("federated", init, "age, teacher stays"), ("federated", init, "age")
-        yield difference(f"{words.INITS[init]}: teacher stays less teacher at the start alone", one, other)
+        yield difference(f"{words.INITS[init]}: the teacher stays less it does not", one, other)
     yield difference(
-        "random, teacher stays, less foundation model", ("federated", "random", "age, teacher stays"), fm
+        "random, the teacher stays, less foundation model", ("federated", "random", "age, teacher stays"), fm
     )
     for init in INITS:
         one, other = ("federated", init, "quantity, equal steps"), ("federated", init, "quantity")
@@ -168,26 +179,16 @@ def of_plateau() -> Iterator[Contrast]:
 
 
 def of_taught() -> Iterator[Contrast]:
-    """A teacher's student less pre-training on the proxy images' masks, and on its teacher's as well."""
+    """A teacher's student less pre-training on the proxy images' masks, and on the corpus's as well."""
     for number, when in ((0, "before any round"), (-1, "after two rounds")):
         for budget in ("10 masks", "30 masks", "100 masks", "all masks"):
             cells = {
                 name: ("federated", lessons.init_of(name), f"{name}, {budget}") for name in lessons.NAMES
             }
-            about = f"{budget}, {when}"
-            yield difference(
-                f"shipped teacher less own masks, {about}", cells["shipped"], cells["own_masks"], round=number
-            )
-            yield difference(
-                f"shipped teacher less its corpus's masks, {about}",
-                cells["shipped"],
-                cells["corpus_masks"],
-                round=number,
-            )
-            for name in lessons.NAMES[3:] if number == 0 else ():
-                yield difference(
-                    f"teacher {name} less own masks, {about}", cells[name], cells["own_masks"], round=0
-                )
+            names = [(name, "own_masks") for name in lessons.NAMES[2 : 3 if number else None]]
+            for one, other in [("shipped", "corpus_masks"), *names]:
+                label = f"{LESSONS[one]} less {LESSONS[other]}, {budget}, {when}"
+                yield difference(label, cells[one], cells[other], round=number)
 
 
 CONTRASTS = {"skew": of_skew, "budgets": of_budgets, "plateau": of_plateau, "taught": of_taught}
@@ -262,7 +263,7 @@ def differences_block(table: pd.DataFrame) -> list[str]:
     rows = []
     for row in table.fillna({"reading": ""} if len(table) else {}).itertuples():
         estimate = words.estimate(row.value, row.low, row.high, sign=True)
-        p = words.number(max(row.p_holm, row.p_permutation_holm, row.p_two_way_holm), 3)
+        p = words.largest_p(row._asdict())
         reading = row.reading + ", equivalent within 0.5" * bool(row.equivalent)
         rows.append([row.difference, estimate, str(row.seeds), p, reading])
     return markdown.table(columns, rows)
@@ -282,7 +283,7 @@ def figure(scores: pd.DataFrame) -> Figure:
         axis.set_visible(False)
     for axis, setting in zip(axes.flat, settings, strict=False):
         _panel(axis, federated[federated.split == setting])
-        axis.set_title(setting.replace("_", ", "))
+        axis.set_title(PANELS.get(setting, setting))
         axis.set_xlabel("round")
     for axis in axes[:, 0]:
         axis.set_ylabel("Dice, %")

@@ -32,6 +32,7 @@ from fmfl.config import DistillConfig, FederateConfig
 from fmfl.data import Cohort
 from fmfl.split import Holdout
 from fmfl.states import State
+from fmfl.study import provenance
 from fmfl.train import Examples
 
 STUDENT = "tiny_unet"
@@ -341,6 +342,7 @@ def train_trial(trial: Trial, setting: Setting, starts: Path) -> dict[str, Any]:
         dice.append([round(float(x), 5) for x in np.mean(scores, axis=0)])
     rows = setting.cohort.table.iloc[test.tolist()]
     return trial._asdict() | {
+        "commit": provenance.commit(),
         "data": setting.cohort.fingerprint,
         "proxy": lesson.num_proxy,
         "teacher_dice": lesson.teacher_dice,
@@ -352,6 +354,12 @@ def train_trial(trial: Trial, setting: Setting, starts: Path) -> dict[str, Any]:
         "ages": [None if math.isnan(age) else age for age in rows.age],
         "dice": dice,
     }
+
+
+def check(name: str) -> None:
+    """Refuse a name that no experiment has, before anything is loaded."""
+    if name not in PLANS:
+        raise typer.BadParameter(f"{name!r} is no experiment: choose one of {', '.join(PLANS)}")
 
 
 @app.command("run")
@@ -371,6 +379,7 @@ def run_all(
     one of other teachers' weights, `NAME.safetensors`.
     """
     torch.set_num_threads(1)
+    check(name)
     folder = folder or RESULTS / name / "runs"
     for needed in (folder, starts):
         needed.mkdir(parents=True, exist_ok=True)
@@ -394,5 +403,8 @@ def run_all(
 @app.command()
 def tables(name: str, folder: Path | None = None, out: Path | None = None) -> None:
     """Write the tables, the figure and the page's tables of the finished trials."""
+    check(name)
     out = out or RESULTS / name
+    if not any((folder or out / "runs").glob("*.json")):
+        raise typer.BadParameter(f"{folder or out / 'runs'} holds no finished training: run {name} first")
     experiment_tables.write(name, folder or out / "runs", out)

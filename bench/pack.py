@@ -34,11 +34,12 @@ def write(cohort: Cohort, out: Path) -> int:
     names = [f"{number:05d}" for number in range(len(cohort))]
     table = cohort.table[[name for name in COLUMNS if name in cohort.table]].copy()
     # A reader puts the site before a patient's id: written with it, the id would be read with two.
-    sites = cohort.table.site.fillna("").astype(str)
     table["patient_id"] = [
-        patient.removeprefix(f"{site}:") for patient, site in zip(table.patient_id, sites, strict=True)
+        patient.removeprefix(f"{site}:")
+        for patient, site in zip(table.patient_id, cohort.table.site, strict=True)
     ]
     table.insert(0, "image_id", names)
+    table["original"] = cohort.table.image_id  # `fmfl data` counts the column and does not read it
     folder = out.name.split(".")[0]
     with tarfile.open(out, "w:gz") as archive:
 
@@ -60,6 +61,7 @@ def run(sources: str, out: Path = Path("packed.tgz"), size: int = 256) -> None:
     JPEG changes grey values a little, so a study of the archive is not to the byte that of the folders.
     """
     cohort = data.load(sources, size=size)
+    out.parent.mkdir(parents=True, exist_ok=True)
     written = write(cohort, out)
     ages = int(pd.to_numeric(cohort.table.age).notna().sum())
     typer.echo(f"{out}: {len(cohort)} images, {ages} with an age, {written / 1e6:.1f} MB")

@@ -110,19 +110,14 @@ def scores_of_variants(folder: Path) -> None:
 
 # The map: what the teacher's student gains where one thing is changed, from all experiments
 IMAGES = "test images, 10 rounds"
-ROUND, TEACHER = "rounds, age skew", "teacher, 10 masks, no round"
-SPLITS = {"iid": "IID", "age": "by age", "site": "by hospital"}
+SPLITS = {"iid": "IID", "age": "by age", "site": "by hospital", "quantity": "by number"}
 
 #: Of each experiment: the label of a difference to the map's axis, its value, and the lower start.
 MAPPED = {
     "budgets": {
-        f"foundation model less {start}, {number} round{'s' * (number > 1)}": (
-            "rounds, age skew",
-            str(number),
-            init,
-        )
+        f"foundation model less {start}, {number} round{'s' * (number > 1)}": ("rounds", str(number), init)
         for start, init in (("random", "random"), ("pre-training", "pretraining"))
-        for number in (1, 2, 4, 10)
+        for number in (1, 2, 4)
     },
     "skew": {
         f"foundation model less {start}, {split}": ("balanced split, 20 rounds", SPLITS[split], init)
@@ -130,40 +125,58 @@ MAPPED = {
         for split in ("iid", "age", "site")
     },
     "taught": {
-        f"{label} less own masks, 10 masks, before any round": (
-            "teacher, 10 masks, no round",
-            value,
-            "pretraining",
-        )
+        f"{label} less proxy masks alone, 10 masks, before any round": ("teacher", value, "pretraining")
         for value, label in (
-            ("shipped", "shipped teacher"),
-            ("of the same images, 1,200 steps", "teacher corpus"),
-            ("of Montgomery's images", "teacher montgomery"),
-            ("of synthetic X-rays", "teacher synthetic"),
-            ("of drawn kidneys", "teacher kidneys"),
+            ("shipped", "the shipped teacher"),
+            ("same images, 1,200 steps", "a teacher of the same images"),
+            ("Montgomery's images", "a teacher of Montgomery's images"),
+            ("synthetic X-rays", "a teacher of synthetic X-rays"),
+            ("drawn kidneys", "a teacher of drawn kidneys"),
         )
     },
+}
+AXES = {
+    "batch_norm": "BatchNorm, 4 rounds",
+    "labelled": "proxy masks, 4 rounds",
+    "rounds": "rounds, age skew",
+    "server": "server, 4 rounds",
+    "teacher": "teacher, 10 masks, no round",
 }
 
 
 def the_map(results: Path) -> pd.DataFrame:
-    """Return every experiment's gains of the teacher's student: axis, value, lower start, gain, interval."""
-    rows = []
-    labels = pd.read_csv(results / "v7-labels" / "gains.csv", dtype={"value": str})
-    choices = pd.read_csv(results / "v7-choices" / "gains.csv", dtype={"value": str})
-    server = choices[choices.axis.isin(["server", "batch_norm"]) & (choices.value != "group")]
-    named = {"batch_norm": "BatchNorm, 4 rounds", "server": "server, 4 rounds"}
-    rows += [labels.assign(axis="proxy masks, 4 rounds"), server.assign(axis=server.axis.replace(named))]
-    rows.append(_servers_that_forget(pd.read_csv(results / "collapse" / "per_image.csv")))
-    for name, labels_of in MAPPED.items():
-        table = pd.read_csv(results / name / "differences.csv").rename(columns={"value": "gain"})
-        table = table[table.difference.isin(labels_of)]
-        about = pd.DataFrame([labels_of[label] for label in table.difference], index=table.index)
-        rows.append(table.assign(axis=about[0], value=about[1], lower=about[2], higher="fm"))
-    sites = pd.read_csv(results / "elsewhere" / "differences.csv").rename(columns={"points": "gain"})
-    rows.append(sites[sites.higher == "fm"].rename(columns={"set": "value"}).assign(axis=IMAGES))
-    columns = ["axis", "value", "higher", "lower", "gain", "low", "high", "seeds", "inside_noise"]
-    return pd.concat(rows, ignore_index=True)[columns]
+    """Return the gains of the teacher's student from all experiments, each with its experiment's reading.
+
+    Returns:
+        axis, value, higher, lower, gain, low, high, seeds, inside_noise, equivalent, reading.
+    """
+    labels, choices = (
+        pd.read_csv(results / name / "gains.csv", dtype={"value": str}).rename(columns={"gain": "points"})
+        for name in VARIED
+    )
+    choices = choices[choices.axis.isin(["server", "batch_norm"]) & (choices.value != "group")]
+    study = pd.read_csv(results / "v7-cpu" / "differences.csv").rename(columns={"value": "points"})
+    study = study[study.higher == "fm"].assign(axis="split, 10 rounds", value=study.split.map(SPLITS))
+    sites = pd.read_csv(results / "elsewhere" / "differences.csv").rename(columns={"set": "value"})
+    sites = sites[(sites.higher == "fm") & (sites.value != "own test set")].assign(axis=IMAGES)
+    forgetting = _servers_that_forget(pd.read_csv(results / "collapse" / "per_image.csv"))
+    rows = [study, *(_picked(results / name, labels) for name, labels in MAPPED.items())]
+    table = pd.concat([labels, *rows, sites, choices, forgetting], ignore_index=True)
+    table = table.assign(axis=table.axis.replace(AXES), gain=table.points)
+    columns = ["axis", "value", "higher", "lower", "gain", "low", "high", "seeds", *JUDGED[-3:]]
+    return table[columns]
+
+
+def _picked(folder: Path, labels: dict[str, tuple[str, str, str]]) -> pd.DataFrame:
+    """Return the differences of an experiment that the map shows.
+
+    Raises:
+        KeyError: the experiment has none of that label.
+    """
+    table = pd.read_csv(folder / "differences.csv").rename(columns={"value": "points"})
+    picked = table.set_index("difference").loc[list(labels)].reset_index(drop=True)
+    about = pd.DataFrame(list(labels.values()), columns=["axis", "value", "lower"])
+    return pd.concat([picked, about.assign(higher="fm")], axis=1)
 
 
 def forest(gains: pd.DataFrame) -> Figure:
@@ -229,18 +242,18 @@ def elsewhere(folder: Path) -> None:
 
 
 def _servers_that_forget(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return gains by what a server does with BatchNorm's running statistics, corrected together."""
+    """Return gains by what a server does with BatchNorm's running statistics."""
     scores = scores[(scores.arm == "federated") & (scores.norm == "batch") & (scores.learning_rate == 1e-3)]
     scores = scores[scores.split == "age"].assign(dice=scores.dice / 100)
     rows = []
     for server, value in (("all", "averaged"), ("client 0", "one client's"), ("start", "forgotten")):
         for lower in ("random", "pretraining"):
             cells = {("federated", "fm", "age"): 1, ("federated", lower, "age"): -1}
-            found = statistics.contrast(scores[scores.server == server], cells)
-            about = {"axis": "running statistics, 10 rounds", "server": value, "higher": "fm", "lower": lower}
-            rows.append(about | found)
+            result = statistics.contrast(scores[scores.server == server], cells)
+            about = {"axis": "running statistics, 10 rounds", "higher": "fm", "lower": lower}
+            rows.append(about | {"server": value} | result)
     table = statistics.corrected(pd.DataFrame(rows))
-    return table.rename(columns={"value": "gain", "server": "value"})
+    return table.rename(columns={"value": "points", "server": "value"})
 
 
 def draw(results: Path) -> None:
@@ -261,7 +274,8 @@ def draw(results: Path) -> None:
         _save(plots.when_it_pays(gained), results / name / "figures" / "when_it_pays.png")
     gained = pd.read_csv(results / "when-it-pays" / "gains.csv", dtype={"value": str})
     _save(forest(gained), results / "when-it-pays" / "figures" / "map.png")
-    sites = gained[gained.axis == IMAGES]
+    sites = tables.read_table(results / "elsewhere" / "differences.csv")
+    sites = sites[sites.higher == "fm"].rename(columns={"set": "value", "points": "gain"}).assign(axis=IMAGES)
     _save(forest(sites), results / "elsewhere" / "figures" / "elsewhere.png")
 
 
@@ -428,9 +442,9 @@ def mapped(study: markdown.Folder) -> list[str]:
     rows = []
     for row in study["gains"].to_dict("records"):
         size = words.estimate(row["gain"], row["low"], row["high"], sign=True)
-        noise = "inside the noise" if row["inside_noise"] else "higher" if row["gain"] > 0 else "lower"
-        rows.append([row["axis"], row["value"], words.INITS[row["lower"]], size, str(row["seeds"]), noise])
-    return markdown.table(["axis", "value", "above", "points (95 %)", "seeds", "reading"], rows)
+        what = [row["axis"], row["value"], words.INITS[row["lower"]]]
+        rows.append([*what, size, str(row["seeds"]), words.reading(row)])
+    return markdown.table(["axis", "value", "gain over", "points (95 %)", "seeds", "reading"], rows)
 
 
 PAGES: dict[str, dict[str, markdown.Block]] = {
