@@ -336,7 +336,7 @@ def lessons_figure(scores: pd.DataFrame) -> Figure:
     right.set(xlabel="teacher's Dice on the proxy set, %", ylabel="gain over proxy masks alone, points")
     for marker, masks in (("o", "10 masks"), ("s", "all masks")):
         right.plot([], [], marker, color="0.4", label=masks)
-    right.legend()
+    right.legend(loc="lower right")
     drawn.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize="small")
     return drawn
 
