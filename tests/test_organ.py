@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from made_sources import LEFT, RIGHT, load, lungs, make_coco, make_folder, reasons, save
+from made_sources import LEFT, RIGHT, load, lungs, make_coco, make_darwin, make_folder, picture, reasons, save
 from PIL import Image
 from typer.testing import CliRunner
 
 import fmfl
-from fmfl import config, metrics, models, paths, prompts, split, states, train
+from fmfl import config, data, metrics, models, paths, prompts, split, states, train
 from fmfl.analysis import plots
 from fmfl.errors import UserError
 from fmfl.sources import kidneys, mask_files
@@ -201,6 +201,33 @@ def test_annotation_files_have_classes_and_no_labels(tmp_path):
     assert len(load(folder, mask_class="heart")) == 1
     with pytest.raises(UserError, match="name their classes, and mask_class=heart:1 names a label"):
         load(folder, mask_class="heart:1")
+
+
+def test_a_class_that_is_not_annotated_is_answered_with_those_that_are(tmp_path):
+    """Each as it is to be named: sides left out, and tags of an image are no classes."""
+    outline = [[4, 6, 14, 6, 14, 26, 4, 26]]
+    coco = make_coco(tmp_path / "coco", [(3, outline), (4, outline), (5, outline)])
+    darwin = make_darwin(tmp_path / "darwin", 2)
+    for folder, classes in ((coco, ["heart", "lung"]), (darwin, ["ignore", "lung"])):
+        answer = f"1 x no lungs mask.*; annotated are {', '.join(classes)}: name one as mask_class$"
+        with pytest.raises(UserError, match=answer):
+            load(folder, mask_class="lungs")
+        with pytest.raises(UserError, match=answer):
+            data.preview(folder, size=32, mask_class="lungs", cache=None)
+        assert [len(load(folder, mask_class=name)) for name in classes] == [1, 1]
+
+
+def test_a_label_that_no_mask_has_is_answered_with_those_that_are(tmp_path):
+    folder = make_folder(tmp_path / "clinic")
+    save(folder / "masks" / "b.png", 3 * lungs(LEFT).astype(np.uint8))
+    save(folder / "masks" / "c.png", picture(2))  # no labels
+    answer = "3 x no lung mask.*; labels of its mask files are 3, 255: name them as in mask_class=lung:3$"
+    with pytest.raises(UserError, match=answer):
+        load(folder, mask_class="lung:300")
+    for name in "abc":
+        save(folder / "masks" / f"{name}.png", np.zeros((32, 40), np.uint8))
+    with pytest.raises(UserError, match=r"its mask is empty$"):
+        load(folder)
 
 
 @pytest.mark.parametrize("ending", ["_mask", "-mask", "_seg", "_Segmentation", "_label", "_gt", "-masks"])
