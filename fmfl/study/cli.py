@@ -300,15 +300,16 @@ def export_student(
     seed: WhichSeed = None,
     client: WhichClient = None,
     size: Size = 0,
+    overwrite: Annotated[bool, option("replace an export of other weights", "--overwrite")] = False,
 ) -> None:
     """Write a run's student as an ONNX file, and check it against the network."""
     with interrupt.while_importing():
         from fmfl import export
         from fmfl.study import students
 
-    export.check_file(onnx)
     final, why = students.choose(run, arm=arm, init=init, split=split, seed=seed, client=client)
     pixels = students.image_size(run, size)
+    export.check_file(onnx, final.sha256, overwrite=overwrite)
     typer.echo(f"weights: {final}\nwhy: {why}")
     metadata = {"fmfl": fmfl.__version__, "weights": final.file.name, "weights_sha256": final.sha256}
     metadata |= {"organ": students.organ(run)}
