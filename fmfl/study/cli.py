@@ -22,6 +22,7 @@ OUT_OF_TIME = 75
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    suggest_commands=False,  # click suggests one already
     help="Does federated segmentation get better, and faster, from a foundation model's student?",
     epilog="The TAB key completes commands, options and parameters after `fmfl --install-completion`.",
 )
@@ -213,7 +214,11 @@ def rebuild_report(
         typer.echo(f"report: {report.write(directory)}")
 
 
-teachers = typer.Typer(no_args_is_help=True, help="A teacher's weights: check a file, fetch a published one.")
+teachers = typer.Typer(
+    no_args_is_help=True,
+    suggest_commands=False,
+    help="A teacher's weights: check a file, fetch a published one.",
+)
 app.add_typer(teachers, name="teacher")
 
 
@@ -364,7 +369,9 @@ def verify(
 
 
 flowers = typer.Typer(
-    no_args_is_help=True, help="The study on several machines, through Flower: keys, a server, its clients."
+    no_args_is_help=True,
+    suggest_commands=False,
+    help="The study on several machines, through Flower: keys, a server, its clients.",
 )
 app.add_typer(flowers, name="flower")
 
