@@ -344,7 +344,7 @@ def score(
     mask_class = mask_class or students.mask_class(run)
     cohort = data.load(sources, size=pixels, mask_class=mask_class, progress=progress)
     scores, by_group = scoring.score(finals, cohort.to(where), by, progress=progress)
-    scoring.write(folder, scores, by_group)
+    scoring.write(folder, sources, scores, by_group)
     for line in scoring.in_words(finals, by_group, cohort, run, folder):
         typer.echo(line)
 
