@@ -282,7 +282,8 @@ def test_kidneys_are_not_found_by_their_brightness_nor_by_their_place(cohort):
 
 
 def test_the_same_seed_draws_the_same_and_a_longer_list_begins_like_a_shorter_one():
-    few, more, other = kidneys.generate(4, 3), kidneys.generate(7, 3), kidneys.generate(4, 4)
+    few, more, other = (list(kidneys.generate(*given)) for given in ((4, 3), (7, 3), (4, 4)))
+    assert [len(slices) for slices in (few, more, other)] == [4, 7, 4]
     for (image, mask, row), (again, same, equal) in zip(few, more, strict=False):
         np.testing.assert_array_equal(image, again)
         np.testing.assert_array_equal(mask, same)
@@ -297,6 +298,20 @@ def test_a_folder_that_is_there_is_not_written_over(tmp_path):
     with pytest.raises(UserError, match="is there already; name a new folder"):
         kidneys.write(tmp_path / "new")
     assert [file.name for file in tmp_path.iterdir()] == ["new"], "nothing half-made is left"
+
+
+def test_each_slice_is_on_the_disk_before_the_next_is_drawn(tmp_path, monkeypatch):
+    """So that 100,000 images take no more memory than one."""
+    written, draw = [], kidneys.draw
+
+    def counted(*arguments):
+        written.append(len([*tmp_path.rglob("images/*.png")]))
+        return draw(*arguments)
+
+    monkeypatch.setattr(kidneys, "draw", counted)
+    folder = kidneys.write(tmp_path / "new", 5)
+    assert written == [0, 1, 2, 3, 4]
+    assert len(pd.read_csv(folder / "metadata.csv")) == len([*(folder / "masks").iterdir()]) == 5
 
 
 def test_the_built_in_teacher_does_not_know_kidneys(cohort):
@@ -440,7 +455,7 @@ def test_a_second_organ_goes_from_folder_to_report_and_to_the_mask_of_a_new_imag
     said = re.sub(r"trained on lungs alone|per_lung", "", page)
     assert not re.search(r"lung|x-ray|chest|74\.67", said, re.I)
 
-    new = next(one for one in kidneys.generate(40, seed=1)[::-1] if one[1].mean() > 0.02)
+    new = next(one for one in list(kidneys.generate(40, seed=1))[::-1] if one[1].mean() > 0.02)
     save(tmp_path / "new.png", new[0])
     grey, _ = read_image(tmp_path / "new.png")
     model = models.build("tiny_unet")
