@@ -119,13 +119,17 @@ def test_the_rule_of_the_verdicts_is_one_click_away():
 
 def test_the_first_page_says_what_the_tables_hold():
     text = " ".join((paths.ROOT / "README.md").read_text(encoding="utf-8").split())
-    gains = pd.read_csv(RESULTS / "v7-labels" / "gains.csv", dtype={"value": str})
-    (few,) = gains[(gains.value == "30") & (gains.lower == "pretraining")].itertuples()
+    taught = pd.read_csv(RESULTS / "taught" / "differences.csv").set_index("difference")
+    few, control = (
+        taught.loc[f"the shipped teacher less {lesson}, 10 masks, before any round"]
+        for lesson in ("proxy masks alone", "proxy and corpus masks")
+    )
     differences = pd.read_csv(RESULTS / "v7-cpu" / "differences.csv")
     age = differences[(differences.split == "age") & (differences.higher == "fm")].set_index("lower")
     random, pretraining = age.loc["random"], age.loc["pretraining"]
-    assert few.reading == random.reading == "higher" and pretraining.equivalent
-    for value, row in ((few.gain, few), (random["value"], random), (pretraining["value"], pretraining)):
+    assert few.reading == random.reading == "higher" and pretraining.equivalent and control.equivalent
+    for row in (few, control, random, pretraining):
+        value = row["value"]
         within = f"({row.low:.2f} to {row.high:.2f})"
         assert f"{value:.2f} points{' of Dice' * (row is random)} {within}".replace("-", "−") in text
     ledger = pd.read_csv(RESULTS / "v7-cpu" / "claims.csv").groupby("kind").verdict
