@@ -81,11 +81,16 @@ def to_onnx(model: nn.Module, size: int, metadata: Mapping[str, str]) -> bytes:
     return file.getvalue()
 
 
-def check_file(file: Path) -> None:
-    """Refuse to export where a package is missing, or over a file that no export of fmfl made.
+def check_file(file: Path, weights_sha256: str = "", *, overwrite: bool = False) -> None:
+    """Refuse to export where a package is missing, or over a file that is not to be lost.
+
+    Args:
+        file: to be written.
+        weights_sha256: of the weights; "" stands for those that an earlier export has.
+        overwrite: an export of other weights may be lost.
 
     Raises:
-        UserError: as said.
+        UserError: a package is missing, no export of fmfl made the file, or one of other weights did.
     """
     check_packages()
     import onnx
@@ -95,11 +100,18 @@ def check_file(file: Path) -> None:
     if not file.exists():
         return
     try:
-        made_by = {entry.key for entry in onnx.load(file, load_external_data=False).metadata_props}
+        made_of = {
+            entry.key: entry.value for entry in onnx.load(file, load_external_data=False).metadata_props
+        }
     except Exception:  # the parser of arbitrary bytes raises nearly anything
-        made_by = set()
-    if "weights_sha256" not in made_by:
+        made_of = {}
+    if "weights_sha256" not in made_of:
         raise UserError(f"--onnx {file} is there, and no export of fmfl made it: name another file")
+    if not overwrite and weights_sha256 not in ("", made_of["weights_sha256"]):
+        raise UserError(
+            f"--onnx {file} is there with other weights ({made_of.get('weights')}): name another file, or "
+            "add --overwrite"
+        )
 
 
 def write(file: Path, model: nn.Module, size: int, metadata: Mapping[str, str]) -> float:

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from fmfl.analysis import claims, statistics, tables
+from fmfl.analysis import claims, statistics, tables, words
 
 ARMS = [("federated", "random"), ("federated", "pretraining"), ("federated", "fm")]
 
@@ -387,6 +387,7 @@ def test_sooner_is_counted_to_a_fixed_dice_and_never_beyond_the_run():
     never = ledger(dict.fromkeys(cells, 79.0)).loc[claim]
     assert (never.verdict, never.why) == ("not testable here", "no run comes to 90 %")
     assert np.isnan([never.ours, never.low, never.high]).all()  # no number of rounds stands for it
+    assert words.claim_row(never.to_dict() | {"claim": claim})["ours (95 %)"] == words.DASH
 
 
 # How soon, who fares worst, where it pays

@@ -87,6 +87,15 @@ def test_of_real_images_the_licence_is_left_to_the_person(run):
     assert "CC BY 4.0" not in page, "that is the built-in teacher's"
 
 
+def test_a_card_names_folders_and_no_paths_of_the_machine(run):
+    manifest = made_runs.make_manifest(run)
+    given = "/home/someone/clinic/, /mnt/secret/second"
+    made_runs.make_manifest(run, settings=manifest["settings"] | {"data": given})
+    page = text(run)
+    assert "sources | clinic, second |" in page
+    assert not any(word in page for word in ("someone", "/home", "/mnt", "secret"))
+
+
 def test_a_card_of_another_organ_speaks_of_no_chest(run):
     manifest = made_runs.make_manifest(run)
     assert "Model card: tiny_unet for lungs on chest X-rays" in text(run)

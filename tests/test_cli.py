@@ -242,6 +242,15 @@ def test_an_unknown_option_is_no_traceback(fmfl):
     assert code == 2 and out == "" and "--rounds" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("studdy", "study"), ("teacher chek", "check"), ("flower clinet", "client")]
+)
+def test_a_mistyped_command_is_answered_with_the_likely_one_once(fmfl, typed, meant):
+    code, out, err = fmfl(*typed.split())
+    assert (code, out) == (2, "")
+    assert err.count(f"Did you mean '{meant}'?") == err.count("Did you mean") == 1
+
+
 def test_the_contracts_options_are_there(fmfl):
     code, out, _ = fmfl("study", "--help")
     options = ("profile", "data", "teacher", "checkpoint", "out", "seeds", "splits", "device", "engine")

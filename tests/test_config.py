@@ -40,6 +40,26 @@ def test_an_unknown_parameter_is_named_with_the_likely_one(given, meant):
     assert f"did you mean {meant}?" in refused(given, 3)
 
 
+@pytest.mark.parametrize(
+    ("short", "meant"),
+    [
+        ("lr", "learning_rate"),
+        ("LR", "learning_rate"),
+        ("bs", "batch_size"),
+        ("epochs", "local_epochs"),
+        ("rounds", "num_rounds"),
+        ("clients", "num_clients"),
+    ],
+)
+def test_a_usual_short_name_is_refused_with_the_parameter_that_is_meant(short, meant):
+    assert f"parameter {short!r} is unknown: did you mean {meant}?" in refused(short, 3)
+
+
+def test_short_names_stand_for_parameters_and_are_none():
+    assert set(config.SHORT.values()) <= config.PARAMETERS.keys()
+    assert not config.SHORT.keys() & config.PARAMETERS.keys()
+
+
 def test_an_unknown_parameter_like_no_other_gets_the_command_that_lists_all():
     assert "`fmfl params` lists them all" in refused("zzzz", 3)
 

@@ -69,8 +69,13 @@ def parse(app, arguments):
     return parsed[0] if parsed else {}
 
 
+def here(name):
+    """A path of a page below the folder of the test, also where the page's begins at the root."""
+    return Path(name.lstrip("/"))
+
+
 def check_study(arguments, monkeypatch):
-    """Run a study's command up to its plan; its folders are made first."""
+    """Run a study's command up to its plan; its folders are made first, all of them below this one."""
     planned = []
 
     def plan(cfg, *others):
@@ -81,15 +86,15 @@ def check_study(arguments, monkeypatch):
     for position, argument in enumerate(arguments[:-1]):
         if argument == "--data":
             names = [name for name in arguments[position + 1].split(",") if name != "phantom"]
-            # FOLDER,FOLDER are two, and /data/xrays lies below the test's own folder.
-            folders = [
-                Path(f"{name.lstrip('/')}{number}") for number, name in enumerate(names)
-            ]  # FOLDER,FOLDER are two
+            folders = [here(f"{name}{number}") for number, name in enumerate(names)]  # FOLDER,FOLDER are two
             for folder in folders:
                 folder.mkdir(parents=True)
             arguments[position + 1] = ",".join(map(str, folders)) or "phantom"
         if argument == "--checkpoint":
-            Path(arguments[position + 1]).touch()
+            file = here(arguments[position + 1])
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+            arguments[position + 1] = str(file)
     result = CliRunner().invoke(cli.app, arguments)
     assert len(planned) == 1, f"{result.output} {result.exception}"
 
@@ -135,6 +140,17 @@ def test_the_commands_are_found():
     batches = [command for page, command in found if page == "docs/batches.md"]
     assert "fmfl study --settings sweep.yaml --out runs/sweep --no-progress" in batches, "what sbatch wraps"
     assert "learning_rate: 1e-3" in files_of("docs/batches.md")["sweep.yaml"]
+
+
+def test_a_path_of_a_page_is_made_below_the_tests_folder(tmp_path, monkeypatch):
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    outside = tmp_path / "outside"
+    check_study(
+        ["study", "--data", f"{outside}/a,phantom", "--checkpoint", f"{outside}/b", "-p", "size=32"],
+        monkeypatch,
+    )
+    assert not outside.exists()
 
 
 @pytest.mark.parametrize(

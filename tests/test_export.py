@@ -86,10 +86,18 @@ def test_the_command_names_the_weights_and_the_difference(tmp_path, exported, mo
     metadata = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
     assert (metadata["weights"], metadata["weights_sha256"]) == (final.file.name, final.sha256)
     export.check_file(file)  # its own file may be replaced
+    assert fmfl(run, "--onnx", file)[0] == 0
+
+    before = file.read_bytes()
+    code, out, err = fmfl(run, "--onnx", file, "--init", "random")
+    assert code == 2 and out == "" and err.count("\n") == 1 and file.read_bytes() == before
+    assert f"with other weights ({final.file.name}): name another file, or add --overwrite" in err
+    code, out, err = fmfl(run, "--onnx", file, "--init", "random", "--overwrite")
+    assert code == 0 and file.read_bytes() != before, err
 
     mine = tmp_path / "mine.onnx"
     mine.write_text("something else")
-    code, out, err = fmfl(run, "--onnx", mine)
+    code, out, err = fmfl(run, "--onnx", mine, "--overwrite")
     assert code == 2 and "no export of fmfl made it" in err and mine.read_text() == "something else"
     code, out, err = fmfl(run, "--onnx", tmp_path / "x.bin")
     assert code == 2 and "ends in .onnx" in err

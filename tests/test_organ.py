@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from made_sources import LEFT, RIGHT, load, lungs, make_coco, make_folder, reasons, save
+from made_sources import LEFT, RIGHT, load, lungs, make_coco, make_darwin, make_folder, picture, reasons, save
 from PIL import Image
 from typer.testing import CliRunner
 
 import fmfl
-from fmfl import config, metrics, models, paths, prompts, split, states, train
+from fmfl import config, data, metrics, models, paths, prompts, split, states, train
 from fmfl.analysis import plots
 from fmfl.errors import UserError
 from fmfl.sources import kidneys, mask_files
@@ -203,6 +203,33 @@ def test_annotation_files_have_classes_and_no_labels(tmp_path):
         load(folder, mask_class="heart:1")
 
 
+def test_a_class_that_is_not_annotated_is_answered_with_those_that_are(tmp_path):
+    """Each as it is to be named: sides left out, and tags of an image are no classes."""
+    outline = [[4, 6, 14, 6, 14, 26, 4, 26]]
+    coco = make_coco(tmp_path / "coco", [(3, outline), (4, outline), (5, outline)])
+    darwin = make_darwin(tmp_path / "darwin", 2)
+    for folder, classes in ((coco, ["heart", "lung"]), (darwin, ["ignore", "lung"])):
+        answer = f"1 x no lungs mask.*; annotated are {', '.join(classes)}: name one as mask_class$"
+        with pytest.raises(UserError, match=answer):
+            load(folder, mask_class="lungs")
+        with pytest.raises(UserError, match=answer):
+            data.preview(folder, size=32, mask_class="lungs", cache=None)
+        assert [len(load(folder, mask_class=name)) for name in classes] == [1, 1]
+
+
+def test_a_label_that_no_mask_has_is_answered_with_those_that_are(tmp_path):
+    folder = make_folder(tmp_path / "clinic")
+    save(folder / "masks" / "b.png", 3 * lungs(LEFT).astype(np.uint8))
+    save(folder / "masks" / "c.png", picture(2))  # no labels
+    answer = "3 x no lung mask.*; labels of its mask files are 3, 255: name them as in mask_class=lung:3$"
+    with pytest.raises(UserError, match=answer):
+        load(folder, mask_class="lung:300")
+    for name in "abc":
+        save(folder / "masks" / f"{name}.png", np.zeros((32, 40), np.uint8))
+    with pytest.raises(UserError, match=r"its mask is empty$"):
+        load(folder)
+
+
 @pytest.mark.parametrize("ending", ["_mask", "-mask", "_seg", "_Segmentation", "_label", "_gt", "-masks"])
 def test_a_masks_name_may_end_in_what_it_is(ending, tmp_path):
     folder = make_folder(tmp_path / "clinic")
@@ -255,7 +282,8 @@ def test_kidneys_are_not_found_by_their_brightness_nor_by_their_place(cohort):
 
 
 def test_the_same_seed_draws_the_same_and_a_longer_list_begins_like_a_shorter_one():
-    few, more, other = kidneys.generate(4, 3), kidneys.generate(7, 3), kidneys.generate(4, 4)
+    few, more, other = (list(kidneys.generate(*given)) for given in ((4, 3), (7, 3), (4, 4)))
+    assert [len(slices) for slices in (few, more, other)] == [4, 7, 4]
     for (image, mask, row), (again, same, equal) in zip(few, more, strict=False):
         np.testing.assert_array_equal(image, again)
         np.testing.assert_array_equal(mask, same)
@@ -270,6 +298,20 @@ def test_a_folder_that_is_there_is_not_written_over(tmp_path):
     with pytest.raises(UserError, match="is there already; name a new folder"):
         kidneys.write(tmp_path / "new")
     assert [file.name for file in tmp_path.iterdir()] == ["new"], "nothing half-made is left"
+
+
+def test_each_slice_is_on_the_disk_before_the_next_is_drawn(tmp_path, monkeypatch):
+    """So that 100,000 images take no more memory than one."""
+    written, draw = [], kidneys.draw
+
+    def counted(*arguments):
+        written.append(len([*tmp_path.rglob("images/*.png")]))
+        return draw(*arguments)
+
+    monkeypatch.setattr(kidneys, "draw", counted)
+    folder = kidneys.write(tmp_path / "new", 5)
+    assert written == [0, 1, 2, 3, 4]
+    assert len(pd.read_csv(folder / "metadata.csv")) == len([*(folder / "masks").iterdir()]) == 5
 
 
 def test_the_built_in_teacher_does_not_know_kidneys(cohort):
@@ -413,7 +455,7 @@ def test_a_second_organ_goes_from_folder_to_report_and_to_the_mask_of_a_new_imag
     said = re.sub(r"trained on lungs alone|per_lung", "", page)
     assert not re.search(r"lung|x-ray|chest|74\.67", said, re.I)
 
-    new = next(one for one in kidneys.generate(40, seed=1)[::-1] if one[1].mean() > 0.02)
+    new = next(one for one in list(kidneys.generate(40, seed=1))[::-1] if one[1].mean() > 0.02)
     save(tmp_path / "new.png", new[0])
     grey, _ = read_image(tmp_path / "new.png")
     model = models.build("tiny_unet")

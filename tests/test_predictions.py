@@ -104,12 +104,20 @@ def test_what_cannot_be_used_is_named_and_ends_with_1(fmfl, run, xrays, tmp_path
     (xrays / "volume.nii").write_text("of another kind")
     code, out, err = fmfl("predict", run, xrays, "--out", tmp_path / "out")
     assert code == 1
-    assert "images: 4 segmented, 3 left out" in out
+    assert "images: 4 segmented, 3 left out\nnot images: 1 file (notes.txt)\n" in out
     lines = err.splitlines()
     assert len(lines) == 3 and all(line.startswith("left out: ") for line in lines)
     assert any("flat.png: all its pixels are the same" in line for line in lines)
     assert any("broken.png: not readable as an image" in line for line in lines)
     assert any("volume.nii: neither its suffix nor its content" in line for line in lines)
+
+
+def test_files_that_are_usual_beside_images_are_counted_and_no_mistake(fmfl, run, xrays, tmp_path):
+    for name in ("notes.txt", "DICOMDIR", "deep/a.csv", "deep/b.md"):
+        (xrays / name).write_text("usual beside images")
+    code, out, err = fmfl("predict", run, xrays, "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert "images: 4 segmented\nnot images: 4 files (DICOMDIR, a.csv, b.md and 1 more)\n" in out
 
 
 def test_nothing_usable_is_one_sentence_and_no_file(fmfl, run, tmp_path):

@@ -562,6 +562,8 @@ def test_figures_stand_in_the_storys_order_and_each_has_a_caption(tmp_path):
     drawn = {name for name in drawn if not name.startswith("_")} - {"use_style", "colours", "group_colours"}
     drawn -= {"predictions", "loss_by_pixel", "round_by_round"}  # of pieces to play with, never saved
     assert drawn == set(report.CAPTIONS), "every figure has its place and its caption"
+    explained = ("cosine near 1", "diversity near 1", "barrier, the loss does not rise")
+    assert all(text in report.CAPTIONS["why"] for text in explained), "measures that no axis explains"
 
 
 def test_only_the_studys_own_figures_with_content_are_shown(tmp_path):

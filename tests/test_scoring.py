@@ -158,6 +158,23 @@ def test_the_runs_own_images_are_no_independent_test(tmp_path, cohort):
     assert "these are the images of the run itself" in warning
 
 
+def test_folders_of_one_name_keep_their_own_tables(tmp_path, fmfl, monkeypatch):
+    run = made_runs.make_run(tmp_path / "run", made_runs.RUNS[:1])
+    folders = [
+        make_folder(tmp_path / place / "clinic", "abcd"[:number]) for number, place in ((2, "x"), (3, "y"))
+    ]
+    for folder in (*folders, *folders):
+        assert fmfl(run, folder)[0] == 0
+    monkeypatch.chdir(tmp_path / "x")
+    assert fmfl(run, "clinic")[0] == 0, "the same folder by another path"
+    found = {file.parent.name: len(pd.read_csv(file)) for file in (run / "scores").glob("*/scores.csv")}
+    assert found == {"clinic": 2, "clinic.2": 3}
+    (run / "scores" / "clinic" / "sources.txt").write_text("my notes")
+    assert scoring.folder_of(run, str(folders[0])) == run / "scores" / "clinic.3"
+    with pytest.raises(UserError, match=r"sources\.txt is there, and `fmfl score` did not make it"):
+        scoring.check_folder(run / "scores" / "clinic", "site")
+
+
 def test_somebody_elses_table_is_not_written_over(tmp_path, fmfl):
     run = made_runs.make_run(tmp_path / "run", made_runs.RUNS[:1])
     (tmp_path / "out").mkdir()

@@ -1,12 +1,15 @@
 """The choice of weights follows a written rule that looks at no score, and says what else there is."""
 
+import re
+import sys
+
 import pytest
 import torch
 from made_runs import RUNS, SIZE, make_manifest, make_run, name_of, trained
 
 from fmfl import states
 from fmfl.errors import UserError
-from fmfl.study import students
+from fmfl.study import cli, students
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +82,18 @@ def test_an_unknown_choice_lists_what_there_is(run, wanted, says):
     assert says in str(caught.value)
 
 
-def test_a_folder_without_weights_is_one_sentence(tmp_path):
+def test_a_folder_without_weights_is_one_sentence(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="there is no such folder"):
         students.finals(tmp_path / "none")
     with pytest.raises(UserError, match="holds no final weights: run 04_federate or `fmfl study` into"):
         students.finals(tmp_path)
+    says = rf"fmfl: {tmp_path} holds no finished study, .*\n"
+    commands = [["export", "--onnx", "x.onnx"], ["predict", tmp_path, "--out", "masks"], ["score", "phantom"]]
+    for name, *others in commands:
+        monkeypatch.setattr(sys, "argv", ["fmfl", name, *map(str, (tmp_path, *others))])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert re.fullmatch(says, capsys.readouterr().err)
 
 
 def test_a_run_that_has_not_ended_is_not_used(tmp_path):

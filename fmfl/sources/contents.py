@@ -19,6 +19,7 @@ from tqdm import tqdm
 from fmfl.errors import UserError, first_few
 from fmfl.sources import metadata, phantom, readers
 from fmfl.sources.files import IMAGE_SUFFIXES, Found, SkippedFile, list_files
+from fmfl.sources.mask_files import organ_of
 from fmfl.sources.pixels import read_image, resize
 from fmfl.sources.readers import Record
 
@@ -121,7 +122,7 @@ def _read_folder(folder: Path, size: int, mask_class: str, workers: int | None, 
             for remark in remarks:
                 remarked[remark].append(row["image_id"])
     if not rows:
-        raise UserError(_nothing_usable(folder, skipped))
+        raise UserError(_nothing_usable(folder, skipped, mask_class))
     images, masks = images[: len(rows)], masks[: len(rows)]
     left_out = [one.entry(folder) for one in skipped]
     left_out.sort(key=lambda entry: (entry["file"], entry["reason"]))
@@ -131,9 +132,10 @@ def _read_folder(folder: Path, size: int, mask_class: str, workers: int | None, 
 
 def _look_at_folder(folder: Path, size: int, mask_class: str, workers: int | None, few: int) -> Preview:
     records, skipped = _records(folder, mask_class)
+    skipped += [_not_annotated(record) for record in records if record.mask is None]
     records = [record for record in records if record.mask is not None]
     if not records:
-        raise UserError(_nothing_usable(folder, skipped))
+        raise UserError(_nothing_usable(folder, skipped, mask_class))
     chosen = records[:: math.ceil(len(records) / few)]
     started = time.perf_counter()
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
@@ -164,14 +166,21 @@ def _records(folder: Path, mask_class: str) -> tuple[list[Record], list[SkippedF
     return [records[image_id][0] for image_id in sorted(records) if len(records[image_id]) == 1], skipped
 
 
-def _nothing_usable(folder: Path, skipped: list[SkippedFile]) -> str:
+def _nothing_usable(folder: Path, skipped: list[SkippedFile], mask_class: str) -> str:
     if all(one.reason == "not an image" and not one.defect for one in skipped):
         return f"{folder}: there is no image file in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
     reasons = Counter(one.reason for one in skipped).most_common()
     counted = ", ".join(f"{count} x {reason}" for reason, count in reasons)
     first = next(one for one in skipped if one.reason == reasons[0][0])
     file = first.file.relative_to(folder)
-    return f"{folder}: no usable image ({counted}); the first is {file}: {first.detail}"
+    unknown = f"no {organ_of(mask_class).name} mask" in {one.reason for one in skipped}
+    remedy = readers.which_classes(folder, mask_class) if unknown else ""
+    return f"{folder}: no usable image ({counted}); the first is {file}: {first.detail}{remedy}"
+
+
+def _not_annotated(record: Record) -> SkippedFile:
+    detail = "nothing of the mask class is annotated"
+    return SkippedFile(record.image, record.without_mask, detail, defect=False)
 
 
 #: One image: [H, W] uint8 0..255, its mask [H, W] uint8 0 or 1, its row, and remarks to look at.
@@ -211,14 +220,13 @@ def decode(record: Record, size: int) -> Decoded:
         SkippedFile: the image cannot be read or shows nothing, its mask is empty, or the two do not fit
             together.
     """
-    no_mask = partial(SkippedFile, record.image, record.without_mask, defect=False)
     if record.mask is None:
-        raise no_mask("nothing of the mask class is annotated")
+        raise _not_annotated(record)
     grey, header = read_xray(record.image)
     height, width = grey.shape
     mask, remark = record.mask(grey)
     if not mask.any():
-        raise no_mask("its mask is empty")
+        raise SkippedFile(record.image, record.without_mask, "its mask is empty", defect=False)
     small = resize(mask.astype(np.uint8) * 255, size) >= 128
     if not small.any():
         detail = f"its mask has {mask.sum()} pixels, of which nothing is left at a size of {size}"

@@ -11,8 +11,10 @@ set by eye and are not measurements of people.
 """
 
 import csv
+import itertools
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import cos, pi, sin
 from pathlib import Path
@@ -273,28 +275,34 @@ def _photographed(values: Array, site: Site, rng: Generator) -> np.ndarray:
     return np.clip(255 * shown, 0, 255).round().astype(np.uint8)
 
 
-def generate(number: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray, dict[str, str]]]:
-    """Draw slices: [H, W] uint8 image, [H, W] bool mask and a row of the table, of each.
+#: [H, W] uint8 image, [H, W] bool mask and a row of the table.
+Slice = tuple[np.ndarray, np.ndarray, dict[str, str]]
+
+
+def generate(number: int, seed: int = 0) -> Iterator[Slice]:
+    """Draw slices one by one, so that thousands take no more memory than one.
 
     A patient has one to three slices. The first slices of a longer list are those of a shorter one.
     """
-    slices = []
-    for count in range(number):
+    return itertools.islice(_slices(seed), number)
+
+
+def _slices(seed: int) -> Iterator[Slice]:
+    """Draw slices without end, patient by patient."""
+    numbers = itertools.count()
+    for count in itertools.count():
         patient = _draw_patient(seed, count)
         for visit in range(1 + int(default_rng([*patient.seed, 99]).integers(3))):
             image, mask = draw(patient, visit, patient.site.side)
             about = (
-                f"k{len(slices):04}",
+                f"k{next(numbers):04}",
                 f"K{count:04}",
                 patient.sex,
                 patient.finding,
                 patient.site.name,
                 LICENCE,
             )
-            slices.append((image, mask, dict(zip(COLUMNS, about, strict=True))))
-            if len(slices) == number:
-                return slices
-    return slices
+            yield image, mask, dict(zip(COLUMNS, about, strict=True))
 
 
 def write(folder: str | Path, number: int = 120, seed: int = 0) -> Path:
@@ -322,13 +330,13 @@ def write(folder: str | Path, number: int = 120, seed: int = 0) -> Path:
     return folder
 
 
-def _write_files(folder: Path, slices: list[tuple[np.ndarray, np.ndarray, dict[str, str]]]) -> None:
+def _write_files(folder: Path, slices: Iterable[Slice]) -> None:
     for name in ("images", "masks"):
         (folder / name).mkdir()
-    for image, mask, about in slices:
-        Image.fromarray(image).save(folder / "images" / f"{about['image_id']}.png")
-        Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "masks" / f"{about['image_id']}.png")
     with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
-        table.writerows(about for *_, about in slices)
+        for image, mask, about in slices:
+            Image.fromarray(image).save(folder / "images" / f"{about['image_id']}.png")
+            Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "masks" / f"{about['image_id']}.png")
+            table.writerow(about)

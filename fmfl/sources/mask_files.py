@@ -116,15 +116,33 @@ def read_mask(path: Path, grey: np.ndarray, organ: Organ = LUNG) -> tuple[np.nda
     return mask, "" if is_lung(organ.name) else _two_labels(values, mask, organ)
 
 
+def labels_of(path: Path) -> list[int]:
+    """Return the labels in a mask file; none where it cannot be read or holds no labels."""
+    try:
+        values, hues = _numbers(path, *_values(path, open_picture(path)))
+    except Exception:  # of a decoder; the reading of the mask itself says which
+        return []
+    distinct = _distinct(values)
+    if hues > 1 or values.dtype.kind == "f" or len(distinct) > FEW_VALUES:
+        return []
+    return [int(value) for value in distinct if value > 0]
+
+
+def _numbers(path: Path, values: np.ndarray, hues: int) -> tuple[np.ndarray, int]:
+    """Return a mask's values and hues, of a palette its numbers."""
+    with Image.open(path) as opened:
+        if opened.mode == "P":
+            return np.asarray(ImageOps.exif_transpose(opened)), 0
+    return values, hues
+
+
 def _labelled(path: Path, values: np.ndarray, hues: int, organ: Organ) -> np.ndarray:
     """Return the pixels that have one of the organ's labels; of a palette its numbers are the labels.
 
     Raises:
         SkippedFile: the file holds colours or fractions.
     """
-    with Image.open(path) as opened:
-        if opened.mode == "P":
-            values, hues = np.asarray(ImageOps.exif_transpose(opened)), 0
+    values, hues = _numbers(path, values, hues)
     if hues > 1 or values.dtype.kind == "f":
         kind = "colours" if hues > 1 else "fractions"
         detail = f"it holds {kind}, not labels: name the organ alone, mask_class={organ.name}"

@@ -8,6 +8,7 @@ lung of any of them, so it makes no image one "without lungs".
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmfl.errors import UserError
+from fmfl.errors import UserError, first_few
 from fmfl.sources import metadata
 from fmfl.sources.files import ImageIndex, SkippedFile, annotation_files, image_root, is_folder, read_json
-from fmfl.sources.mask_files import organ_of, read_mask
+from fmfl.sources.mask_files import labels_of, organ_of, read_mask
 from fmfl.sources.metadata import Table, plain, whole, without_fraction, words
 from fmfl.sources.outlines import Shape, coco_shapes, fill_even_odd, from_runs, points, unite
 
@@ -37,6 +38,8 @@ DARWIN_FINDINGS = {
 }
 #: Forms of a Darwin annotation that are not read as areas.
 OTHER_FORMS = ("ellipse", "line", "keypoint", "skeleton", "cuboid", "frames", "mask", "bounding_box")
+#: Mask files that are looked at for their labels, where none has the one that is named.
+MASKS_TO_LOOK_AT = 20
 #: Errors of JSON that has another structure than its format.
 NOT_AS_EXPECTED = (KeyError, TypeError, AttributeError)
 
@@ -143,9 +146,40 @@ def _why_no_mask(view: str, mask_class: str) -> str:
 
 def is_class(name: str, mask_class: str) -> bool:
     """Return True for the mask class: "Lung", "left lung" and "Lungs" are lung, "Lung opacity" is not."""
-    rest = [word for word in words(name) if word not in {"left", "right", "l", "r"}]
-    expected = words(mask_class)
+    rest, expected = _without_side(name), words(mask_class)
     return rest in (expected, [*expected[:-1], expected[-1] + "s"])
+
+
+def _without_side(name: str) -> list[str]:
+    return [word for word in words(name) if word not in {"left", "right", "l", "r"}]
+
+
+# What to name instead, where nothing of the mask class is there.
+
+
+def which_classes(folder: Path, mask_class: str) -> str:
+    """Return a clause that names the classes or the labels that a folder has; "" where it has none."""
+    organ = organ_of(mask_class)
+    if reader(folder) is not read_folder:
+        classes = _annotated_classes(folder)
+        return f"; annotated are {first_few(classes, 12)}: name one as mask_class" if classes else ""
+    masks = ImageIndex(folder / "masks").files[:MASKS_TO_LOOK_AT] if organ.labels else []
+    labels = [str(label) for label in sorted({label for path in masks for label in labels_of(path)})]
+    if not labels:
+        return ""
+    example = f"mask_class={organ.name}:{labels[0]}"
+    return f"; labels of its mask files are {first_few(labels, 12)}: name them as in {example}"
+
+
+def _annotated_classes(folder: Path) -> list[str]:
+    """Return the classes in annotation files, each as a mask class would name it; tags are none."""
+    names: set[str] = set()
+    for path in annotation_files(folder):
+        with suppress(SkippedFile, *NOT_AS_EXPECTED):
+            content = read_json(path)
+            groups = content.get("categories") or content["annotations"]
+            names |= {" ".join(_without_side(one["name"])) for one in groups if "tag" not in one}
+    return sorted(names - {""})
 
 
 # Annotation files, Darwin and COCO.

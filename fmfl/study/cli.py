@@ -22,6 +22,7 @@ OUT_OF_TIME = 75
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    suggest_commands=False,  # click suggests one already
     help="Does federated segmentation get better, and faster, from a foundation model's student?",
     epilog="The TAB key completes commands, options and parameters after `fmfl --install-completion`.",
 )
@@ -213,7 +214,11 @@ def rebuild_report(
         typer.echo(f"report: {report.write(directory)}")
 
 
-teachers = typer.Typer(no_args_is_help=True, help="A teacher's weights: check a file, fetch a published one.")
+teachers = typer.Typer(
+    no_args_is_help=True,
+    suggest_commands=False,
+    help="A teacher's weights: check a file, fetch a published one.",
+)
 app.add_typer(teachers, name="teacher")
 
 
@@ -300,15 +305,16 @@ def export_student(
     seed: WhichSeed = None,
     client: WhichClient = None,
     size: Size = 0,
+    overwrite: Annotated[bool, option("replace an export of other weights", "--overwrite")] = False,
 ) -> None:
     """Write a run's student as an ONNX file, and check it against the network."""
     with interrupt.while_importing():
         from fmfl import export
         from fmfl.study import students
 
-    export.check_file(onnx)
     final, why = students.choose(run, arm=arm, init=init, split=split, seed=seed, client=client)
     pixels = students.image_size(run, size)
+    export.check_file(onnx, final.sha256, overwrite=overwrite)
     typer.echo(f"weights: {final}\nwhy: {why}")
     metadata = {"fmfl": fmfl.__version__, "weights": final.file.name, "weights_sha256": final.sha256}
     metadata |= {"organ": students.organ(run)}
@@ -338,7 +344,7 @@ def score(
     mask_class = mask_class or students.mask_class(run)
     cohort = data.load(sources, size=pixels, mask_class=mask_class, progress=progress)
     scores, by_group = scoring.score(finals, cohort.to(where), by, progress=progress)
-    scoring.write(folder, scores, by_group)
+    scoring.write(folder, sources, scores, by_group)
     for line in scoring.in_words(finals, by_group, cohort, run, folder):
         typer.echo(line)
 
@@ -363,7 +369,9 @@ def verify(
 
 
 flowers = typer.Typer(
-    no_args_is_help=True, help="The study on several machines, through Flower: keys, a server, its clients."
+    no_args_is_help=True,
+    suggest_commands=False,
+    help="The study on several machines, through Flower: keys, a server, its clients.",
 )
 app.add_typer(flowers, name="flower")
 

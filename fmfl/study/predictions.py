@@ -23,7 +23,7 @@ from tqdm import tqdm
 from fmfl import states, use
 from fmfl.analysis import words
 from fmfl.analysis.tables import read_table
-from fmfl.errors import UserError
+from fmfl.errors import UserError, first_few
 from fmfl.sources.contents import read_xray
 from fmfl.sources.files import (
     COMPANIONS,
@@ -69,10 +69,12 @@ class Outcome(NamedTuple):
     Attributes:
         table: predictions.csv.
         left_out: files that could not be used, each with its reason.
+        beside: files that are usual beside images, such as tables and notes.
     """
 
     table: pd.DataFrame
     left_out: list[SkippedFile]
+    beside: Sequence[SkippedFile] = ()
 
 
 def predict(
@@ -99,7 +101,8 @@ def predict(
     Raises:
         UserError: there is no image, none can be used, or the folder holds something else.
     """
-    sources, left_out = find_images(inputs)
+    sources, others = find_images(inputs)
+    left_out, beside = ([one for one in others if one.defect is defect] for defect in (True, False))
     _clear(out, inputs, sources)
     about = {"weights": weights.file.name, "weights_sha256": weights.sha256}
     workers = os.cpu_count() or 1
@@ -121,13 +124,16 @@ def predict(
                 rows.append(row)
     if not rows:
         raise UserError(f"no image could be used; the first is {left_out[0].file}: {left_out[0]}")
-    return Outcome(pd.DataFrame(rows, columns=list(COLUMNS)), left_out)
+    return Outcome(pd.DataFrame(rows, columns=list(COLUMNS)), left_out, beside)
 
 
 def in_words(done: Outcome, out: Path) -> list[str]:
     """Return lines that say what was written, what is worth a look, and what it must not be used for."""
     left_out = f", {len(done.left_out)} left out" if done.left_out else ""
     lines = [f"images: {len(done.table)} segmented{left_out}"]
+    if done.beside:
+        names = first_few(printable(one.file.name) for one in done.beside)
+        lines.append(f"not images: {words.counted(len(done.beside), 'file')} ({names})")
     if odd := int(done.table.remark.str.len().gt(0).sum()):
         lines.append(f"worth a look: {words.counted(odd, 'mask')}, see the column remark")
     at_detector = int((done.table.spacing_from == "ImagerPixelSpacing").sum())
@@ -163,7 +169,7 @@ def find_images(inputs: Sequence[Path]) -> tuple[list[Source], list[SkippedFile]
             images.setdefault(given.resolve(), (given, given.stem, long))
             continue
         index = ImageIndex(image_root(given))
-        left_out += [*(one for one in index.others if one.defect), *_unknown_files(index)]
+        left_out += [*index.others, *_unknown_files(index)]
         for path in index.files:
             below = path.relative_to(index.root).as_posix()
             long = f"{given.resolve().name}/{below}"
@@ -182,13 +188,14 @@ def find_images(inputs: Sequence[Path]) -> tuple[list[Source], list[SkippedFile]
 
 
 def _unknown_files(index: ImageIndex) -> Iterator[SkippedFile]:
-    """Yield the files in a folder that are neither images nor usual beside images."""
+    """Yield the files in a folder that are no images; those that are usual beside images are no defect."""
     seen = {*index.files, *(one.file for one in index.others)}
-    for found in walk(index.root):
+    for found in sorted(walk(index.root)):
         path = index.root / found.name
-        if path not in seen and path.suffix.lower() not in COMPANIONS and path.name.upper() != "DICOMDIR":
+        if path not in seen:
+            companion = path.suffix.lower() in COMPANIONS or path.name.upper() == "DICOMDIR"
             detail = "neither its suffix nor its content is that of an image that is read"
-            yield SkippedFile(path, "not an image", detail)
+            yield SkippedFile(path, "not an image", detail, defect=not companion)
 
 
 # Prediction

@@ -1,5 +1,6 @@
 """Scores of a run's final weights on images from elsewhere: by image, and by group with intervals."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fmfl.analysis import statistics, tables, words
 from fmfl.config import split_list
 from fmfl.data import Cohort
 from fmfl.errors import UserError
+from fmfl.sources.files import printable
 from fmfl.sources.mask_files import is_lung
 from fmfl.study import students
 from fmfl.study.outputs import write_text
@@ -29,6 +31,9 @@ CHUNK = 512
 
 #: Tables by image and by group.
 SCORES, SUMMARY = "scores.csv", "summary.csv"
+
+#: Beside the tables: the images that they are of, one source a line, below a line of its own.
+SOURCES, SOURCES_LINE = "sources.txt", "scored:\n"
 
 #: Stands below every scoring, with an example where the organ is the lung.
 NOTE = (
@@ -120,28 +125,45 @@ def score(
 
 
 def folder_of(run_dir: Path, sources: str) -> Path:
-    """Return the folder of the tables where a person names none."""
-    names = [Path(part).resolve().name if part != "phantom" else part for part in split_list(sources)]
-    return run_dir / "scores" / "+".join(names)
+    """Return the folder of the tables where a person names none; a number tells sources of one name apart."""
+    own = run_dir / "scores" / "+".join(Path(place).name for place in _places(sources))
+    later = (own.with_name(f"{own.name}.{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([own], later) if not _of_others(folder, sources))
+
+
+def _places(sources: str) -> list[str]:
+    return [part if part == "phantom" else str(Path(part).resolve()) for part in split_list(sources)]
+
+
+def _of_others(folder: Path, sources: str) -> bool:
+    """Return True where a folder holds the scores of other images; older tables do not tell."""
+    file = folder / SOURCES
+    return file.is_file() and file.read_text(encoding="utf-8", errors="replace") != _listed(sources)
+
+
+def _listed(sources: str) -> str:
+    return SOURCES_LINE + "".join(f"{printable(place)}\n" for place in _places(sources))
 
 
 def check_folder(folder: Path, by: str) -> Path:
     """Return a folder into which the tables may be written.
 
     Raises:
-        UserError: `by` is none of GROUPS, or scores.csv or summary.csv there is somebody else's.
+        UserError: `by` is none of GROUPS, or one of the files there is somebody else's.
     """
     if by not in GROUPS:
         raise UserError(f"--by {by}: choose one of {', '.join(GROUPS)}")
-    for name, first in ((SCORES, "arm,init,split,seed,client,image_id"), (SUMMARY, "group,arm,init,split")):
+    begins = {SCORES: "arm,init,split,seed,client,image_id", SUMMARY: "group,arm,init,split"}
+    for name, first in (begins | {SOURCES: SOURCES_LINE}).items():
         file = folder / name
         if file.exists() and not file.read_text(encoding="utf-8", errors="replace").startswith(first):
             raise UserError(f"{file} is there, and `fmfl score` did not make it: name another --out")
     return folder
 
 
-def write(folder: Path, scores: pd.DataFrame, by_group: pd.DataFrame) -> None:
-    """Write scores.csv and summary.csv."""
+def write(folder: Path, sources: str, scores: pd.DataFrame, by_group: pd.DataFrame) -> None:
+    """Write scores.csv, summary.csv and the sources that they are of."""
+    write_text(folder / SOURCES, _listed(sources))
     for name, table in ((SCORES, scores), (SUMMARY, by_group)):
         write_text(folder / name, table.to_csv(index=False))
 

@@ -94,7 +94,10 @@ def finals(run_dir: Path) -> list[Final]:
             f"{file} stands at round {record.get('round_number', 0)}: run the same study again, which "
             "finishes it, and then use it"
         )
-    raise UserError(f"{weights} holds no final weights: run 04_federate or `fmfl study` into {run_dir} first")
+    raise UserError(
+        f"{run_dir} holds no finished study, as its folder weights holds no final weights: run 04_federate "
+        "or `fmfl study` into it first, or name another folder"
+    )
 
 
 def _ended(record: dict[str, Any]) -> bool:
