@@ -265,6 +265,7 @@ def test_the_search_works_from_a_file(open_page, site):
     for part in ("glossary", "losses"):  # results come one by one
         page.locator(f"#search-results li a[href*='{part}']").first.wait_for()
     page.locator("#search-results li a").first.click()
+    page.locator("h1").wait_for()  # the click returns before the page is there
     assert page.locator("h1").count() == 1
 
 
