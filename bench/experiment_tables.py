@@ -27,6 +27,9 @@ LESSONS = {
     "kidneys": "a teacher of drawn kidneys",
 }
 
+#: Numbers of proxy images with a mask, by the name of the lessons' settings.
+BUDGETS = {"10 masks": 10, "30 masks": 30, "100 masks": 100, "all masks": 796}
+
 #: Titles of a figure's panels, where a setting's name is no good one.
 PANELS = {
     "balanced_iid": "balanced, IID",
@@ -181,7 +184,7 @@ def of_plateau() -> Iterator[Contrast]:
 def of_taught() -> Iterator[Contrast]:
     """A teacher's student less pre-training on the proxy images' masks, and on the corpus's as well."""
     for number, when in ((0, "before any round"), (-1, "after two rounds")):
-        for budget in ("10 masks", "30 masks", "100 masks", "all masks"):
+        for budget in BUDGETS:
             cells = {
                 name: ("federated", lessons.init_of(name), f"{name}, {budget}") for name in lessons.NAMES
             }
@@ -201,7 +204,7 @@ def differences(name: str, scores: pd.DataFrame) -> pd.DataFrame:
         rows.append(statistics.contrast(chosen(scores, one.round, one.group), one.cells))
     kept = [number for number, row in enumerate(rows) if not row["missing"]]
     if not kept:
-        return pd.DataFrame(columns=["difference", "value", "low", "high"])
+        return pd.DataFrame(columns=["difference", "reading"])
     table = statistics.corrected(pd.DataFrame([rows[number] for number in kept]))
     return table.assign(difference=[contrasts[number].label for number in kept])
 
@@ -243,25 +246,27 @@ def starts_block(before: pd.DataFrame, after: pd.DataFrame) -> list[str]:
     """Markdown of the scores before any round and after the last, by lesson and number of masks."""
     columns = ["learned from", "masks", "teacher's Dice", "before any round", "after two rounds", "seeds"]
     joined = before.merge(after, on="split", suffixes=("", "_after"))
-    rows = []
+    lessons_in_order, budgets_in_order = list(LESSONS), list(BUDGETS)
+    rows = {}
     for row in joined.itertuples():
         lesson, masks = row.split.split(", ")
         taught = "" if pd.isna(row.teacher_dice) else words.number(100 * row.teacher_dice, 1)
-        estimates = (
+        rows[budgets_in_order.index(masks), lessons_in_order.index(lesson)] = [
+            LESSONS[lesson],
+            masks.removesuffix(" masks"),
+            taught,
             words.estimate(row.value, row.low, row.high),
             words.estimate(row.value_after, row.low_after, row.high_after),
-        )
-        rows.append([LESSONS[lesson], masks.removesuffix(" masks"), taught, *estimates, str(row.seeds)])
-    order = list(LESSONS.values())
-    rows.sort(key=lambda row: (["10", "30", "100", "all"].index(row[1]), order.index(row[0])))
-    return markdown.table(columns, rows)
+            str(row.seeds),
+        ]
+    return markdown.table(columns, [rows[place] for place in sorted(rows)])
 
 
 def differences_block(table: pd.DataFrame) -> list[str]:
     """Markdown of the contrasts."""
     columns = ["difference", "points (95 %)", "seeds", "p, corrected", "reading"]
     rows = []
-    for row in table.fillna({"reading": ""} if len(table) else {}).itertuples():
+    for row in table.fillna({"reading": ""}).itertuples():
         estimate = words.estimate(row.value, row.low, row.high, sign=True)
         p = words.largest_p(row._asdict())
         reading = row.reading + ", equivalent within 0.5" * bool(row.equivalent)
@@ -315,20 +320,19 @@ def lessons_figure(scores: pd.DataFrame) -> Figure:
     dice = 100 * begun.groupby(["split", "seed"]).dice.mean().unstack()
     taught = 100 * begun.groupby("split").teacher_dice.mean()
     colour = dict(zip(LESSONS, sns.color_palette("colorblind", len(LESSONS)), strict=True))
-    budgets = {"10 masks": 10, "30 masks": 30, "100 masks": 100, "all masks": 796}
     drawn, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.8))
     for lesson, label in LESSONS.items():
-        known = [masks for masks in budgets if f"{lesson}, {masks}" in dice.index]
+        known = [masks for masks in BUDGETS if f"{lesson}, {masks}" in dice.index]
         values = [dice.loc[f"{lesson}, {masks}"] for masks in known]
         line = [value.mean() for value in values]
-        left.plot([budgets[masks] for masks in known], line, "o-", color=colour[lesson], label=label)
+        left.plot([BUDGETS[masks] for masks in known], line, "o-", color=colour[lesson], label=label)
         for masks, marker in (("10 masks", "o"), ("all masks", "s")):
             own, cell = f"own_masks, {masks}", f"{lesson}, {masks}"
             if cell in dice.index and own in dice.index and pd.notna(taught[cell]):
                 gain = (dice.loc[cell] - dice.loc[own]).mean()
                 right.plot(taught[cell], gain, marker, color=colour[lesson])
     left.set(xscale="log", xlabel="proxy images with a mask", ylabel="Dice before any round, %")
-    left.set_xticks(list(budgets.values()), list(map(str, budgets.values())))
+    left.set_xticks(list(BUDGETS.values()), list(map(str, BUDGETS.values())))
     left.minorticks_off()
     left.set_ylim(84, 94)
     right.set(xlim=(82, 97), ylim=(-7, 4))  # the teacher of kidneys lies far below: see the table

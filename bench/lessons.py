@@ -52,7 +52,7 @@ def init_of(name: str) -> str:
 
 
 def exact(cohort: Cohort, rows: Tensor) -> Lesson:
-    """Return images with all masks and the shipped teacher's answers to exact boxes."""
+    """Return images with all masks and the shipped teacher's answers to exact boxes; rows are [n] int64."""
     boxes = prompts.prompt(cohort.masks[rows], "ground_truth", per_image="per_lung")
     return _answered(cohort, rows, teacher.load("builtin"), boxes, "builtin, ground_truth, per_lung")
 
@@ -63,6 +63,14 @@ def named(
     """Return a lesson of `NAMES`; the seed chooses the images that keep their masks, as in a study.
 
     A teacher answers to sloppy boxes, a lung each; its answer is the mask of the images without one.
+
+    Args:
+        name: of the lesson.
+        cohort: the study's images.
+        proxy: rows of the proxy set, [n] int64.
+        labelled: number of proxy images with a mask; None for all.
+        seed: of the choice.
+        material: where the corpus and the other teachers lie.
     """
     known = proxy[_first(len(proxy), labelled, seed)]
     if name == "own_masks":

@@ -309,8 +309,14 @@ def known(name: str) -> Parameter:
 
 #: Short names that people write, to ours.
 SHORT = {
-    **{"lr": "learning_rate", "bs": "batch_size", "epochs": "local_epochs", "rounds": "num_rounds"},
-    **{"clients": "num_clients", "resolution": "size", "img_size": "size", "mu": "proximal"},
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "epochs": "local_epochs",
+    "rounds": "num_rounds",
+    "clients": "num_clients",
+    "resolution": "size",
+    "img_size": "size",
+    "mu": "proximal",
 }
 
 

@@ -109,6 +109,7 @@ def scores_of_variants(folder: Path) -> None:
 
 
 # The map: what the teacher's student gains where one thing is changed, from all experiments
+
 IMAGES = "test images, 10 rounds"
 SPLITS = {"iid": "IID", "age": "by age", "site": "by hospital", "quantity": "by number"}
 
@@ -135,6 +136,7 @@ MAPPED = {
         )
     },
 }
+#: Names of the map's axes, where an experiment's own are too short.
 AXES = {
     "batch_norm": "BatchNorm, 4 rounds",
     "labelled": "proxy masks, 4 rounds",
@@ -159,12 +161,12 @@ def the_map(results: Path) -> pd.DataFrame:
     study = study[study.higher == "fm"].assign(axis="split, 10 rounds", value=study.split.map(SPLITS))
     sites = pd.read_csv(results / "elsewhere" / "differences.csv").rename(columns={"set": "value"})
     sites = sites[(sites.higher == "fm") & (sites.value != "own test set")].assign(axis=IMAGES)
-    forgetting = _servers_that_forget(pd.read_csv(results / "collapse" / "per_image.csv"))
-    rows = [study, *(_picked(results / name, labels) for name, labels in MAPPED.items())]
-    table = pd.concat([labels, *rows, sites, choices, forgetting], ignore_index=True)
+    statistics_kept = _by_running_statistics(pd.read_csv(results / "collapse" / "per_image.csv"))
+    rows = [study, *(_picked(results / name, chosen) for name, chosen in MAPPED.items())]
+    table = pd.concat([labels, *rows, sites, choices, statistics_kept], ignore_index=True)
     table = table.assign(axis=table.axis.replace(AXES), gain=table.points)
-    columns = ["axis", "value", "higher", "lower", "gain", "low", "high", "seeds", *JUDGED[-3:]]
-    return table[columns]
+    columns = ["axis", "value", "higher", "lower", "gain", "low", "high", "seeds"]
+    return table[[*columns, "inside_noise", "equivalent", "reading"]]
 
 
 def _picked(folder: Path, labels: dict[str, tuple[str, str, str]]) -> pd.DataFrame:
@@ -228,7 +230,7 @@ def elsewhere(folder: Path) -> None:
     """Write Dice and the starts' differences by set of images, all differences corrected together."""
     scores = pd.read_csv(folder / "scores.csv", dtype={"image_id": str})
     means, differences = [], []
-    cells = {init: ("federated", init, "age") for init in ("random", "pretraining", "fm")}
+    cells = {init: ("federated", init, "age") for init in INITS}
     for name, own in scores.groupby("set", sort=False):
         for init, cell in cells.items():
             means.append({"set": name, "init": init} | statistics.contrast(own, {cell: 1}))
@@ -241,7 +243,7 @@ def elsewhere(folder: Path) -> None:
     table.round(5).to_csv(folder / "means.csv", index=False)
 
 
-def _servers_that_forget(scores: pd.DataFrame) -> pd.DataFrame:
+def _by_running_statistics(scores: pd.DataFrame) -> pd.DataFrame:
     """Return gains by what a server does with BatchNorm's running statistics."""
     scores = scores[(scores.arm == "federated") & (scores.norm == "batch") & (scores.learning_rate == 1e-3)]
     scores = scores[scores.split == "age"].assign(dice=scores.dice / 100)
