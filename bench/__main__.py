@@ -1,9 +1,13 @@
 """`python -m bench NAME`: each command prints a table and one JSON line; see bench/README.md."""
 
 import importlib
+import sys
 from types import ModuleType
 
 import typer
+
+from fmfl import errors
+from fmfl.errors import UserError
 
 #: Modules with one command, `run`, and modules with several.
 COMMANDS = (
@@ -46,5 +50,17 @@ for name, file in GROUPS.items():
         app.add_typer(module.app, name=name)
 
 
+def main() -> None:
+    """Run the benchmarks: a person's mistake is one sentence and exit code 2, as in `fmfl`."""
+    try:
+        return app()
+    except UserError as error:
+        mistake = str(error)
+    except OSError as error:
+        mistake = errors.of_the_system(error)
+    print(f"bench: {mistake}", file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
-    app()
+    main()

@@ -41,6 +41,12 @@ PANELS = {
     "age_with_proxy": "age, proxy images inside",
 }
 
+#: Columns that name a run.
+RUN = ["split", "arm", "init", "seed"]
+
+#: Images of a round of one local epoch in the study's parts, and of an informed start: 8 epochs of 796.
+CLIENTS_IMAGES, START_IMAGES = 969, 6368
+
 #: Arm, initial state and setting, as `statistics.contrast` has them.
 Cell = tuple[str, str, str]
 
@@ -53,12 +59,15 @@ class Contrast(NamedTuple):
         cells: to weights.
         round: 0 is the start; -1 the last.
         group: all, adults or children.
+        images: in place of a round: each run's last one that has seen no more training images than this,
+            those of its start included.
     """
 
     label: str
     cells: dict[Cell, float]
     round: int = -1
     group: str = "all"
+    images: int | None = None
 
 
 def setting_name(trial: dict) -> str:
@@ -87,10 +96,19 @@ def read(folder: Path) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def chosen(scores: pd.DataFrame, number: int, group: str) -> pd.DataFrame:
-    """Scores of one round and group of test images."""
-    last = scores["round"].max() if number < 0 else number
-    rows = scores[scores["round"] == last]
+def chosen(
+    scores: pd.DataFrame, number: int = -1, group: str = "all", images: int | None = None
+) -> pd.DataFrame:
+    """Scores of one round, or of each run within a budget of images, and of one group of test images.
+
+    Args:
+        number, group, images: see `Contrast`.
+    """
+    if images is None:
+        rows = scores[scores["round"] == (scores["round"].max() if number < 0 else number)]
+    else:
+        within = scores[scores.images_seen <= images]
+        rows = within[within["round"] == within.groupby(RUN)["round"].transform("max")]
     if group == "adults":
         return rows[rows.age >= 18]
     return rows[rows.age < 18] if group == "children" else rows
@@ -145,9 +163,15 @@ def of_budgets() -> Iterator[Contrast]:
         about = f"{number} round" + "s" * (number > 1)
         yield difference(f"foundation model less random, {about}", fm, random, round=number)
         yield difference(f"foundation model less pre-training, {about}", fm, pretraining, round=number)
+    for label, one in (("foundation model", fm), ("pre-training", pretraining)):
+        budget = 10 * CLIENTS_IMAGES
+        yield difference(f"{label} less random, {budget:,} images seen", one, random, images=budget)
     yield difference("random with the proxy images inside less random", inside, random)
-    yield difference("foundation model less random with the proxy images inside", fm, inside)
-    yield difference("pre-training less random with the proxy images inside", pretraining, inside)
+    for label, one in (("foundation model", fm), ("pre-training", pretraining)):
+        yield difference(f"{label} less random with the proxy images inside", one, inside)
+        budget = START_IMAGES + 10 * CLIENTS_IMAGES
+        about = f"{label} less random with the proxy images inside, {budget:,} images seen"
+        yield difference(about, one, inside, images=budget)
     yield difference("centralised from random on all images less foundation model", everything, fm)
     for init in INITS[1:]:
         one, other = ("centralised", init, "age"), ("centralised", "random", "age")
@@ -167,7 +191,7 @@ def of_budgets() -> Iterator[Contrast]:
 
 
 def of_plateau() -> Iterator[Contrast]:
-    """The starts' differences after 10, 20, 40 and 60 rounds."""
+    """The starts' differences after 10, 20, 40 and 60 rounds, and where a constant rate has seen as much."""
     for schedule in ("", ", cosine"):
         for deal in ("age", "iid"):
             fm, pretraining, random = (
@@ -179,6 +203,10 @@ def of_plateau() -> Iterator[Contrast]:
                 yield difference(
                     f"foundation model less pre-training, {about}", fm, pretraining, round=number
                 )
+                if not schedule:
+                    budget = number * CLIENTS_IMAGES
+                    about = f"foundation model less random, {deal}, {budget:,} images seen"
+                    yield difference(about, fm, random, images=budget)
 
 
 def of_taught() -> Iterator[Contrast]:
@@ -201,7 +229,7 @@ def differences(name: str, scores: pd.DataFrame) -> pd.DataFrame:
     """All contrasts of an experiment that its finished trials allow, corrected together."""
     contrasts, rows = list(CONTRASTS[name]()), []
     for one in contrasts:
-        rows.append(statistics.contrast(chosen(scores, one.round, one.group), one.cells))
+        rows.append(statistics.contrast(chosen(scores, one.round, one.group, one.images), one.cells))
     kept = [number for number, row in enumerate(rows) if not row["missing"]]
     if not kept:
         return pd.DataFrame(columns=["difference", "reading"])
@@ -211,7 +239,7 @@ def differences(name: str, scores: pd.DataFrame) -> pd.DataFrame:
 
 def means(scores: pd.DataFrame, number: int = -1) -> pd.DataFrame:
     """Dice of every cell after a round, in %, with its interval; -1 is the last."""
-    last = chosen(scores, number, "all")
+    last = chosen(scores, number)
     rows = []
     for cell in last[["split", "arm", "init"]].drop_duplicates().itertuples(index=False):
         about = cell._asdict()
@@ -274,8 +302,12 @@ def differences_block(table: pd.DataFrame) -> list[str]:
     return markdown.table(columns, rows)
 
 
-def figure(scores: pd.DataFrame) -> Figure:
-    """Mean Dice of federated runs by round: a panel a setting; thin lines are seeds."""
+#: Horizontal axes of a figure: the column, its label, and by how much it is divided.
+BY_ROUND, BY_IMAGES = ("round", "round", 1), ("images_seen", "training images seen, thousands", 1000)
+
+
+def figure(scores: pd.DataFrame, by: tuple[str, str, int] = BY_ROUND) -> Figure:
+    """Mean Dice of federated runs by round or by images: a panel a setting; thin lines are seeds."""
     plots.use_style()
     federated = scores[scores.arm == "federated"]
     settings = list(dict.fromkeys(federated.split))
@@ -287,9 +319,9 @@ def figure(scores: pd.DataFrame) -> Figure:
     for axis in axes.flat[len(settings) :]:
         axis.set_visible(False)
     for axis, setting in zip(axes.flat, settings, strict=False):
-        _panel(axis, federated[federated.split == setting])
+        _panel(axis, federated[federated.split == setting], by)
         axis.set_title(PANELS.get(setting, setting))
-        axis.set_xlabel("round")
+        axis.set_xlabel(by[1])
     for axis in axes[:, 0]:
         axis.set_ylabel("Dice, %")
     lines = {
@@ -301,15 +333,15 @@ def figure(scores: pd.DataFrame) -> Figure:
     return drawn
 
 
-def _panel(axis: Axes, scores: pd.DataFrame) -> None:
+def _panel(axis: Axes, scores: pd.DataFrame, by: tuple[str, str, int]) -> None:
     """One line a start, thick for the mean over seeds."""
     colour = plots.colours(INITS)
-    by_round = 100 * scores.groupby(["init", "seed", "round"]).dice.mean()
-    for init in (init for init in INITS if init in by_round.index.get_level_values("init")):
-        for _, one in by_round[init].groupby("seed"):
-            axis.plot(one.index.get_level_values("round"), one, color=colour[init], linewidth=0.6, alpha=0.5)
-        mean = by_round[init].groupby("round").mean()
-        axis.plot(mean, color=colour[init], label=words.INITS[init])
+    column, _, unit = by
+    dice = 100 * scores.assign(place=scores[column] / unit).groupby(["init", "seed", "place"]).dice.mean()
+    for init in (init for init in INITS if init in dice.index.get_level_values("init")):
+        for _, one in dice[init].groupby("seed"):
+            axis.plot(one.index.get_level_values("place"), one, color=colour[init], linewidth=0.6, alpha=0.5)
+        axis.plot(dice[init].groupby("place").mean(), color=colour[init], label=words.INITS[init])
     axis.set_ylim(80, 96)
 
 
@@ -346,17 +378,21 @@ def lessons_figure(scores: pd.DataFrame) -> Figure:
 
 
 def write(name: str, folder: Path, out: Path) -> None:
-    """Write means.csv, differences.csv, by_round.csv, the figure, and the tables of an existing page."""
+    """Write means.csv, differences.csv, by_round.csv, the figures, and the tables of an existing page."""
     scores = read(folder)
     means(scores).round(5).to_csv(out / "means.csv", index=False)
     if name == "taught":
         means(scores, 0).round(5).to_csv(out / "starts.csv", index=False)
     differences(name, scores).round(5).to_csv(out / "differences.csv", index=False)
-    key = ["split", "arm", "init", "seed", "round", "images_seen"]
-    by_round = (100 * scores.groupby(key, sort=False).dice.mean()).round(3).reset_index()
+    by_round = (
+        (100 * scores.groupby([*RUN, "round", "images_seen"], sort=False).dice.mean()).round(3).reset_index()
+    )
     by_round.to_csv(out / "by_round.csv", index=False)
-    draw = lessons_figure if name == "taught" else figure
-    draw(scores).savefig(out / f"{name}.png", dpi=130)
+    if name == "taught":
+        lessons_figure(scores).savefig(out / f"{name}.png", dpi=130)
+    else:
+        figure(scores).savefig(out / f"{name}.png", dpi=130)
+        figure(scores, BY_IMAGES).savefig(out / f"{name}-images.png", dpi=130)
     page(out)
 
 

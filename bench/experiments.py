@@ -185,12 +185,12 @@ def budgets(number: int = 3) -> list[Trial]:
 
 
 def plateau(number: int = 8) -> list[Trial]:
-    """60 rounds from each start; a seed at a time, so that what is finished can be compared."""
+    """60 rounds from each start; all seeds of a setting before the next, since power is what it is for."""
     return [
         Trial(deal, "federated", init, seed, rounds=60, schedule=schedule)
-        for seed in range(number)
         for schedule in ("cosine", "constant")
         for deal in ("age", "iid")
+        for seed in range(number)
         for init in INITS
     ]
 

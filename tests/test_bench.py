@@ -15,8 +15,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import gpu, kills, measure, memory, pack, scale
-from bench.__main__ import app
+from bench import experiments, gpu, kills, measure, memory, pack, scale
+from bench.__main__ import app, main
 from fmfl import capture, data, models, paths
 
 
@@ -100,6 +100,19 @@ def test_a_benchmark_without_its_package_is_named_and_the_others_are_there():
         )
         assert ended.returncode == expected, ended.stderr
     assert ended.stderr.strip() == "bench hosts: the package cryptography is not installed"
+
+
+def test_a_folder_that_is_not_there_is_one_sentence(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(
+        sys, "argv", ["bench", "experiment", "run", "skew", "--sources", str(tmp_path / "no")]
+    )
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"bench: {tmp_path / 'no'}: there is no such folder") and said.count("\n") == 1
 
 
 def test_steps_measures_each_way_of_each_student_against_the_one_that_is_used(monkeypatch):

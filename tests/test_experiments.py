@@ -245,10 +245,33 @@ def test_tables_tell_the_difference_that_was_put_in(tmp_path):
     loss = table.loc["loss of random less loss of foundation model, age"]
     assert loss.value == pytest.approx(1, abs=0.1)
     assert set(pd.read_csv(tmp_path / "means.csv").split) == {"balanced_age", "balanced_iid"}
-    assert (tmp_path / "skew.png").stat().st_size > 10_000
+    assert all((tmp_path / f"skew{by}.png").stat().st_size > 10_000 for by in ("", "-images"))
     (tmp_path / "README.md").write_text("<!-- means: begin -->\n<!-- means: end -->\n")
     experiment_tables.page(tmp_path)
     assert "| balanced_age | federated | foundation model |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_budget_of_images_takes_each_run_where_it_has_seen_no_more():
+    """Made by hand: 20 images take a random start to round 2, and one that has cost 15 to round 0."""
+    runs = [("random", seed, number, 10 * number) for seed in (0, 1) for number in range(4)]
+    runs += [("fm", seed, number, 15 + 10 * number) for seed in (0, 1) for number in range(4)]
+    scores = pd.DataFrame(runs, columns=["init", "seed", "round", "images_seen"])
+    scores = scores.assign(arm="federated", split="age", age=40.0)
+    rows = experiment_tables.chosen(scores, images=20)
+    assert sorted(zip(rows.init, rows.seed, rows["round"], strict=True)) == [
+        *(("fm", seed, 0) for seed in (0, 1)),
+        *(("random", seed, 2) for seed in (0, 1)),
+    ]
+    assert set(experiment_tables.chosen(scores, images=14).init) == {"random"}
+
+
+def test_the_images_that_contrasts_name_are_those_of_the_study():
+    """The committed runs say how many images a round and an informed start have cost."""
+    seen = pd.read_csv(experiments.RESULTS / "budgets" / "by_round.csv")
+    seen = seen[(seen.split == "age") & (seen.arm == "federated")]
+    by_init = seen.groupby(["init", "round"]).images_seen.unique().map(lambda values: values.item())
+    assert by_init["fm", 0] == by_init["pretraining", 0] == experiment_tables.START_IMAGES
+    assert by_init["random", 1] == experiment_tables.CLIENTS_IMAGES
 
 
 def test_tables_of_lessons_tell_the_gain_that_was_put_in(tmp_path):
