@@ -337,11 +337,14 @@ def _panel(axis: Axes, scores: pd.DataFrame, by: tuple[str, str, int]) -> None:
     """One line a start, thick for the mean over seeds."""
     colour = plots.colours(INITS)
     column, _, unit = by
-    dice = 100 * scores.assign(place=scores[column] / unit).groupby(["init", "seed", "place"]).dice.mean()
-    for init in (init for init in INITS if init in dice.index.get_level_values("init")):
-        for _, one in dice[init].groupby("seed"):
-            axis.plot(one.index.get_level_values("place"), one, color=colour[init], linewidth=0.6, alpha=0.5)
-        axis.plot(dice[init].groupby("place").mean(), color=colour[init], label=words.INITS[init])
+    scores = scores.assign(place=scores[column] / unit, dice=100 * scores.dice)
+    points = scores.groupby(["init", "seed", "round"])[["place", "dice"]].mean()
+    for init in (init for init in INITS if init in points.index.get_level_values("init")):
+        for _, one in points.loc[init].groupby("seed"):
+            axis.plot(one.place, one.dice, color=colour[init], linewidth=0.6, alpha=0.5)
+        # By round, since seeds may have seen other numbers of images by then.
+        mean = points.loc[init].groupby("round").mean()
+        axis.plot(mean.place, mean.dice, color=colour[init], label=words.INITS[init])
     axis.set_ylim(80, 96)
 
 

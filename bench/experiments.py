@@ -343,6 +343,7 @@ def train_trial(trial: Trial, setting: Setting, starts: Path) -> dict[str, Any]:
     rows = setting.cohort.table.iloc[test.tolist()]
     return trial._asdict() | {
         "commit": provenance.commit(),
+        "processor": provenance.processor(),
         "data": setting.cohort.fingerprint,
         "proxy": lesson.num_proxy,
         "teacher_dice": lesson.teacher_dice,

@@ -173,12 +173,8 @@ def in_own_process(module: str, function: str, **arguments: object) -> dict[str,
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on, by kind: neither names nor paths."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and "model name" in (text := cpuinfo.read_text()):
-        model = text.split("model name", 1)[1].split(":", 1)[1].splitlines()[0].strip()
     return {
-        "cpu": model,
+        "cpu": provenance.processor(),
         "cores": os.cpu_count(),
         "memory_gib": provenance.memory_gib(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

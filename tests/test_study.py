@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import platform
 import random
 import shutil
 import signal
@@ -194,6 +195,9 @@ def test_the_manifest_is_true(done):
         wanted = sys.version.split()[0] if package == "python" else importlib.metadata.version(package)
         assert version == wanted
     assert manifest["device"]["kind"] in ("cpu", "cuda") and manifest["device"]["name"]
+    if manifest["device"]["kind"] == "cpu":
+        assert manifest["device"]["name"] == provenance.processor()
+        assert manifest["device"]["instructions"] == torch.backends.cpu.get_cpu_capability()
     cohort = data.load("phantom", size=32, num_phantoms=40)
     assert manifest["data"]["fingerprint"] == cohort.fingerprint
     assert manifest["data"]["patients"] == cohort.table.patient_id.nunique()
@@ -793,6 +797,19 @@ def test_without_masks_there_is_no_student_of_masks_alone(tmp_path):
     cohort = stages.load_cohort(cfg)
     found = stages.distilled(cfg, cohort, stages.holdout(cfg, cohort).proxy)
     assert [how.alpha for how, _ in found] == [0.6, 1]
+
+
+def test_the_processor_is_told_by_its_name(monkeypatch, tmp_path):
+    """lscpu knows it as well; where there is no /proc/cpuinfo, or none with a name, platform has the rest."""
+    if shutil.which("lscpu"):
+        told = subprocess.run(["lscpu"], capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
+        names = [line.partition(":")[2].strip() for line in told.stdout.splitlines() if "Model name" in line]
+        assert not names or names[0] == provenance.processor()
+    monkeypatch.setattr(platform, "processor", lambda: "a processor")
+    for file in (tmp_path / "none", tmp_path / "unnamed"):
+        monkeypatch.setattr(provenance, "Path", lambda _, file=file: file)
+        assert provenance.processor() == "a processor"
+        (tmp_path / "unnamed").write_text("processor : 0\nBogoMIPS : 50\n")
 
 
 def test_the_machines_memory_is_told_where_the_system_tells_it(monkeypatch):

@@ -121,6 +121,7 @@ def _training(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Return rows on how the weights came about, each where the manifest has it."""
     settings, teacher = manifest["settings"], manifest.get("teacher", {})
     device = manifest.get("device") or {}
+    named = (str(device[name]) for name in ("kind", "name", "instructions") if device.get(name))
 
     def listed(name: str) -> str:
         return ", ".join(map(str, settings.get(name) or ()))
@@ -139,7 +140,7 @@ def _training(manifest: Mapping[str, Any]) -> dict[str, str]:
         "BatchNorm": settings.get("batch_norm"),
         "step of the server": settings.get("server"),
         "teacher of the start fm": _teacher(teacher),
-        "device": ", ".join(str(device[name]) for name in ("kind", "name") if device.get(name)),
+        "device": ", ".join(named),
         "commit": f"`{manifest['commit']}`" if manifest.get("commit") else "",
         "made": manifest.get("created"),
     }

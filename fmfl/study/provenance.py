@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,13 +31,22 @@ def where(cfg: Settings) -> dict[str, Any]:
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "device": {
             "kind": device.type,
-            "name": cuda or platform.processor() or platform.machine(),
+            "name": cuda or processor(),
+            "instructions": "" if cuda else torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_gib": memory_gib(),
             "system": platform.system(),
         },
     }
+
+
+def processor() -> str:
+    """Return the processor's name: another one adds in another order, see docs/reproducibility.md."""
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux `platform` knows the architecture alone
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
 
 
 def memory_gib() -> float | None:

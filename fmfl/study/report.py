@@ -133,6 +133,7 @@ RUN = {
     "settings.seeds": "Seeds",
     "device.name": "Device",
     "device.kind": "Kind of device",
+    "device.instructions": "Instruction set",
     "device.cores": "Cores",
     "device.memory_gib": "Memory, GiB",
     "data.fingerprint": "Fingerprint of the data",
