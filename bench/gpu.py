@@ -89,7 +89,7 @@ def bare_step(bench: Bench, student: str, batch: int) -> tuple[Callable[[int], N
 
 def speeds(bench: Bench, student: str, batch: int) -> Iterator[Row]:
     """Images a second: steps launched one by one, bare recorded steps, and a whole round of fmfl."""
-    images = bench.number(8) * batch
+    images = bench.number(8) * min(batch, 32)  # larger batches take fewer steps, so that all parts fit
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     sides = rounds.Sides(bench.folder, bench.size, student, images, batch, str(bench.device), bench.precision)
@@ -108,6 +108,7 @@ def speeds(bench: Bench, student: str, batch: int) -> Iterator[Row]:
     row |= {f"{name}, images/s": seen / measure.median_seconds(times) for name, times in taken.items()}
     row["round over recorded"] = measure.ratio(taken["round"], taken["recorded"])["median"]
     if bench.device.type == "cuda":
+        row["steps were recorded"] = capture.resident(sides.run.model, bench.device).recordable
         row["peak MiB"] = torch.cuda.max_memory_allocated() / measure.MIB
     yield row
 
@@ -122,7 +123,7 @@ def side_by_side(bench: Bench) -> None:
     run = measure.a_run(bench.folder / "side", cohort, parts, cfg, student, bench.precision)
     first: dict[str, Tensor] = {}
     for number in (1, 2, 3):
-        places = [bench.device] * number
+        places = [cohort.device] * number
 
         def one_round(places: list[torch.device] = places) -> State:
             return aggregate(runs.train_clients(run, devices=places))
@@ -186,9 +187,21 @@ def audit(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------ whole studies
 
 
-def study(bench: Bench, name: str, *settings: str, device: str | None = None, profile: str = "smoke") -> Path:
-    """Run a study in its own process, without Jupyter, and return its folder."""
+def study(
+    bench: Bench,
+    name: str,
+    *settings: str,
+    device: str | None = None,
+    profile: str = "smoke",
+    own_cache: bool = False,
+) -> Path:
+    """Run a study in its own process, without Jupyter, and return its folder.
+
+    Args:
+        own_cache: read nothing that another study has left, such as a teacher's answers.
+    """
     out = bench.folder / name
+    cache = {"FMFL_CACHE": str(bench.folder / f"{name}-cache")} if own_cache else {}
     parameters = [f"-p{setting}" for setting in settings]
     subprocess.run(
         [
@@ -198,6 +211,7 @@ def study(bench: Bench, name: str, *settings: str, device: str | None = None, pr
         check=True,
         capture_output=True,
         text=True,
+        env=os.environ | cache,
     )
     return out
 
@@ -211,11 +225,13 @@ def verified(one: Path, other: Path, *options: str) -> str:
 
 def determinism(bench: Bench) -> None:
     """Two studies with `deterministic`, compared round by round to the byte; then one on a CPU."""
-    one, other = (study(bench, name, *TINY, "deterministic=true") for name in ("once", "twice"))
+    one, other = (
+        study(bench, name, *TINY, "deterministic=true", own_cache=True) for name in ("once", "twice")
+    )
     bench.single["deterministic twice"] = verified(one, other)
     if bench.device.type != "cpu":
-        exact = study(bench, "exact", *TINY, "deterministic=true", "precision=float32")
-        on_cpu = study(bench, "cpu", *TINY, device="cpu")
+        exact = study(bench, "exact", *TINY, "deterministic=true", "precision=float32", own_cache=True)
+        on_cpu = study(bench, "cpu", *TINY, device="cpu", own_cache=True)
         bench.single["float32 against a CPU, tolerance 1e-3"] = verified(exact, on_cpu, "--tolerance", "1e-3")
 
 

@@ -22,7 +22,17 @@ def fmfl_round(run: Run, cohort: measure.Cohort) -> State:
     """As the notebook has it: clients, average, checkpoint."""
     number = run.round_number + 1
     updates = (
-        run.note(k, federate.train_client(run.model, run.theta, own, run.cfg, key=(run.cfg.seed, k, number)))
+        run.note(
+            k,
+            federate.train_client(
+                run.model,
+                run.theta,
+                own,
+                run.cfg,
+                key=(run.cfg.seed, k, number),
+                precision=run.precision,
+            ),
+        )
         for k, own in run.clients.items()
     )
     state = federate.aggregate(updates)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 #: Steps of each batch size before the recording.
 EAGER_STEPS = 3
 
-#: Recordings that a model keeps: two batch sizes a client, and clients differ in size.
-MAX_RECORDINGS = 16
+#: Recordings that a model keeps, in one pool of memory: two batch sizes a client, and clients differ in size.
+MAX_RECORDINGS = 64
 
 #: A step of fixed sizes: tensors in, a tensor out.
 Function = Callable[..., Tensor]
@@ -124,6 +124,7 @@ def record(function: Function, buffers: list[Tensor], resident: Resident) -> Cal
     """
     if not resident.recordable:
         return partial(function, *buffers)
+    outside = torch.cuda.current_stream(resident.stream.device) if resident.stream else None
     try:
         graph = torch.cuda.CUDAGraph()
         # One at a time: other threads may train on other devices meanwhile, and allocate memory there.
@@ -136,6 +137,8 @@ def record(function: Function, buffers: list[Tensor], resident: Resident) -> Cal
             result = function(*buffers)
     except Exception as error:  # what a model's kernels raise is not known beforehand
         resident.recordable = False
+        if outside is not None:
+            _end_broken(resident, outside)
         reason = _first_cause(error)
         warnings.warn(
             f"a training step cannot be recorded as a CUDA graph, so its kernels are launched one by one, "
@@ -149,6 +152,17 @@ def record(function: Function, buffers: list[Tensor], resident: Resident) -> Cal
         return result
 
     return replay
+
+
+def _end_broken(resident: Resident, outside: torch.cuda.Stream) -> None:
+    """Leave the stream and the memory pool of a recording that has failed.
+
+    PyTorch before 2.13 stays in both. Memory that is free would then not be given back in this process, not
+    even where another tensor finds none.
+    """
+    torch.cuda.set_stream(outside)
+    with contextlib.suppress(RuntimeError):  # a later PyTorch has left the pool, and says so
+        torch._C._cuda_endAllocateToPool(outside.device_index, resident.pool)
 
 
 def _first_cause(error: BaseException) -> str:
@@ -166,6 +180,12 @@ def resident(model: nn.Module, device: torch.device) -> Resident:
     if model not in _residents:
         _residents[model] = Resident(device)
     return _residents[model]
+
+
+def release(model: nn.Module) -> None:
+    """Give back what stays beside a model, once it is trained: its recordings hold a step's whole memory."""
+    if _residents.pop(model, None) is not None:
+        model.zero_grad(set_to_none=True)  # gradients lie in the recordings' memory
 
 
 def usable(device: torch.device) -> bool:

@@ -193,8 +193,10 @@ def load_state(model: nn.Module, state: State) -> None:
     if own.keys() != state.keys() or any(own[key].shape != value.shape for key, value in state.items()):
         model.load_state_dict(state)
         return
-    for key, value in own.items():
-        value.copy_(state[key])
+    for floating in (True, False):  # one launch each on a GPU, where a launch a tensor would be hundreds
+        keys = [key for key, value in own.items() if value.is_floating_point() == floating]
+        if keys:
+            torch._foreach_copy_([own[key] for key in keys], [state[key] for key in keys])
 
 
 def flat(state: State, names: Iterable[str]) -> Tensor:

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fmfl import config, deadline, federate, metrics, models, parallel, resume, seeds, train
+from fmfl import capture, config, deadline, federate, metrics, models, parallel, resume, seeds, train
 from fmfl.config import FederateConfig
 from fmfl.data import Cohort
 from fmfl.distill import InitialState
@@ -160,6 +160,10 @@ class Run:
         if last or self.round_number % self.cfg.score_every == 0:
             self.score(cohort, test)
         _write(self, last)
+        if last:
+            for model in (self.model, *self.replicas.values()):
+                capture.release(model)
+            self.copies.clear()
 
     def _scores(self, cohort: Cohort, test: Tensor) -> pd.DataFrame:
         self.model.load_state_dict(self.theta)

@@ -294,6 +294,7 @@ def cached_logits(
         progress: show a bar while computing.
     """
     made_by = (states.code_digest(CODE), teacher.name, teacher.sha256, teacher.size, teacher.precision)
+    made_by += (torch.are_deterministic_algorithms_enabled(),)
     key = hashlib.sha256(f"{made_by} {tuple(images.shape)} {tuple(boxes.shape)}".encode())
     for tensor in (images, boxes):
         key.update(tensor.cpu().contiguous().numpy().tobytes())

@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import experiments, gpu, kills, measure, memory, pack, scale
+from bench import experiments, gpu, kills, measure, memory, pack, rounds, scale
 from bench.__main__ import app, main
 from fmfl import capture, data, models, paths
 
@@ -38,6 +38,17 @@ def test_rounds_compares_loops_that_end_in_the_same_weights(tmp_path):
     for ratio in ("fmfl_over_plain_cpu", "plain_over_bare_cpu", "fmfl_over_plain_wall"):
         assert 0 < found[ratio]["low"] <= found[ratio]["median"] <= found[ratio]["high"]
     assert json.loads((tmp_path / "rounds.json").read_text()) == found
+
+
+def test_a_round_is_measured_in_the_precision_that_is_asked_for(tmp_path):
+    """In bfloat16 as well both loops end in the same weights, which are not those of float32."""
+    sides = {
+        precision: rounds.Sides(tmp_path / precision, 32, "tiny_unet", 4, 4, "cpu", precision)
+        for precision in ("float32", "bfloat16")
+    }
+    exact, rounded = (side.fmfl() for side in sides.values())
+    assert rounds.difference(rounded, sides["bfloat16"].plain()) < 1e-5
+    assert rounds.difference(rounded, exact) > 1e-4
 
 
 @pytest.mark.slow

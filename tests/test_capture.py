@@ -13,7 +13,8 @@ from functools import partial
 import pytest
 import torch
 
-from fmfl import capture, distill, federate, losses, models, seeds, states, train
+from bench import measure
+from fmfl import capture, data, distill, federate, losses, models, runs, seeds, states, train
 from fmfl.config import DistillConfig, FederateConfig
 from fmfl.train import Examples
 
@@ -311,6 +312,52 @@ def test_what_stays_beside_a_model_goes_with_it(recordings):
         gc.enable()
 
 
+def test_a_run_that_has_ended_gives_its_recordings_back(recordings, tmp_path):
+    """A study trains run after run: what each keeps for its recordings would add up."""
+    cohort = data.load("phantom", size=SIZE, num_phantoms=20, cache=None, progress=False)
+    cfg = FederateConfig(batch_size=2, local_epochs=1, num_rounds=2)
+    run = measure.a_run(tmp_path, cohort, list(torch.arange(16).split(8)), cfg, "micro", "float32")
+    residents, train_again = [], []
+    for _ in run.remaining_rounds():
+        updates = list(runs.train_clients(run, devices=[CPU]))
+        residents.append(weakref.ref(capture.resident(run.model, CPU)))
+        train_again.append(len(recordings))
+        run.finish_round(federate.aggregate(updates), cohort, torch.arange(16, 20))
+    assert train_again == [1, 1], "the recording of the first round serves the second"
+    gc.collect()
+    assert residents[0]() is residents[1]() is None
+    assert all(weight.grad is None for weight in run.model.parameters())
+    assert run.per_image(cohort, torch.arange(16, 20)).dice.between(0, 1).all(), "the model still answers"
+
+
+def test_a_broken_recording_is_left_with_its_stream_and_its_pool(monkeypatch):
+    """Older PyTorch stays in both; a newer one says that it has left the pool."""
+
+    class Stream:
+        device, device_index = torch.device("cuda", 0), 0
+
+    class Broken:
+        def __init__(self, *arguments, **options):
+            raise RuntimeError("no recording here")
+
+    left = []
+
+    def end(device, pool):
+        left.append((device, pool))
+        raise RuntimeError("beginAllocateToPool was not called")
+
+    resident, outside = capture.Resident(CPU), Stream()
+    resident.stream, resident.pool = Stream(), (0, 7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: outside)
+    monkeypatch.setattr(torch.cuda, "set_stream", left.append)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", Broken)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    with pytest.warns(UserWarning, match="no recording here"):
+        capture.record(lambda value: value, [torch.zeros(1)], resident)
+    assert left == [outside, (0, (0, 7))] and not resident.recordable
+
+
 @needs_gpu
 @pytest.mark.parametrize("student", ["tiny_unet", "resnet18_unet", "unet"])
 def test_a_graph_gives_the_bytes_of_launches_one_by_one(monkeypatch, student):
@@ -334,6 +381,7 @@ def test_a_graph_gives_the_bytes_of_launches_one_by_one(monkeypatch, student):
                     precision="bfloat16",
                 )
             digests.append(states.state_digest(update.state))
+            assert capture.resident(model, CPU).recordable
             made = [step.replay is not None for step in capture.resident(model, CPU).steps.values()]
             assert made == [eager < 10**9]
         assert digests[0] == digests[1]

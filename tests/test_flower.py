@@ -13,7 +13,7 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.common.config import get_fab_config
 from torch import nn
 
-from fmfl import config, federate, models, runs, states
+from fmfl import config, devices, federate, models, runs, states
 from fmfl.analysis import landscape
 from fmfl.data import Cohort
 from fmfl.distill import InitialState
@@ -67,6 +67,20 @@ def settings(folder, **given) -> config.Settings:
     usual = {"num_rounds": 3, "batch_size": 4, "learning_rate": 1e-2, "student": "micro", "size": SIZE}
     quick = {"round_timeout": 1.0, "join_timeout": 0.0, "engine": "flower", "device": "cpu"}
     return config.settings(usual | quick | {"run_name": folder} | given)
+
+
+def test_a_node_and_a_server_are_as_deterministic_as_the_run(tmp_path, monkeypatch):
+    """Of their own images, and where a server has none to score on."""
+    asked = []
+    monkeypatch.setattr(devices, "set_determinism", asked.append)
+    monkeypatch.setattr(client.data, "load", lambda *args, **how: a_cohort())
+    cfg = settings(tmp_path, deterministic=True)
+    client.load("a folder", cfg)
+    server._test_images(cfg)
+    server._test_images(
+        dataclasses.replace(cfg, flower=dataclasses.replace(cfg.flower, test_data="a folder"))
+    )
+    assert asked == [cfg.run] * 3
 
 
 def start(cfg: config.Settings, parts=PARTS) -> Run:

@@ -477,8 +477,12 @@ def test_the_teacher_is_asked_once(frozen, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1, "no unfinished file stays"
 
 
-@pytest.mark.parametrize("change", ["boxes", "weights", "precision", "size", "image", "fewer"])
-def test_the_teacher_is_asked_again_when_anything_its_answer_depends_on_changes(frozen, tmp_path, change):
+@pytest.mark.parametrize(
+    "change", ["boxes", "weights", "precision", "deterministic", "size", "image", "fewer"]
+)
+def test_the_teacher_is_asked_again_when_anything_its_answer_depends_on_changes(
+    frozen, tmp_path, change, monkeypatch
+):
     images, boxes = some_images(), prompt(some_masks())
     cached_logits(frozen, images, boxes, cache=tmp_path, progress=False)
     frozen.calls = 0
@@ -488,6 +492,8 @@ def test_the_teacher_is_asked_again_when_anything_its_answer_depends_on_changes(
         frozen.sha256 = "another"
     elif change == "precision":
         frozen.precision = "bfloat16"
+    elif change == "deterministic":
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     elif change == "size":
         sam.resize(frozen.sam, 32)
         frozen.size = 32

@@ -109,8 +109,12 @@ def test_images_on_the_host_give_the_batches_of_resident_ones(device, monkeypatc
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_start_made_from_the_host_is_the_resident_one(device):
     of = examples(range(6), logits=True)
-    hosted = begin("fm", of=dataclasses.replace(of, device=device))
-    assert equal(hosted.state, begin("fm", of=resident(of, device)).state)
+    devices.set_determinism(RunConfig(deterministic=True))
+    try:
+        hosted = begin("fm", of=dataclasses.replace(of, device=device))
+        assert equal(hosted.state, begin("fm", of=resident(of, device)).state)
+    finally:
+        devices.set_determinism(RunConfig())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -307,6 +311,17 @@ def test_bfloat16_is_used_where_it_is_asked_for():
     assert torch.equal(exact, train.predict(model, of.images, of.indices[:2], precision="auto")), (
         "not on a CPU"
     )
+
+
+def test_no_gpu_is_made_to_emulate_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert devices.precision_of(RunConfig(device="cuda")) == "float32"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert devices.precision_of(RunConfig(device="cuda")) == "bfloat16"
+
+
+def test_float32_is_not_shortened_on_a_gpu():
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_the_device_is_as_named():

@@ -126,6 +126,7 @@ def own_images(context: Context, cfg: Settings) -> ClientData:
 
 def load(sources: str, cfg: Settings) -> Cohort:
     """Read folders of images at the run's size, on its device."""
+    devices.set_determinism(cfg.run)
     cohort = data.load(
         sources,
         size=cfg.data.size,

@@ -107,6 +107,7 @@ def _test_images(cfg: Settings) -> tuple[Cohort, Tensor]:
     if cfg.flower.test_data:
         cohort = load(cfg.flower.test_data, cfg)
         return cohort, torch.arange(len(cohort), device=cohort.images.device)
+    devices.set_determinism(cfg.run)
     device, size = devices.device_of(cfg.run), cfg.data.size
     nothing = torch.empty((0, 1, size, size), dtype=torch.uint8, device=device)
     table = pd.DataFrame(columns=list(data.COLUMNS))
