@@ -297,8 +297,7 @@ def differences_block(table: pd.DataFrame) -> list[str]:
     for row in table.fillna({"reading": ""}).itertuples():
         estimate = words.estimate(row.value, row.low, row.high, sign=True)
         p = words.largest_p(row._asdict())
-        reading = row.reading + ", equivalent within 0.5" * bool(row.equivalent)
-        rows.append([row.difference, estimate, str(row.seeds), p, reading])
+        rows.append([row.difference, estimate, str(row.seeds), p, words.reading(row._asdict())])
     return markdown.table(columns, rows)
 
 

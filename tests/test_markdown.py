@@ -1,9 +1,12 @@
 """The sentences of the headline say no more than the tables."""
 
+import math
+
 import numpy as np
 import pandas as pd
+import pytest
 
-from fmfl.analysis import claims, tables, words
+from fmfl.analysis import claims, statistics, tables, words
 
 
 def said(*, gain=3.0, spread=0.3, seeds=3, patients=40, start=(0.5, 0.7), then=(0.95, 0.95), level=90):
@@ -72,3 +75,21 @@ def test_rounds_come_with_the_images_that_they_and_the_start_took():
 def test_numbers_and_directions_are_counted_apart():
     text = said()
     assert "Of 7 numbers of the paper: " in text and "Of 16 differences whose sign it gives: " in text
+
+
+@pytest.mark.parametrize(
+    ("reading", "p", "equivalent", "text"),
+    [
+        ("higher", (0.001, 0.001, 0.001), False, "higher"),
+        ("higher", (0.001, 0.001, 0.001), True, "higher; equivalent within 0.5"),
+        ("inside the noise", (0.3, 0.01, 0.01), False, "inside the noise"),
+        ("inside the noise", (0.01, 0.02, 0.04), False, "inside the noise after correction"),
+        ("inside the noise", (0.01, 0.02, math.nan), False, "inside the noise"),
+        ("inside the noise", (0.9, 0.9, 0.9), True, "inside the noise; equivalent within 0.5"),
+        (statistics.TOO_FEW, (math.nan,) * 3, False, statistics.TOO_FEW),
+        ("", (math.nan,) * 3, False, ""),
+    ],
+)
+def test_a_reading_tells_the_correction_and_the_equivalence(reading, p, equivalent, text):
+    row = dict(zip(("p", "p_permutation", "p_two_way"), p, strict=True))
+    assert words.reading(row | {"reading": reading, "equivalent": equivalent}) == text

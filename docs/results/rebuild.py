@@ -150,7 +150,8 @@ def the_map(results: Path) -> pd.DataFrame:
     """Return the gains of the teacher's student from all experiments, each with its experiment's reading.
 
     Returns:
-        axis, value, higher, lower, gain, low, high, seeds, inside_noise, equivalent, reading.
+        axis, value, higher, lower, gain, low, high, seeds, p, p_permutation, p_two_way, inside_noise,
+        equivalent, reading.
     """
     labels, choices = (
         pd.read_csv(results / name / "gains.csv", dtype={"value": str}).rename(columns={"gain": "points"})
@@ -166,7 +167,7 @@ def the_map(results: Path) -> pd.DataFrame:
     table = pd.concat([labels, *rows, sites, choices, statistics_kept], ignore_index=True)
     table = table.assign(axis=table.axis.replace(AXES), gain=table.points)
     columns = ["axis", "value", "higher", "lower", "gain", "low", "high", "seeds"]
-    return table[[*columns, "inside_noise", "equivalent", "reading"]]
+    return table[[*columns, "p", "p_permutation", "p_two_way", "inside_noise", "equivalent", "reading"]]
 
 
 def _picked(folder: Path, labels: dict[str, tuple[str, str, str]]) -> pd.DataFrame:

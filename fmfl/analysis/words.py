@@ -1,12 +1,13 @@
 """Words for numbers: names, intervals and rows that pages, the report and figures share, and the answer."""
 
+import math
 import re
 from collections.abc import Mapping
 
 import pandas as pd
 
 from fmfl.analysis.claims import PAPER_GAP, VERDICTS
-from fmfl.analysis.statistics import EQUIVALENCE, MIN_PATIENTS, TOO_FEW
+from fmfl.analysis.statistics import ALPHA, EQUIVALENCE, MIN_PATIENTS, TOO_FEW
 from fmfl.analysis.tables import TARGETS, final, reference_split, speed
 
 #: Starts and splits as a reader knows them; the splits are in the order of figures.
@@ -70,10 +71,12 @@ def percent(share: float) -> str:
 
 
 def reading(row: Mapping) -> str:
-    """Return the reading of a difference: outside the noise, inside it, or equivalent."""
-    if row["reading"] == "inside the noise" and row["equivalent"]:
-        return f"inside the noise; equivalent within {EQUIVALENCE:g}"
-    return row["reading"]
+    """Return the reading of a difference, with what stands beside it: the correction alone, equivalence."""
+    text = row["reading"]
+    alone = [row.get(name, math.nan) for name in ("p", "p_permutation", "p_two_way")]
+    if text == "inside the noise" and all(p < ALPHA for p in alone):
+        text += " after correction"
+    return text + f"; equivalent within {EQUIVALENCE:g}" * bool(text and row["equivalent"])
 
 
 def largest_p(row: Mapping) -> str:
