@@ -47,6 +47,9 @@ RUN = ["split", "arm", "init", "seed"]
 #: Images of a round of one local epoch in the study's parts, and of an informed start: 8 epochs of 796.
 CLIENTS_IMAGES, START_IMAGES = 969, 6368
 
+#: Images of a random start's ten rounds.
+RANDOM_IMAGES = 10 * CLIENTS_IMAGES
+
 #: Arm, initial state and setting, as `statistics.contrast` has them.
 Cell = tuple[str, str, str]
 
@@ -94,6 +97,18 @@ def read(folder: Path) -> pd.DataFrame:
             table = pd.DataFrame(images).assign(**key, **about, dice=dice)
             tables.append(table)
     return pd.concat(tables, ignore_index=True)
+
+
+def mixed_processors(folder: Path) -> list[str]:
+    """Name the seeds whose trials were trained on several kinds of processor, as far as it was recorded."""
+    known: dict[tuple[int, int | None], set[str]] = {}
+    for file in sorted(folder.glob("*.json")):
+        trial = json.loads(file.read_text())
+        if trial.get("processor"):
+            known.setdefault((trial["seed"], trial.get("labelled")), set()).add(trial["processor"])
+    return [
+        f"seed {seed} has trials of {', '.join(sorted(k))}" for (seed, _), k in known.items() if len(k) > 1
+    ]
 
 
 def chosen(
@@ -164,18 +179,18 @@ def of_budgets() -> Iterator[Contrast]:
         yield difference(f"foundation model less random, {about}", fm, random, round=number)
         yield difference(f"foundation model less pre-training, {about}", fm, pretraining, round=number)
     for label, one in (("foundation model", fm), ("pre-training", pretraining)):
-        budget = 10 * CLIENTS_IMAGES
-        yield difference(f"{label} less random, {budget:,} images seen", one, random, images=budget)
-    yield difference("random with the proxy images inside less random", inside, random)
+        yield from _by_rounds_and_images(f"{label} less random", one, random, RANDOM_IMAGES, rounds=False)
+    yield from _by_rounds_and_images(
+        "random with the proxy images inside less random", inside, random, RANDOM_IMAGES
+    )
     for label, one in (("foundation model", fm), ("pre-training", pretraining)):
-        yield difference(f"{label} less random with the proxy images inside", one, inside)
-        budget = START_IMAGES + 10 * CLIENTS_IMAGES
-        about = f"{label} less random with the proxy images inside, {budget:,} images seen"
-        yield difference(about, one, inside, images=budget)
+        about = f"{label} less random with the proxy images inside"
+        yield from _by_rounds_and_images(about, one, inside, START_IMAGES + RANDOM_IMAGES)
     yield difference("centralised from random on all images less foundation model", everything, fm)
     for init in INITS[1:]:
         one, other = ("centralised", init, "age"), ("centralised", "random", "age")
-        yield difference(f"centralised from {words.INITS[init]} less centralised from random", one, other)
+        about = f"centralised from {words.INITS[init]} less centralised from random"
+        yield from _by_rounds_and_images(about, one, other, RANDOM_IMAGES)
     for init in ("random", "fm"):
         one, other = ("federated", init, "age, teacher stays"), ("federated", init, "age")
         yield difference(f"{words.INITS[init]}: the teacher stays less it does not", one, other)
@@ -188,6 +203,15 @@ def of_budgets() -> Iterator[Contrast]:
     for how in ("quantity", "quantity, equal steps"):
         one, other = ("federated", "fm", how), ("federated", "random", how)
         yield difference(f"foundation model less random, {how}", one, other)
+
+
+def _by_rounds_and_images(
+    label: str, one: Cell, other: Cell, images: int, *, rounds: bool = True
+) -> Iterator[Contrast]:
+    """Compare two cells after their last round, and where each has seen no more than so many images."""
+    if rounds:
+        yield difference(label, one, other)
+    yield difference(f"{label}, at most {images:,} images", one, other, images=images)
 
 
 def of_plateau() -> Iterator[Contrast]:
@@ -204,9 +228,8 @@ def of_plateau() -> Iterator[Contrast]:
                     f"foundation model less pre-training, {about}", fm, pretraining, round=number
                 )
                 if not schedule:
-                    budget = number * CLIENTS_IMAGES
-                    about = f"foundation model less random, {deal}, {budget:,} images seen"
-                    yield difference(about, fm, random, images=budget)
+                    about, images = f"foundation model less random, {deal}", number * CLIENTS_IMAGES
+                    yield from _by_rounds_and_images(about, fm, random, images, rounds=False)
 
 
 def of_taught() -> Iterator[Contrast]:

@@ -408,4 +408,6 @@ def tables(name: str, folder: Path | None = None, out: Path | None = None) -> No
     out = out or RESULTS / name
     if not any((folder or out / "runs").glob("*.json")):
         raise typer.BadParameter(f"{folder or out / 'runs'} holds no finished training: run {name} first")
+    for mixed in experiment_tables.mixed_processors(folder or out / "runs"):
+        print(f"bench: {mixed}: compare within one kind of processor, see docs/reproducibility.md")
     experiment_tables.write(name, folder or out / "runs", out)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench import measure, rounds, teachers
-from fmfl import augment, capture, config, metrics, models, prompts, runs, seeds, train
+from fmfl import augment, capture, config, devices, metrics, models, prompts, runs, seeds, train
 from fmfl.federate import aggregate
 from fmfl.states import State
 from fmfl.study import execute, grid, outputs, stages
@@ -103,9 +103,9 @@ def speeds(bench: Bench, student: str, batch: int) -> Iterator[Row]:
         bench.number(5),
         bench.device,
     )
-    seen = sides.steps * batch
+    seen = dict.fromkeys(taken, sides.steps * batch) | {"round": rounds.CLIENTS * rounds.EPOCHS * images}
     row: Row = {"student": student, "batch": batch}
-    row |= {f"{name}, images/s": seen / measure.median_seconds(times) for name, times in taken.items()}
+    row |= {f"{name}, images/s": seen[name] / measure.median_seconds(times) for name, times in taken.items()}
     row["round over recorded"] = measure.ratio(taken["round"], taken["recorded"])["median"]
     if bench.device.type == "cuda":
         row["steps were recorded"] = capture.resident(sides.run.model, bench.device).recordable
@@ -277,8 +277,7 @@ def run(
     started = time.monotonic()
     os.environ["TQDM_DISABLE"] = "1"
     where = measure.the_device(device)
-    if precision == "auto":
-        precision = "bfloat16" if where.type == "cuda" else "float32"
+    precision = devices.precision_of(config.RunConfig(device=where.type, precision=precision))
     pairs = [(name, int(batch)) for name, batch in (pair.split(":") for pair in students.split(","))]
     settings = {
         "minutes": minutes,

@@ -7,8 +7,9 @@ import torch
 
 from fmfl.config import RunConfig
 
-# float32 is float32: by itself cuDNN multiplies it with ten bits of the mantissa (TF32).
-torch.backends.cudnn.allow_tf32 = False
+# float32 is float32: by itself cuDNN multiplies it with ten bits of the mantissa (TF32), and in some
+# containers cuBLAS does.
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def device_of(cfg: RunConfig) -> torch.device:

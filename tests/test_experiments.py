@@ -17,6 +17,7 @@ from bench.experiments import Setting, Trial
 from bench.lessons import Lesson
 from fmfl import data, federate, losses, models, paths, prompts, states, teacher, train
 from fmfl.split import Holdout
+from fmfl.study import provenance
 from fmfl.train import Examples
 
 
@@ -186,6 +187,7 @@ def test_fewer_images_are_seen_more_often(cohort, setting, tmp_path):
     result = experiments.train_trial(trial, replace(setting, lesson=lesson), tmp_path)
     assert lesson.epochs(experiments.DISTILL.proxy_epochs) == 2 * experiments.DISTILL.proxy_epochs
     assert result["images_seen"] == [64, 64 + 20] and len(result["dice"]) == 2
+    assert result["processor"] == provenance.processor()
 
 
 @pytest.mark.slow
@@ -272,6 +274,14 @@ def test_the_images_that_contrasts_name_are_those_of_the_study():
     by_init = seen.groupby(["init", "round"]).images_seen.unique().map(lambda values: values.item())
     assert by_init["fm", 0] == by_init["pretraining", 0] == experiment_tables.START_IMAGES
     assert by_init["random", 1] == experiment_tables.CLIENTS_IMAGES
+
+
+def test_a_seed_of_two_processors_is_named(tmp_path):
+    for number, (seed, processor) in enumerate([(0, "one"), (0, "one"), (1, "one"), (1, "other"), (2, None)]):
+        (tmp_path / f"{number}.json").write_text(json.dumps({"seed": seed, "processor": processor}))
+    assert experiment_tables.mixed_processors(tmp_path) == ["seed 1 has trials of one, other"]
+    for name in experiments.PLANS:
+        assert experiment_tables.mixed_processors(experiments.RESULTS / name / "runs") == []
 
 
 def test_tables_of_lessons_tell_the_gain_that_was_put_in(tmp_path):

@@ -42,7 +42,10 @@ def where(cfg: Settings) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Return the processor's name: another one adds in another order, see docs/reproducibility.md."""
+    """Return the processor's name: another one adds in another order, see docs/reproducibility.md.
+
+    Where the system does not tell it, as Linux on ARM, it is the architecture's.
+    """
     cpuinfo = Path("/proc/cpuinfo")  # on Linux `platform` knows the architecture alone
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
