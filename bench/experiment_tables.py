@@ -39,6 +39,8 @@ PANELS = {
     "balanced_age, E=5": "balanced, by age, 5 epochs",
     "age": "age",
     "age_with_proxy": "age, proxy images inside",
+    "age, cosine": "age, decaying rate",
+    "iid, cosine": "IID, decaying rate",
 }
 
 #: Columns that name a run.
@@ -328,7 +330,7 @@ def differences_block(table: pd.DataFrame) -> list[str]:
 BY_ROUND, BY_IMAGES = ("round", "round", 1), ("images_seen", "training images seen, thousands", 1000)
 
 
-def figure(scores: pd.DataFrame, by: tuple[str, str, int] = BY_ROUND) -> Figure:
+def figure(scores: pd.DataFrame, by: tuple[str, str, int] = BY_ROUND, lowest: float = 80) -> Figure:
     """Mean Dice of federated runs by round or by images: a panel a setting; thin lines are seeds."""
     plots.use_style()
     federated = scores[scores.arm == "federated"]
@@ -336,12 +338,13 @@ def figure(scores: pd.DataFrame, by: tuple[str, str, int] = BY_ROUND) -> Figure:
     columns = min(3, len(settings))
     rows = -(-len(settings) // columns)
     drawn, axes = plt.subplots(
-        rows, columns, figsize=(3.6 * columns, 2.8 * rows + 0.6), sharey=True, squeeze=False
+        rows, columns, figsize=(max(3.6 * columns, 6.4), 2.8 * rows + 0.6), sharey=True, squeeze=False
     )
     for axis in axes.flat[len(settings) :]:
         axis.set_visible(False)
     for axis, setting in zip(axes.flat, settings, strict=False):
         _panel(axis, federated[federated.split == setting], by)
+        axis.set_ylim(lowest, 96)
         axis.set_title(PANELS.get(setting, setting))
         axis.set_xlabel(by[1])
     for axis in axes[:, 0]:
@@ -367,7 +370,6 @@ def _panel(axis: Axes, scores: pd.DataFrame, by: tuple[str, str, int]) -> None:
         # By round, since seeds may have seen other numbers of images by then.
         mean = points.loc[init].groupby("round").mean()
         axis.plot(mean.place, mean.dice, color=colour[init], label=words.INITS[init])
-    axis.set_ylim(80, 96)
 
 
 def lessons_figure(scores: pd.DataFrame) -> Figure:
@@ -416,8 +418,9 @@ def write(name: str, folder: Path, out: Path) -> None:
     if name == "taught":
         lessons_figure(scores).savefig(out / f"{name}.png", dpi=130)
     else:
-        figure(scores).savefig(out / f"{name}.png", dpi=130)
-        figure(scores, BY_IMAGES).savefig(out / f"{name}-images.png", dpi=130)
+        lowest = 90 if name == "plateau" else 80
+        figure(scores, lowest=lowest).savefig(out / f"{name}.png", dpi=130)
+        figure(scores, BY_IMAGES, lowest).savefig(out / f"{name}-images.png", dpi=130)
     page(out)
 
 

@@ -120,6 +120,10 @@ MAPPED = {
         for start, init in (("random", "random"), ("pre-training", "pretraining"))
         for number in (1, 2, 4)
     },
+    "plateau": {
+        f"foundation model less {start}, age, cosine, 60 rounds": ("rounds", "60, decaying rate", init)
+        for start, init in (("random", "random"), ("pre-training", "pretraining"))
+    },
     "skew": {
         f"foundation model less {start}, {split}": ("balanced split, 20 rounds", SPLITS[split], init)
         for start, init in (("random", "random"), ("pre-training", "pretraining"))
