@@ -139,6 +139,11 @@ def difference(label: str, one: Cell, other: Cell, **where: object) -> Contrast:
     return Contrast(label, {one: 1, other: -1}, **where)
 
 
+def difference_at_most(label: str, one: Cell, other: Cell, images: int) -> Contrast:
+    """One cell less another where each has seen no more than so many training images."""
+    return difference(f"{label}, at most {images:,} images", one, other, images=images)
+
+
 def of_skew() -> Iterator[Contrast]:
     """The manipulation check, the starts' differences under each deal, and the difference of two losses."""
     for epochs in ("", ", E=5"):
@@ -181,18 +186,20 @@ def of_budgets() -> Iterator[Contrast]:
         yield difference(f"foundation model less random, {about}", fm, random, round=number)
         yield difference(f"foundation model less pre-training, {about}", fm, pretraining, round=number)
     for label, one in (("foundation model", fm), ("pre-training", pretraining)):
-        yield from _by_rounds_and_images(f"{label} less random", one, random, RANDOM_IMAGES, rounds=False)
-    yield from _by_rounds_and_images(
-        "random with the proxy images inside less random", inside, random, RANDOM_IMAGES
-    )
+        yield difference_at_most(f"{label} less random", one, random, RANDOM_IMAGES)
+    about = "random with the proxy images inside less random"
+    yield difference(about, inside, random)
+    yield difference_at_most(about, inside, random, RANDOM_IMAGES)
     for label, one in (("foundation model", fm), ("pre-training", pretraining)):
         about = f"{label} less random with the proxy images inside"
-        yield from _by_rounds_and_images(about, one, inside, START_IMAGES + RANDOM_IMAGES)
+        yield difference(about, one, inside)
+        yield difference_at_most(about, one, inside, START_IMAGES + RANDOM_IMAGES)
     yield difference("centralised from random on all images less foundation model", everything, fm)
     for init in INITS[1:]:
         one, other = ("centralised", init, "age"), ("centralised", "random", "age")
         about = f"centralised from {words.INITS[init]} less centralised from random"
-        yield from _by_rounds_and_images(about, one, other, RANDOM_IMAGES)
+        yield difference(about, one, other)
+        yield difference_at_most(about, one, other, RANDOM_IMAGES)
     for init in ("random", "fm"):
         one, other = ("federated", init, "age, teacher stays"), ("federated", init, "age")
         yield difference(f"{words.INITS[init]}: the teacher stays less it does not", one, other)
@@ -205,15 +212,6 @@ def of_budgets() -> Iterator[Contrast]:
     for how in ("quantity", "quantity, equal steps"):
         one, other = ("federated", "fm", how), ("federated", "random", how)
         yield difference(f"foundation model less random, {how}", one, other)
-
-
-def _by_rounds_and_images(
-    label: str, one: Cell, other: Cell, images: int, *, rounds: bool = True
-) -> Iterator[Contrast]:
-    """Compare two cells after their last round, and where each has seen no more than so many images."""
-    if rounds:
-        yield difference(label, one, other)
-    yield difference(f"{label}, at most {images:,} images", one, other, images=images)
 
 
 def of_plateau() -> Iterator[Contrast]:
@@ -231,7 +229,7 @@ def of_plateau() -> Iterator[Contrast]:
                 )
                 if not schedule:
                     about, images = f"foundation model less random, {deal}", number * CLIENTS_IMAGES
-                    yield from _by_rounds_and_images(about, fm, random, images, rounds=False)
+                    yield difference_at_most(about, fm, random, images)
 
 
 def of_taught() -> Iterator[Contrast]:

@@ -285,6 +285,8 @@ def cached_logits(
 ) -> CachedLogits:
     """Return a teacher's logits on the images' device, computed once for (code, weights, images, boxes).
 
+    Deterministic algorithms give other last digits on a GPU, so theirs are computed and kept apart.
+
     A file whose digest shows damage is computed again.
 
     Args:

@@ -207,8 +207,8 @@ def _predicted_masks(
     seen = [states.tensor_digest(stored[indices]) for stored in (cohort.images, cohort.masks)]
     known = None if known is None or known.all() else known
     budget = None if known is None else known.tolist()
-    how = torch.are_deterministic_algorithms_enabled()
-    key = states.fingerprint(states.code_digest(), how, options, learning, seen, patients, budget)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    key = states.fingerprint(states.code_digest(), deterministic, options, learning, seen, patients, budget)
     file = paths.CACHE / f"predicted-{key}.safetensors"
     if (stored := states.read_state(file, device=cohort.images.device)) is not None:
         return stored[0]["masks"], stored[1]["seconds"]
