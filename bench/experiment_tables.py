@@ -1,9 +1,8 @@
 """Tables, figure and page of the experiments; intervals are over seeds and patients together."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -13,13 +12,13 @@ from matplotlib.figure import Figure
 
 from bench import lessons
 from fmfl.analysis import markdown, plots, statistics, words
-
-INITS = ("random", "pretraining", "fm")
+from fmfl.analysis.tables import PAPER_INITS
 
 #: Names of `lessons.NAMES` on a page.
 LESSONS = {
     "own_masks": "proxy masks alone",
     "corpus_masks": "proxy and corpus masks",
+    "guangzhou_masks": "proxy and Guangzhou's corpus masks",
     "shipped": "the shipped teacher",
     "corpus": "a teacher of the same images",
     "montgomery": "a teacher of Montgomery's images",
@@ -86,11 +85,10 @@ def setting_name(trial: dict) -> str:
     return ", ".join(filter(None, parts))
 
 
-def read(folder: Path) -> pd.DataFrame:
-    """All finished trials: one row a test image and round; Dice is in 0..1."""
+def scores_of(finished: list[dict[str, Any]]) -> pd.DataFrame:
+    """Scores of finished trials: one row a test image and round; Dice is in 0..1."""
     tables = []
-    for file in sorted(folder.glob("*.json")):
-        trial = json.loads(file.read_text())
+    for trial in finished:
         images = {"image_id": trial["images"], "patient_id": trial["patients"], "age": trial["ages"]}
         key = {name: trial[name] for name in ("arm", "init", "seed")} | {"split": setting_name(trial)}
         for number, dice in enumerate(trial["dice"]):
@@ -99,18 +97,6 @@ def read(folder: Path) -> pd.DataFrame:
             table = pd.DataFrame(images).assign(**key, **about, dice=dice)
             tables.append(table)
     return pd.concat(tables, ignore_index=True)
-
-
-def mixed_processors(folder: Path) -> list[str]:
-    """Name the seeds whose trials were trained on several kinds of processor, as far as it was recorded."""
-    known: dict[tuple[int, int | None], set[str]] = {}
-    for file in sorted(folder.glob("*.json")):
-        trial = json.loads(file.read_text())
-        if trial.get("processor"):
-            known.setdefault((trial["seed"], trial.get("labelled")), set()).add(trial["processor"])
-    return [
-        f"seed {seed} has trials of {', '.join(sorted(k))}" for (seed, _), k in known.items() if len(k) > 1
-    ]
 
 
 def chosen(
@@ -150,10 +136,10 @@ def of_skew() -> Iterator[Contrast]:
         iid = f"balanced_iid{epochs}"
         for name in ("age", "site") if not epochs else ("age",):
             skewed = f"balanced_{name}{epochs}"
-            for init in INITS:
+            for init in PAPER_INITS:
                 cells = ("federated", init, iid), ("federated", init, skewed)
                 yield difference(f"{words.INITS[init]}: IID less {name}{epochs}", *cells)
-            for init in INITS[1:]:
+            for init in PAPER_INITS[1:]:
                 cells = {("federated", "random", iid): 1, ("federated", "random", skewed): -1}
                 cells |= {("federated", init, iid): -1, ("federated", init, skewed): 1}
                 yield Contrast(f"loss of random less loss of {words.INITS[init]}, {name}{epochs}", cells)
@@ -195,7 +181,7 @@ def of_budgets() -> Iterator[Contrast]:
         yield difference(about, one, inside)
         yield difference_at_most(about, one, inside, START_IMAGES + RANDOM_IMAGES)
     yield difference("centralised from random on all images less foundation model", everything, fm)
-    for init in INITS[1:]:
+    for init in PAPER_INITS[1:]:
         one, other = ("centralised", init, "age"), ("centralised", "random", "age")
         about = f"centralised from {words.INITS[init]} less centralised from random"
         yield difference(about, one, other)
@@ -206,7 +192,7 @@ def of_budgets() -> Iterator[Contrast]:
     yield difference(
         "random, the teacher stays, less foundation model", ("federated", "random", "age, teacher stays"), fm
     )
-    for init in INITS:
+    for init in PAPER_INITS:
         one, other = ("federated", init, "quantity, equal steps"), ("federated", init, "quantity")
         yield difference(f"{words.INITS[init]}, quantity skew: equal steps less equal epochs", one, other)
     for how in ("quantity", "quantity, equal steps"):
@@ -233,24 +219,23 @@ def of_plateau() -> Iterator[Contrast]:
 
 
 def of_taught() -> Iterator[Contrast]:
-    """A teacher's student less pre-training on the proxy images' masks, and on the corpus's as well."""
+    """Each lesson less pre-training on the proxy images' masks, and the teacher's less those of its masks."""
+    pairs = [("shipped", masks) for masks in lessons.SUPERVISED[1:]]
+    pairs += [(name, "own_masks") for name in (*lessons.TAUGHT, *lessons.SUPERVISED[1:])]
     for number, when in ((0, "before any round"), (-1, "after two rounds")):
         for budget in BUDGETS:
-            cells = {
-                name: ("federated", lessons.init_of(name), f"{name}, {budget}") for name in lessons.NAMES
-            }
-            names = [(name, "own_masks") for name in lessons.NAMES[2 : 3 if number else None]]
-            for one, other in [("shipped", "corpus_masks"), *names]:
+            for one, other in pairs:
+                cells = (("federated", lessons.init_of(name), f"{name}, {budget}") for name in (one, other))
                 label = f"{LESSONS[one]} less {LESSONS[other]}, {budget}, {when}"
-                yield difference(label, cells[one], cells[other], round=number)
+                yield difference(label, *cells, round=number)
 
 
 CONTRASTS = {"skew": of_skew, "budgets": of_budgets, "plateau": of_plateau, "taught": of_taught}
 
 
-def differences(name: str, scores: pd.DataFrame) -> pd.DataFrame:
+def differences(scores: pd.DataFrame, contrasts: Iterable[Contrast]) -> pd.DataFrame:
     """All contrasts of an experiment that its finished trials allow, corrected together."""
-    contrasts, rows = list(CONTRASTS[name]()), []
+    contrasts, rows = list(contrasts), []
     for one in contrasts:
         rows.append(statistics.contrast(chosen(scores, one.round, one.group, one.images), one.cells))
     kept = [number for number, row in enumerate(rows) if not row["missing"]]
@@ -347,22 +332,18 @@ def figure(scores: pd.DataFrame, by: tuple[str, str, int] = BY_ROUND, lowest: fl
         axis.set_xlabel(by[1])
     for axis in axes[:, 0]:
         axis.set_ylabel("Dice, %")
-    lines = {
-        label: line
-        for axis in axes.flat
-        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
+    lines = plots.lines_of(drawn)
     drawn.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=len(lines))
     return drawn
 
 
 def _panel(axis: Axes, scores: pd.DataFrame, by: tuple[str, str, int]) -> None:
     """One line a start, thick for the mean over seeds."""
-    colour = plots.colours(INITS)
+    colour = plots.colours(PAPER_INITS)
     column, _, unit = by
     scores = scores.assign(place=scores[column] / unit, dice=100 * scores.dice)
     points = scores.groupby(["init", "seed", "round"])[["place", "dice"]].mean()
-    for init in (init for init in INITS if init in points.index.get_level_values("init")):
+    for init in (init for init in PAPER_INITS if init in points.index.get_level_values("init")):
         for _, one in points.loc[init].groupby("seed"):
             axis.plot(one.place, one.dice, color=colour[init], linewidth=0.6, alpha=0.5)
         # By round, since seeds may have seen other numbers of images by then.
@@ -402,20 +383,21 @@ def lessons_figure(scores: pd.DataFrame) -> Figure:
     return drawn
 
 
-def write(name: str, folder: Path, out: Path) -> None:
+def write(name: str, finished: list[dict[str, Any]], out: Path) -> None:
     """Write means.csv, differences.csv, by_round.csv, the figures, and the tables of an existing page."""
-    scores = read(folder)
+    scores = scores_of(finished)
+    out.mkdir(parents=True, exist_ok=True)
     means(scores).round(5).to_csv(out / "means.csv", index=False)
     if name == "taught":
         means(scores, 0).round(5).to_csv(out / "starts.csv", index=False)
-    differences(name, scores).round(5).to_csv(out / "differences.csv", index=False)
+    differences(scores, CONTRASTS[name]()).round(5).to_csv(out / "differences.csv", index=False)
     by_round = (
         (100 * scores.groupby([*RUN, "round", "images_seen"], sort=False).dice.mean()).round(3).reset_index()
     )
     by_round.to_csv(out / "by_round.csv", index=False)
     if name == "taught":
         lessons_figure(scores).savefig(out / f"{name}.png", dpi=130)
-    else:
+    elif (scores.arm == "federated").any():
         lowest = 90 if name == "plateau" else 80
         figure(scores, lowest=lowest).savefig(out / f"{name}.png", dpi=130)
         figure(scores, BY_IMAGES, lowest).savefig(out / f"{name}-images.png", dpi=130)

@@ -11,9 +11,7 @@ writes what is finished. The rounds are
 those of `fmfl.federate`; the images are real chest X-rays at 96 x 96 pixels.
 """
 
-import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,18 +23,17 @@ import torch
 import typer
 from torch import Tensor
 
-from bench import experiment_tables, lessons
+from bench import experiment_tables, lessons, trials
 from bench.lessons import Lesson
 from fmfl import data, distill, federate, metrics, models, paths, runs, seeds, split, train
+from fmfl.analysis.tables import PAPER_INITS
 from fmfl.config import DistillConfig, FederateConfig
 from fmfl.data import Cohort
 from fmfl.split import Holdout
 from fmfl.states import State
-from fmfl.study import provenance
 from fmfl.train import Examples
 
 STUDENT = "tiny_unet"
-INITS = ("random", "pretraining", "fm")
 CONFIG = FederateConfig(batch_size=8, learning_rate=1e-3)
 DISTILL = DistillConfig(student=STUDENT, proxy_epochs=8)
 RESULTS = paths.ROOT / "docs" / "results"
@@ -154,7 +151,9 @@ def skew(number: int = 5) -> list[Trial]:
     deals, many = ("balanced_age", "balanced_iid", "balanced_site"), range(number)
     make = partial(Trial, rounds=20)
     random = [make(deal, "federated", "random", seed) for deal in deals for seed in many]
-    informed = [make(deal, "federated", init, seed) for seed in many for deal in deals for init in INITS[1:]]
+    informed = [
+        make(deal, "federated", init, seed) for seed in many for deal in deals for init in PAPER_INITS[1:]
+    ]
     alone = [
         make("balanced_age", arm, "random", seed) for seed in many for arm in ("centralised", "standalone")
     ]
@@ -171,34 +170,41 @@ def budgets(number: int = 3) -> list[Trial]:
     """Random with the proxy images inside, the teacher in the rounds, centralised training, equal steps."""
     plan = []
     for seed in range(number):
-        plan += [Trial("age", "federated", init, seed) for init in INITS]
+        plan += [Trial("age", "federated", init, seed) for init in PAPER_INITS]
         plan.append(Trial("age_with_proxy", "federated", "random", seed))
         plan.append(Trial("age_with_proxy", "centralised", "random", seed))
         plan += [Trial("age", "federated", init, seed, alpha=0.5) for init in ("random", "fm")]
-        plan += [Trial("age", "centralised", init, seed) for init in INITS]
+        plan += [Trial("age", "centralised", init, seed) for init in PAPER_INITS]
         plan += [
             Trial("quantity", "federated", init, seed, equal_steps=equal)
-            for init in INITS
+            for init in PAPER_INITS
             for equal in (False, True)
         ]
     return plan
 
 
 def plateau(number: int = 8) -> list[Trial]:
-    """60 rounds from each start; all seeds of a setting before the next, since power is what it is for."""
-    return [
-        Trial(deal, "federated", init, seed, rounds=60, schedule=schedule)
+    """60 rounds from each start; all seeds of a setting before the next, since power is what it is for.
+
+    The control, under age skew with a decaying rate: a random start whose clients hold the proxy images.
+    """
+    make = partial(Trial, arm="federated", rounds=60)
+    plan = [
+        make(deal, init=init, seed=seed, schedule=schedule)
         for schedule in ("cosine", "constant")
         for deal in ("age", "iid")
         for seed in range(number)
-        for init in INITS
+        for init in PAPER_INITS
     ]
+    control = [make("age_with_proxy", init="random", seed=seed, schedule="cosine") for seed in range(number)]
+    return plan[: 3 * number] + control + plan[3 * number :]
 
 
 def taught(number: int = 3) -> list[Trial]:
     """Starts by each lesson, before and after two rounds; few masks and all of them come first."""
     plan = []
-    for budgets_of, names in (((10, None), lessons.NAMES), ((30, 100), lessons.NAMES[:3])):
+    few = ("own_masks", "corpus_masks", "shipped")
+    for budgets_of, names in (((10, None), lessons.NAMES), ((30, 100), few)):
         for seed in range(number):
             plan += [
                 Trial(
@@ -341,10 +347,7 @@ def train_trial(trial: Trial, setting: Setting, starts: Path) -> dict[str, Any]:
         scores = [dice_by_image(judge, state, setting.cohort, test) for state in states]
         dice.append([round(float(x), 5) for x in np.mean(scores, axis=0)])
     rows = setting.cohort.table.iloc[test.tolist()]
-    return trial._asdict() | {
-        "commit": provenance.commit(),
-        "processor": provenance.processor(),
-        "data": setting.cohort.fingerprint,
+    return {
         "proxy": lesson.num_proxy,
         "teacher_dice": lesson.teacher_dice,
         "teacher": lesson.key,
@@ -371,8 +374,8 @@ def run_all(
     starts: Path = Path("runs/experiments"),
     corpus: str = "teacher_corpus",
     teachers: Path = Path("runs/teachers"),
-    worker: int = 0,
-    workers: int = 1,
+    worker: trials.Worker = 0,
+    workers: trials.Workers = 1,
 ) -> None:
     """Train the trials that have no file yet; worker i of n takes every n-th, from the i-th on.
 
@@ -382,22 +385,16 @@ def run_all(
     torch.set_num_threads(1)
     check(name)
     folder = folder or RESULTS / name / "runs"
-    for needed in (folder, starts):
-        needed.mkdir(parents=True, exist_ok=True)
-    cohort = data.load(sources, size=96, progress=False)
+    made_by, cohort = trials.made_by(), data.load(sources, size=96, progress=False)
+    about = {"data": cohort.fingerprint}
     material = lessons.Material(corpus, teachers)
     settings: dict[tuple[object, ...], Setting] = {}
-    for trial in PLANS[name]()[worker::workers]:
-        file = folder / f"{trial.name}.json"
-        if file.exists():
-            continue
+    for trial in trials.pending(PLANS[name](), folder, worker, workers, **about):
         key = trial.deal, trial.seed, trial.alpha, trial.lesson, trial.labelled
         if key not in settings:
             settings = {key: setting_of(cohort, trial, material)}
         result = train_trial(trial, settings[key], starts)
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps(result))
-        os.replace(unfinished, file)
+        trials.keep(folder, trial, made_by | about | result)
         print(trial.name, round(100 * float(np.mean(result["dice"][-1])), 2), flush=True)
 
 
@@ -406,8 +403,7 @@ def tables(name: str, folder: Path | None = None, out: Path | None = None) -> No
     """Write the tables, the figure and the page's tables of the finished trials."""
     check(name)
     out = out or RESULTS / name
-    if not any((folder or out / "runs").glob("*.json")):
-        raise typer.BadParameter(f"{folder or out / 'runs'} holds no finished training: run {name} first")
-    for mixed in experiment_tables.mixed_processors(folder or out / "runs"):
+    finished = trials.finished(folder or out / "runs")
+    for mixed in trials.mixed_processors(finished):
         print(f"bench: {mixed}: compare within one kind of processor, see docs/reproducibility.md")
-    experiment_tables.write(name, folder or out / "runs", out)
+    experiment_tables.write(name, finished, out)

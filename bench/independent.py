@@ -145,11 +145,12 @@ def initial_state(
     student: str = "tiny_unet",
     seed: int = 0,
     epochs: int = 8,
+    learning_rate: float = 1e-3,
     batch_norm: str = "average",
 ) -> State:
     """The start `random`, `pretraining` or `fm` (Eq. 5 with alpha 0.6), from the same random weights."""
     model = models.build(student, seed=seed, batch_norm=batch_norm)
-    client = Client(model, model.state_dict(), 1e-3)
+    client = Client(model, model.state_dict(), learning_rate)
     logits, alpha = (setting.logits, 0.6) if name == "fm" else (None, 0.0)
     passes = 0 if name == "random" else epochs
     key = (seed, PROXY)

@@ -6,17 +6,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmfl import data, distill, metrics, prompts, seeds, teacher
+from fmfl import data, distill, errors, metrics, prompts, seeds, states, teacher
 from fmfl.data import Cohort
+from fmfl.errors import UserError
 from fmfl.teachers.checkpoints import sha256_of
 from fmfl.train import Examples
 
-#: Two lessons without a teacher, the shipped teacher, and four others of 1,200 steps each: on the shipped
-#: one's corpus, on Montgomery's images in it, on synthetic X-rays, and on drawn kidneys.
-NAMES = ("own_masks", "corpus_masks", "shipped", "corpus", "montgomery", "synthetic", "kidneys")
+#: Lessons of masks alone: those of the proxy set, these and the shipped teacher's corpus, and these and the
+#: corpus without Montgomery's images, whose masks leave the heart out.
+SUPERVISED = ("own_masks", "corpus_masks", "guangzhou_masks")
 
-#: Lessons of masks alone.
-SUPERVISED = NAMES[:2]
+#: The shipped teacher, and four others of 1,200 steps each: on the shipped one's corpus, on Montgomery's
+#: images in it, on synthetic X-rays, and on drawn kidneys.
+TAUGHT = ("shipped", "corpus", "montgomery", "synthetic", "kidneys")
+
+NAMES = SUPERVISED + TAUGHT
 
 
 class Material(NamedTuple):
@@ -75,12 +79,14 @@ def named(
     known = proxy[_first(len(proxy), labelled, seed)]
     if name == "own_masks":
         return Lesson(Examples(cohort.images, cohort.masks, known), len(proxy))
-    if name == "corpus_masks":
-        return Lesson(_beside(cohort, known, _corpus(material, cohort)), len(proxy))
+    if name in SUPERVISED:
+        corpus = _corpus(material, cohort)
+        wanted = (corpus.table.site != "montgomery") | (name == "corpus_masks")
+        return Lesson(_beside(cohort, known, corpus, torch.tensor(wanted.to_numpy())), len(proxy))
     file = teacher.default_file("builtin") if name == "shipped" else material.teachers / f"{name}.safetensors"
     boxes = prompts.prompt(cohort.masks[proxy], "ground_truth_jitter", per_image="per_lung")
-    key = f"{sha256_of(file)}, ground_truth_jitter, per_lung"
-    lesson = _answered(cohort, proxy, teacher.load("builtin", file), boxes, key)
+    about = f"{sha256_of(file)}, ground_truth_jitter, per_lung"
+    lesson = _answered(cohort, proxy, teacher.load("builtin", file), boxes, about)
     masks = cohort.masks.clone()
     masks[proxy] = (lesson.examples.teacher_logits > 0).to(masks.dtype)
     masks[known] = cohort.masks[known]
@@ -94,10 +100,11 @@ def _first(number: int, labelled: int | None, seed: int) -> Tensor:
     return order.argsort() < (number if labelled is None else labelled)
 
 
-def _answered(cohort: Cohort, rows: Tensor, model: teacher.Teacher, boxes: Tensor, key: str) -> Lesson:
-    """Ask a teacher about images with true masks."""
+def _answered(cohort: Cohort, rows: Tensor, model: teacher.Teacher, boxes: Tensor, about: str) -> Lesson:
+    """Ask a teacher about images with true masks; the key has words about it and its answers' digest."""
     logits = teacher.cached_logits(model, cohort.images[rows], boxes, progress=False).logits
     dice = metrics.dice(logits > 0, cohort.masks[rows]).mean().item()
+    key = f"{about}: {states.tensor_digest(logits)}"
     return Lesson(Examples(cohort.images, cohort.masks, rows, logits), len(rows), key, round(dice, 5))
 
 
@@ -105,12 +112,16 @@ def _corpus(material: Material, cohort: Cohort) -> Cohort:
     """Read the images that the shipped teacher learned from, at the cohort's size."""
     corpus = data.load(material.corpus, size=cohort.images.shape[-1], progress=False)
     shared = set(corpus.table.patient_id) & set(cohort.table.patient_id)
-    assert not shared, f"{len(shared)} patients are in both"
+    if shared:
+        raise UserError(
+            f"--corpus {material.corpus} and the study's images share {len(shared)} patients, such as "
+            f"{errors.first_few(sorted(shared))}: take a corpus of other people"
+        )
     return corpus
 
 
-def _beside(cohort: Cohort, known: Tensor, corpus: Cohort) -> Examples:
-    """Join the whole corpus with chosen images of a cohort."""
+def _beside(cohort: Cohort, known: Tensor, corpus: Cohort, wanted: Tensor) -> Examples:
+    """Join chosen images of a corpus, [n] bool, with chosen images of a cohort, [m] int64."""
     images, masks = torch.cat([cohort.images, corpus.images]), torch.cat([cohort.masks, corpus.masks])
-    added = torch.arange(len(cohort.images), len(images))
+    added = len(cohort.images) + wanted.nonzero().flatten()
     return Examples(images, masks, torch.cat([known, added]))

@@ -1,6 +1,7 @@
 """What holds for every test: figures without a display, caches of its own, no network."""
 
 import os
+import re
 import signal
 import socket
 import tempfile
@@ -59,3 +60,10 @@ def diverging(monkeypatch):
         return result
 
     monkeypatch.setattr(train, "fit", diverge)
+
+
+@pytest.fixture(scope="session")
+def emptied():
+    """A function that takes out of a page's text all that a command writes between its marks."""
+    between = re.compile(r"(<!-- (\w+): begin -->\n).*?(<!-- \2: end -->)", re.S)
+    return lambda page: between.sub(r"\1\3", page)

@@ -12,12 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from bench import experiment_tables, experiments, independent, lessons
+from bench import experiment_tables, experiments, independent, lessons, trials
 from bench.experiments import Setting, Trial
 from bench.lessons import Lesson
-from fmfl import data, federate, losses, models, paths, prompts, states, teacher, train
+from fmfl import data, federate, losses, models, prompts, states, teacher, train
+from fmfl.errors import UserError
 from fmfl.split import Holdout
-from fmfl.study import provenance
 from fmfl.train import Examples
 
 
@@ -52,19 +52,51 @@ def test_a_balanced_deal_has_as_many_adults_as_children_and_no_patient_twice():
     assert sum(map(len, seen)) == len(set.union(*seen))
 
 
-@pytest.mark.parametrize("arm", ["federated", "centralised"])
+@pytest.mark.parametrize("arm", ["federated", "centralised", "standalone"])
 def test_rounds_are_those_of_the_loop_that_imports_nothing(setting, arm):
     trial = Trial("age", arm, "random", seed=1, rounds=2)
     start = models.copy_state(models.build("tiny_unet", seed=1))
-    ours = [state for (state,) in experiments.states_by_round(trial, setting, start)]
+    ours = list(experiments.states_by_round(trial, setting, start))
     other = independent.Setting(setting.cohort, setting.parts, setting.clients, None)
+    held = dict(enumerate(setting.clients))
     if arm == "federated":
-        theirs = [theta for theta, _ in independent.federated_rounds(other, start, seed=1, rounds=2)]
+        theirs = [[theta] for theta, _ in independent.federated_rounds(other, start, seed=1, rounds=2)]
     else:
-        everything = setting.parts.federated
-        theirs = independent.alone_rounds(other, start, everything, independent.POOLED, seed=1, rounds=2)
-    digests = [states.state_digest(state) for state in ours]
-    assert digests == [states.state_digest(state) for state in (start, *theirs)]
+        if arm == "centralised":
+            held = {independent.POOLED: setting.parts.federated}
+        alone = [
+            independent.alone_rounds(other, start, rows, k, seed=1, rounds=2) for k, rows in held.items()
+        ]
+        theirs = list(zip(*alone, strict=True))
+    digests = [[states.state_digest(state) for state in some] for some in ours]
+    assert digests == [[states.state_digest(state) for state in some] for some in ([start], *theirs)]
+
+
+def test_a_client_trains_with_its_epochs_at_the_rate_of_its_round(setting):
+    """Two epochs, and the second of three rounds at 3/4 of the rate: the cosine by hand."""
+    trial = Trial("age", "federated", "random", seed=1, epochs=2, rounds=3, schedule="cosine")
+    start = models.copy_state(models.build("tiny_unet", seed=1))
+    _, (first,), (second,), _ = experiments.states_by_round(trial, setting, start)
+    for before, after, number, rate in ((start, first, 1, 1e-3), (first, second, 2, 0.75e-3)):
+        trained = []
+        for k, rows in enumerate(setting.clients):
+            client = independent.Client(models.build("tiny_unet"), before, rate)
+            trained.append(client.train(setting.cohort, rows, (1, k, number), epochs=2))
+        theirs = independent.average(trained, list(map(len, setting.clients)))
+        for name, value in theirs.items():
+            torch.testing.assert_close(after[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_a_standalone_score_is_the_mean_over_its_clients(setting, tmp_path):
+    trial = Trial("age", "standalone", "random", seed=1, rounds=1)
+    found = experiments.train_trial(trial, setting, tmp_path)["dice"]
+    start = models.copy_state(models.build("tiny_unet", seed=1))
+    *_, last = experiments.states_by_round(trial, setting, start)
+    assert len(last) == 3
+    model = models.build("tiny_unet")
+    by_hand = [independent.dice_by_image(model, one, setting.cohort, setting.parts.test) for one in last]
+    assert found[1] == pytest.approx(np.mean(by_hand, axis=0), abs=1e-5)
+    assert np.ptp(by_hand, axis=0).max() > 1e-3
 
 
 def test_a_cosine_begins_at_the_rate_and_is_halved_in_the_middle():
@@ -120,8 +152,7 @@ def test_a_teacher_in_the_rounds_is_eq_5_with_the_answers_of_each_clients_images
     assert states.state_digest(ours) != states.state_digest(plain)
 
 
-def test_answers_lie_beside_their_images(cohort, setting, tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "CACHE", tmp_path)
+def test_answers_lie_beside_their_images(cohort, setting, monkeypatch):
     deal = (lambda cohort: setting.parts, lambda seed, cohort, parts: setting.clients)
     monkeypatch.setitem(experiments.DEALS, "made", deal)
     trial = Trial("made", "federated", "random", seed=1, alpha=0.5)
@@ -134,8 +165,7 @@ def test_answers_lie_beside_their_images(cohort, setting, tmp_path, monkeypatch)
 
 
 def test_a_lesson_keeps_some_masks_and_has_the_teachers_answer_for_the_rest(cohort, tmp_path, monkeypatch):
-    """Five of twelve images keep their mask; the corpus joins with all of its own."""
-    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    """Five of twelve images keep their mask; the corpus joins with all of its own, or without a site's."""
     material = lessons.Material("kidneys", tmp_path)
     proxy = torch.arange(3, 15)
     lesson = lessons.named("shipped", cohort, proxy, 5, 1, material)
@@ -156,14 +186,16 @@ def test_a_lesson_keeps_some_masks_and_has_the_teachers_answer_for_the_rest(coho
     assert len(joined.examples) == 25 and joined.epochs(25) == 12
     assert torch.equal(joined.examples.images[joined.examples.indices[5:]], corpus.images)
     assert torch.equal(joined.examples.masks[joined.examples.indices[5:]], corpus.masks)
+    corpus.table["site"] = ["montgomery", "guangzhou"] * 10
+    without = lessons.named("guangzhou_masks", cohort, proxy, 5, 1, material).examples
+    assert torch.equal(without.images[without.indices[5:]], corpus.images[1::2])
     corpus.table["patient_id"] = cohort.table.patient_id.iloc[:20].tolist()
-    with pytest.raises(AssertionError, match="patients are in both"):
+    with pytest.raises(UserError, match="share 14 patients"):
         lessons.named("corpus_masks", cohort, proxy, 5, 1, material)
 
 
-def test_a_teacher_is_read_from_its_own_file_and_asked_with_sloppy_boxes(cohort, tmp_path, monkeypatch):
+def test_a_teacher_is_read_from_its_own_file_and_asked_with_sloppy_boxes(cohort, tmp_path):
     """Its answers are those of its file's network; a file with other weights gives others."""
-    monkeypatch.setattr(paths, "CACHE", tmp_path)
     shipped = teacher.default_file("builtin")
     with safe_open(shipped, "pt") as opened:
         metadata = opened.metadata()
@@ -187,7 +219,6 @@ def test_fewer_images_are_seen_more_often(cohort, setting, tmp_path):
     result = experiments.train_trial(trial, replace(setting, lesson=lesson), tmp_path)
     assert lesson.epochs(experiments.DISTILL.proxy_epochs) == 2 * experiments.DISTILL.proxy_epochs
     assert result["images_seen"] == [64, 64 + 20] and len(result["dice"]) == 2
-    assert result["processor"] == provenance.processor()
 
 
 @pytest.mark.slow
@@ -196,7 +227,7 @@ def test_committed_tables_are_those_of_the_committed_runs(tmp_path, name):
     folder = experiments.RESULTS / name
     if not (folder / "runs").exists():
         pytest.skip("not committed yet")
-    experiment_tables.write(name, folder / "runs", tmp_path)
+    experiment_tables.write(name, trials.finished(folder / "runs"), tmp_path)
     for file in folder.glob("*.csv"):
         again, committed = pd.read_csv(tmp_path / file.name), pd.read_csv(file)
         pd.testing.assert_frame_equal(again, committed, rtol=1e-6, atol=1e-5)
@@ -209,13 +240,15 @@ def test_a_name_that_is_no_experiment_is_refused_before_anything_is_loaded():
 
 
 @pytest.mark.parametrize("name", experiments.PLANS)
-def test_a_committed_page_has_the_tables_of_its_files(tmp_path, name):
+def test_a_committed_page_has_the_tables_of_its_files(tmp_path, name, emptied):
     folder = experiments.RESULTS / name
     if not (folder / "README.md").exists():
         pytest.skip("not committed yet")
     shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("runs"))
+    page, committed = tmp_path / name / "README.md", (folder / "README.md").read_text()
+    page.write_text(emptied(committed))
     experiment_tables.page(tmp_path / name)
-    assert (tmp_path / name / "README.md").read_text() == (folder / "README.md").read_text()
+    assert page.read_text() == committed != emptied(committed)
 
 
 def test_names_of_trials_are_their_own():
@@ -240,7 +273,7 @@ def test_tables_tell_the_difference_that_was_put_in(tmp_path):
                 about |= {"ages": [40.0] * 25, "dice": [(0 * dice).tolist(), dice.tolist()]}
                 content = trial._asdict() | about | {"images_seen": [0, 10]}
                 (runs / f"{trial.name}.json").write_text(json.dumps(content))
-    experiment_tables.write("skew", runs, tmp_path)
+    experiment_tables.write("skew", trials.finished(runs), tmp_path)
     table = pd.read_csv(tmp_path / "differences.csv").set_index("difference")
     row = table.loc["foundation model less random, age"]
     assert row.value == pytest.approx(2, abs=0.1) and row.low < 2 < row.high and row.reading == "higher"
@@ -276,14 +309,6 @@ def test_the_images_that_contrasts_name_are_those_of_the_study():
     assert by_init["random", 1] == experiment_tables.CLIENTS_IMAGES
 
 
-def test_a_seed_of_two_processors_is_named(tmp_path):
-    for number, (seed, processor) in enumerate([(0, "one"), (0, "one"), (1, "one"), (1, "other"), (2, None)]):
-        (tmp_path / f"{number}.json").write_text(json.dumps({"seed": seed, "processor": processor}))
-    assert experiment_tables.mixed_processors(tmp_path) == ["seed 1 has trials of one, other"]
-    for name in experiments.PLANS:
-        assert experiment_tables.mixed_processors(experiments.RESULTS / name / "runs") == []
-
-
 def test_tables_of_lessons_tell_the_gain_that_was_put_in(tmp_path):
     """Dice made by hand: before any round the shipped teacher's student is 3 points higher with ten masks."""
     (tmp_path / "runs").mkdir()
@@ -300,7 +325,7 @@ def test_tables_of_lessons_tell_the_gain_that_was_put_in(tmp_path):
             about |= {"images_seen": [100, 110, 120], "teacher_dice": teacher_dice}
             (tmp_path / "runs" / f"{trial.name}.json").write_text(json.dumps(trial._asdict() | about))
     (tmp_path / "README.md").write_text("<!-- starts: begin -->\n<!-- starts: end -->\n")
-    experiment_tables.write("taught", tmp_path / "runs", tmp_path)
+    experiment_tables.write("taught", trials.finished(tmp_path / "runs"), tmp_path)
     table = pd.read_csv(tmp_path / "differences.csv").set_index("difference")
     assert table.value[
         "the shipped teacher less proxy masks alone, 10 masks, before any round"

@@ -2,8 +2,9 @@
 
 It reads results.csv, per_image.csv, drift.csv, starts.csv and, where a study's variants left no scores by
 image, the intervals over patients alone and over seeds alone in gains.csv and by_variant.csv, and the seeds'
-scores by round. It writes all other tables, the figures that are drawn from tables, the report, and the text
-between the marks of the pages.
+scores by round. It writes the studies' other tables, the figures that are drawn from tables, the report, the
+map, and the text between the marks of the pages. The experiments' folders (budgets, collapse, plateau, skew,
+taught) are written by `python -m bench`, as their pages say: run that first, since the map reads them.
 """
 
 import sys
@@ -21,13 +22,12 @@ from fmfl.study import report
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = ("v7-cpu", "v7-labels")  # all tables
 REPORTED = "v7-cpu"
-INITS = ("random", "pretraining", "fm")
 VARIED = ("v7-labels", "v7-choices")  # the map
 ROUNDS = {"v7-labels": "before_any_round", "v7-choices": "by_round"}  # every choice's and seed's scores
 
 
 def main(root: Path = ROOT, *, figures: bool = True) -> None:
-    """Rebuild everything below `root`, a checkout of the project."""
+    """Rebuild the studies, the map and the pages below `root`, a checkout of the project."""
     results = root / "docs" / "results"
     for name in STUDIES:
         analyse(results / name)
@@ -235,7 +235,7 @@ def elsewhere(folder: Path) -> None:
     """Write Dice and the starts' differences by set of images, all differences corrected together."""
     scores = pd.read_csv(folder / "scores.csv", dtype={"image_id": str})
     means, differences = [], []
-    cells = {init: ("federated", init, "age") for init in INITS}
+    cells = {init: ("federated", init, "age") for init in tables.PAPER_INITS}
     for name, own in scores.groupby("set", sort=False):
         for init, cell in cells.items():
             means.append({"set": name, "init": init} | statistics.contrast(own, {cell: 1}))
@@ -362,7 +362,7 @@ def by_round(study: markdown.Folder) -> list[str]:
     table = _rounds(study)
     last, rows = table["round"].max(), []
     for choice in sorted(table.choice.unique(), key=_order):
-        for init in ("random", "pretraining", "fm"):
+        for init in tables.PAPER_INITS:
             runs = table[(table.choice == choice) & (table.init == init)]
             if runs.empty:
                 continue
@@ -431,7 +431,7 @@ def by_set(study: markdown.Folder) -> list[str]:
     for name, own in study["means"].groupby("set", sort=False):
         cells = [words.estimate(row.points, row.low, row.high) for row in own.itertuples()]
         rows.append([name, f"{own.images.iloc[0]:,} of {own.patients.iloc[0]:,}", *cells])
-    return markdown.table(["images", "number, of patients", *map(words.init_name, INITS)], rows)
+    return markdown.table(["images", "number, of patients", *map(words.init_name, tables.PAPER_INITS)], rows)
 
 
 def differences_by_set(study: markdown.Folder) -> list[str]:

@@ -68,7 +68,8 @@ def commit() -> str:
         ).strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "fmfl", "notebooks", "data")
+        code = ("fmfl", "notebooks", "data", "bench")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
