@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench import lessons
-from fmfl.analysis import markdown, plots, statistics, words
+from bench.independent import BATCH_SIZE
+from fmfl.analysis import claims, markdown, plots, statistics, words
 from fmfl.analysis.tables import PAPER_INITS
 
 #: Names of `lessons.NAMES` on a page.
@@ -26,8 +27,11 @@ LESSONS = {
     "kidneys": "a teacher of drawn kidneys",
 }
 
+#: Images of the study's proxy set.
+PROXY_IMAGES = 796
+
 #: Numbers of proxy images with a mask, by the name of the lessons' settings.
-BUDGETS = {"10 masks": 10, "30 masks": 30, "100 masks": 100, "all masks": 796}
+BUDGETS = {"10 masks": 10, "30 masks": 30, "100 masks": 100, "all masks": PROXY_IMAGES}
 
 #: Titles of a figure's panels, where a setting's name is no good one.
 PANELS = {
@@ -46,10 +50,13 @@ PANELS = {
 RUN = ["split", "arm", "init", "seed"]
 
 #: Images of a round of one local epoch in the study's parts, and of an informed start: 8 epochs of 796.
-CLIENTS_IMAGES, START_IMAGES = 969, 6368
+CLIENTS_IMAGES, START_IMAGES = 969, 8 * PROXY_IMAGES
 
 #: Images of a random start's ten rounds.
 RANDOM_IMAGES = 10 * CLIENTS_IMAGES
+
+#: In the balanced deals: images and steps of a random start's 20 rounds IID, and steps of an informed start.
+SKEW_IMAGES, SKEW_STEPS, SKEW_START_STEPS = 6220, 260, 408
 
 #: Arm, initial state and setting, as `statistics.contrast` has them.
 Cell = tuple[str, str, str]
@@ -65,6 +72,7 @@ class Contrast(NamedTuple):
         group: all, adults or children.
         images: in place of a round: each run's last one that has seen no more training images than this,
             those of its start included.
+        steps: in place of a round: each run's last one with no more steps one after another than this.
     """
 
     label: str
@@ -72,12 +80,13 @@ class Contrast(NamedTuple):
     round: int = -1
     group: str = "all"
     images: int | None = None
+    steps: int | None = None
 
 
 def setting_name(trial: dict) -> str:
-    """Name all that the trials of a cell share: the deal, local epochs, schedule and steps."""
+    """Name all that the trials of a cell share: the deal, local epochs and schedule."""
     parts = [trial["deal"], f"E={trial['epochs']}" * (trial["epochs"] > 1)]
-    parts += [trial["schedule"] * (trial["schedule"] != "constant"), "equal steps" * trial["equal_steps"]]
+    parts += [trial["schedule"] * (trial["schedule"] != "constant"), "more epochs" * trial["equal_steps"]]
     if trial.get("alpha"):
         parts.append("teacher stays")
     if trial.get("lesson"):
@@ -86,31 +95,42 @@ def setting_name(trial: dict) -> str:
 
 
 def scores_of(finished: list[dict[str, Any]]) -> pd.DataFrame:
-    """Scores of finished trials: one row a test image and round; Dice is in 0..1."""
+    """Scores of finished trials: one row a test image and round; Dice is in 0..1.
+
+    `images_seen` counts all images that went through the student, those of its start included. `steps` counts
+    batches one after another: clients train side by side, so a round counts with the mean client's.
+    """
     tables = []
     for trial in finished:
         images = {"image_id": trial["images"], "patient_id": trial["patients"], "age": trial["ages"]}
         key = {name: trial[name] for name in ("arm", "init", "seed")} | {"split": setting_name(trial)}
+        start = trial["images_seen"][0]
+        side_by_side = 1 if trial["arm"] == "centralised" else len(trial["clients"])
         for number, dice in enumerate(trial["dice"]):
             seen = trial["images_seen"][number]
             about = {"round": number, "images_seen": seen, "teacher_dice": trial.get("teacher_dice")}
+            about["steps"] = (start + (seen - start) / side_by_side) / BATCH_SIZE
             table = pd.DataFrame(images).assign(**key, **about, dice=dice)
             tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
 
 def chosen(
-    scores: pd.DataFrame, number: int = -1, group: str = "all", images: int | None = None
+    scores: pd.DataFrame,
+    number: int = -1,
+    group: str = "all",
+    images: int | None = None,
+    steps: int | None = None,
 ) -> pd.DataFrame:
-    """Scores of one round, or of each run within a budget of images, and of one group of test images.
+    """Scores of one round, or of each run within a budget, and of one group of test images.
 
     Args:
-        number, group, images: see `Contrast`.
+        number, group, images, steps: see `Contrast`.
     """
-    if images is None:
+    if images is None and steps is None:
         rows = scores[scores["round"] == (scores["round"].max() if number < 0 else number)]
     else:
-        within = scores[scores.images_seen <= images]
+        within = scores[scores.images_seen <= images] if images else scores[scores.steps <= steps]
         rows = within[within["round"] == within.groupby(RUN)["round"].transform("max")]
     if group == "adults":
         return rows[rows.age >= 18]
@@ -125,9 +145,10 @@ def difference(label: str, one: Cell, other: Cell, **where: object) -> Contrast:
     return Contrast(label, {one: 1, other: -1}, **where)
 
 
-def difference_at_most(label: str, one: Cell, other: Cell, images: int) -> Contrast:
-    """One cell less another where each has seen no more than so many training images."""
-    return difference(f"{label}, at most {images:,} images", one, other, images=images)
+def difference_at_most(label: str, one: Cell, other: Cell, **most: int) -> Contrast:
+    """One cell less another where each has had no more than so many `images` or `steps`."""
+    ((what, number),) = most.items()
+    return difference(f"{label}, at most {number:,} {what}", one, other, **most)
 
 
 def of_skew() -> Iterator[Contrast]:
@@ -149,11 +170,21 @@ def of_skew() -> Iterator[Contrast]:
                 ("federated", init, skewed) for init in ("fm", "pretraining", "random")
             )
             yield difference(f"foundation model less random, {deal}{epochs}", fm, random)
+            if not epochs:
+                yield difference_at_most(
+                    f"foundation model less random, {deal}", fm, random, images=SKEW_IMAGES
+                )
             yield difference(f"pre-training less random, {deal}{epochs}", pretraining, random)
             yield difference(f"foundation model less pre-training, {deal}{epochs}", fm, pretraining)
     random, skewed = ("federated", "random", "balanced_iid"), ("federated", "random", "balanced_age")
     for group in ("adults", "children"):
         yield difference(f"random: IID less age, {group}", random, skewed, group=group)
+        fm = ("federated", "fm", "balanced_age")
+        yield difference(f"foundation model less random, age, {group}", fm, skewed, group=group)
+    for init in PAPER_INITS:
+        iid, site = (("federated", init, f"balanced_{deal}") for deal in ("iid", "site"))
+        steps = SKEW_STEPS + (SKEW_START_STEPS if init != "random" else 0)
+        yield difference_at_most(f"{words.INITS[init]}: IID less site", iid, site, steps=steps)
     yield difference(
         "centralised less federated, random, age", ("centralised", "random", "balanced_age"), skewed
     )
@@ -172,20 +203,29 @@ def of_budgets() -> Iterator[Contrast]:
         yield difference(f"foundation model less random, {about}", fm, random, round=number)
         yield difference(f"foundation model less pre-training, {about}", fm, pretraining, round=number)
     for label, one in (("foundation model", fm), ("pre-training", pretraining)):
-        yield difference_at_most(f"{label} less random", one, random, RANDOM_IMAGES)
+        yield difference_at_most(f"{label} less random", one, random, images=RANDOM_IMAGES)
     about = "random with the proxy images inside less random"
     yield difference(about, inside, random)
-    yield difference_at_most(about, inside, random, RANDOM_IMAGES)
+    yield difference_at_most(about, inside, random, images=RANDOM_IMAGES)
     for label, one in (("foundation model", fm), ("pre-training", pretraining)):
         about = f"{label} less random with the proxy images inside"
         yield difference(about, one, inside)
-        yield difference_at_most(about, one, inside, START_IMAGES + RANDOM_IMAGES)
+        yield difference_at_most(about, one, inside, images=START_IMAGES + RANDOM_IMAGES)
     yield difference("centralised from random on all images less foundation model", everything, fm)
     for init in PAPER_INITS[1:]:
         one, other = ("centralised", init, "age"), ("centralised", "random", "age")
         about = f"centralised from {words.INITS[init]} less centralised from random"
         yield difference(about, one, other)
-        yield difference_at_most(about, one, other, RANDOM_IMAGES)
+        yield difference_at_most(about, one, other, images=RANDOM_IMAGES)
+    alone = [("centralised", init, "age") for init in ("fm", "random")]
+    yield Contrast(
+        f"the student's lead: federated less centralised, at most {RANDOM_IMAGES:,} images",
+        {fm: 1, random: -1, alone[0]: -1, alone[1]: 1},
+        images=RANDOM_IMAGES,
+    )
+    yield difference_at_most(
+        "random: federated less centralised", random, alone[1], steps=RANDOM_IMAGES // 3 // BATCH_SIZE + 1
+    )
     for init in ("random", "fm"):
         one, other = ("federated", init, "age, teacher stays"), ("federated", init, "age")
         yield difference(f"{words.INITS[init]}: the teacher stays less it does not", one, other)
@@ -193,29 +233,39 @@ def of_budgets() -> Iterator[Contrast]:
         "random, the teacher stays, less foundation model", ("federated", "random", "age, teacher stays"), fm
     )
     for init in PAPER_INITS:
-        one, other = ("federated", init, "quantity, equal steps"), ("federated", init, "quantity")
-        yield difference(f"{words.INITS[init]}, quantity skew: equal steps less equal epochs", one, other)
-    for how in ("quantity", "quantity, equal steps"):
+        one, other = ("federated", init, "quantity, more epochs"), ("federated", init, "quantity")
+        yield difference(
+            f"{words.INITS[init]}, quantity skew: more epochs for the smallest client less equal epochs",
+            one,
+            other,
+        )
+    for how in ("quantity", "quantity, more epochs"):
         one, other = ("federated", "fm", how), ("federated", "random", how)
         yield difference(f"foundation model less random, {how}", one, other)
 
 
 def of_plateau() -> Iterator[Contrast]:
-    """The starts' differences after 10, 20, 40 and 60 rounds, and where a constant rate has seen as much."""
-    for schedule in ("", ", cosine"):
-        for deal in ("age", "iid"):
-            fm, pretraining, random = (
-                ("federated", init, deal + schedule) for init in ("fm", "pretraining", "random")
-            )
-            for number in (10, 20, 40, 60):
-                about = f"{deal}{schedule}, {number} rounds"
-                yield difference(f"foundation model less random, {about}", fm, random, round=number)
-                yield difference(
-                    f"foundation model less pre-training, {about}", fm, pretraining, round=number
-                )
-                if not schedule:
-                    about, images = f"foundation model less random, {deal}", number * CLIENTS_IMAGES
-                    yield difference_at_most(about, fm, random, images)
+    """The starts' differences after 10, 20, 40 and 60 rounds, at equal images and at equal steps.
+
+    The control's clients hold the proxy images beside their own.
+    """
+    for setting in ("age, cosine", "iid, cosine", "age", "iid"):
+        fm, pretraining, random = (("federated", init, setting) for init in ("fm", "pretraining", "random"))
+        for number in (10, 20, 40, 60):
+            about = f"{setting}, {number} rounds"
+            yield difference(f"foundation model less random, {about}", fm, random, round=number)
+            yield difference(f"foundation model less pre-training, {about}", fm, pretraining, round=number)
+        for number in (20, 40, 60):
+            images = number * CLIENTS_IMAGES
+            yield difference_at_most(f"foundation model less random, {setting}", fm, random, images=images)
+        for number in (20, 30, 40, 60):
+            steps = round(number * CLIENTS_IMAGES / 3 / BATCH_SIZE + 1)
+            yield difference_at_most(f"foundation model less random, {setting}", fm, random, steps=steps)
+    fm, random = (("federated", init, "age, cosine") for init in ("fm", "random"))
+    inside = ("federated", "random", "age_with_proxy, cosine")
+    about, control = "age, cosine, 60 rounds", "random with the proxy images inside"
+    yield difference(f"{control} less random, {about}", inside, random)
+    yield difference(f"foundation model less {control}, {about}", fm, inside)
 
 
 def of_taught() -> Iterator[Contrast]:
@@ -237,7 +287,7 @@ def differences(scores: pd.DataFrame, contrasts: Iterable[Contrast]) -> pd.DataF
     """All contrasts of an experiment that its finished trials allow, corrected together."""
     contrasts, rows = list(contrasts), []
     for one in contrasts:
-        rows.append(statistics.contrast(chosen(scores, one.round, one.group, one.images), one.cells))
+        rows.append(statistics.contrast(chosen(scores, *one[2:]), one.cells))
     kept = [number for number, row in enumerate(rows) if not row["missing"]]
     if not kept:
         return pd.DataFrame(columns=["difference", "reading"])
@@ -256,6 +306,29 @@ def means(scores: pd.DataFrame, number: int = -1) -> pd.DataFrame:
         costs = {"images_seen": round(own.images_seen.mean()), "teacher_dice": own.teacher_dice.mean()}
         rows.append(about | costs | found)
     return pd.DataFrame(rows)
+
+
+def fig3(scores: pd.DataFrame) -> pd.DataFrame:
+    """The paper's claims on rounds, judged on runs that are longer than the rounds it names."""
+    scores = scores[scores.split == "age, cosine"]
+    tested = {"images": scores.image_id.nunique(), "patients": scores.patient_id.nunique()}
+    runs = scores.groupby(["init", "seed", "round"]).dice.mean().reset_index()
+    return pd.DataFrame(claims.claims_of_fig3(runs, tested))
+
+
+def power(scores: pd.DataFrame, seeds: Iterable[int] = (4, 8, 16, 32, 64, 128, 256)) -> pd.DataFrame:
+    """Half-widths in points that the last differences under age skew would have with so many seeds."""
+    last, rows = chosen(scores), []
+    for lower in PAPER_INITS[:2]:
+        cells = {("federated", "fm", "age, cosine"): 1, ("federated", lower, "age, cosine"): -1}
+        total, missing = statistics.paired_scores(last, cells)
+        if missing or total.shape[1] < 2:
+            continue
+        patients = statistics.patients_of(last, total.index)
+        for number in seeds:
+            low, high = statistics.with_seeds(total.to_numpy(), patients, number).interval()
+            rows.append({"lower": lower, "seeds": number, "half_width": (high - low) / 2})
+    return pd.DataFrame(rows, columns=["lower", "seeds", "half_width"])
 
 
 # ------------------------------------------------------------------------------------------ page and figure
@@ -309,8 +382,20 @@ def differences_block(table: pd.DataFrame) -> list[str]:
     return markdown.table(columns, rows)
 
 
+def power_block(table: pd.DataFrame) -> list[str]:
+    """Markdown of the half-widths by number of seeds."""
+    widths = table.pivot(index="lower", columns="seeds", values="half_width")
+    rows = [
+        [f"foundation model less {words.INITS[lower]}", *(f"±{width:.2f}" for width in row)]
+        for lower, row in zip(widths.index, widths.to_numpy(), strict=True)
+    ]
+    return markdown.table(["seeds", *map(str, widths.columns)], rows)
+
+
 #: Horizontal axes of a figure: the column, its label, and by how much it is divided.
-BY_ROUND, BY_IMAGES = ("round", "round", 1), ("images_seen", "training images seen, thousands", 1000)
+BY_ROUND = "round", "round", 1
+BY_IMAGES = "images_seen", "training images seen, thousands", 1000
+BY_STEPS = "steps", "steps one after another, hundreds", 100
 
 
 def figure(scores: pd.DataFrame, by: tuple[str, str, int] = BY_ROUND, lowest: float = 80) -> Figure:
@@ -395,12 +480,16 @@ def write(name: str, finished: list[dict[str, Any]], out: Path) -> None:
         (100 * scores.groupby([*RUN, "round", "images_seen"], sort=False).dice.mean()).round(3).reset_index()
     )
     by_round.to_csv(out / "by_round.csv", index=False)
+    if name == "plateau":
+        fig3(scores).round(5).to_csv(out / "claims.csv", index=False)
+        power(scores).round(5).to_csv(out / "power.csv", index=False)
     if name == "taught":
         lessons_figure(scores).savefig(out / f"{name}.png", dpi=130)
     elif (scores.arm == "federated").any():
         lowest = 90 if name == "plateau" else 80
         figure(scores, lowest=lowest).savefig(out / f"{name}.png", dpi=130)
         figure(scores, BY_IMAGES, lowest).savefig(out / f"{name}-images.png", dpi=130)
+        figure(scores, BY_STEPS, lowest).savefig(out / f"{name}-steps.png", dpi=130)
     page(out)
 
 
@@ -410,6 +499,8 @@ def page(out: Path) -> None:
         blocks = {
             "means": lambda _: means_block(pd.read_csv(out / "means.csv")),
             "differences": lambda _: differences_block(pd.read_csv(out / "differences.csv")),
+            "claims": markdown.BLOCKS["claims"],
+            "power": lambda _: power_block(pd.read_csv(out / "power.csv")),
             "starts": lambda _: starts_block(pd.read_csv(out / "starts.csv"), pd.read_csv(out / "means.csv")),
         }
         markdown.write_into(out / "README.md", out, blocks)

@@ -52,7 +52,8 @@ class Trial(NamedTuple):
         epochs: local epochs E of a round.
         rounds: number of rounds.
         schedule: of the learning rate over rounds: constant, or cosine, down to 0 after the last round.
-        equal_steps: every client takes as many steps as the mean client, by its number of local epochs.
+        equal_steps: small clients take more local epochs, for about as many steps as the mean client's; large
+            ones take no fewer.
         alpha: the teacher's share in the clients' loss, Eq. 5; 0: Eq. 2.
         lesson: name in `lessons.NAMES`: what the start has learned from.
         labelled: number of proxy images with a mask; None for all.
@@ -167,7 +168,7 @@ def skew(number: int = 5) -> list[Trial]:
 
 
 def budgets(number: int = 3) -> list[Trial]:
-    """Random with the proxy images inside, the teacher in the rounds, centralised training, equal steps."""
+    """Random with the proxy images inside, the teacher in the rounds, centralised training, more epochs."""
     plan = []
     for seed in range(number):
         plan += [Trial("age", "federated", init, seed) for init in PAPER_INITS]

@@ -271,7 +271,7 @@ def test_tables_tell_the_difference_that_was_put_in(tmp_path):
                 trial = Trial(deal, "federated", init, seed, rounds=1)
                 about = {"images": [f"i{k}" for k in range(25)], "patients": [f"p{k}" for k in range(25)]}
                 about |= {"ages": [40.0] * 25, "dice": [(0 * dice).tolist(), dice.tolist()]}
-                content = trial._asdict() | about | {"images_seen": [0, 10]}
+                content = trial._asdict() | about | {"images_seen": [0, 10], "clients": [4, 3, 3]}
                 (runs / f"{trial.name}.json").write_text(json.dumps(content))
     experiment_tables.write("skew", trials.finished(runs), tmp_path)
     table = pd.read_csv(tmp_path / "differences.csv").set_index("difference")
@@ -300,6 +300,18 @@ def test_a_budget_of_images_takes_each_run_where_it_has_seen_no_more():
     assert set(experiment_tables.chosen(scores, images=14).init) == {"random"}
 
 
+def test_steps_are_counted_one_after_another():
+    """Batches of 8: a start of 80 images, and 48 a round: three clients side by side, or all in one place."""
+    trial = Trial("age", "federated", "fm", 0, rounds=1)._asdict() | {"clients": [16, 16, 16]}
+    trial |= {"images": ["i"], "patients": ["p"], "ages": [1.0], "dice": [[0.1], [0.2], [0.3]]}
+    trial |= {"images_seen": [80, 128, 176]}
+    scores = experiment_tables.scores_of([trial, trial | {"arm": "centralised"}])
+    assert scores[scores.arm == "federated"].steps.tolist() == [10, 12, 14]
+    assert scores[scores.arm == "centralised"].steps.tolist() == [10, 16, 22]
+    rows = experiment_tables.chosen(scores, steps=13)
+    assert dict(zip(rows.arm, rows.dice, strict=True)) == {"federated": 0.2, "centralised": 0.1}
+
+
 def test_the_images_that_contrasts_name_are_those_of_the_study():
     """The committed runs say how many images a round and an informed start have cost."""
     seen = pd.read_csv(experiments.RESULTS / "budgets" / "by_round.csv")
@@ -322,7 +334,7 @@ def test_tables_of_lessons_tell_the_gain_that_was_put_in(tmp_path):
             )
             about = {"images": [f"i{k}" for k in range(25)], "patients": [f"p{k}" for k in range(25)]}
             about |= {"ages": [40.0] * 25, "dice": [start.tolist(), base.tolist(), base.tolist()]}
-            about |= {"images_seen": [100, 110, 120], "teacher_dice": teacher_dice}
+            about |= {"images_seen": [100, 110, 120], "clients": [10], "teacher_dice": teacher_dice}
             (tmp_path / "runs" / f"{trial.name}.json").write_text(json.dumps(trial._asdict() | about))
     (tmp_path / "README.md").write_text("<!-- starts: begin -->\n<!-- starts: end -->\n")
     experiment_tables.write("taught", trials.finished(tmp_path / "runs"), tmp_path)

@@ -95,10 +95,10 @@ def test_the_experiment_is_run_read_and_drawn(setting, tmp_path, monkeypatch):
     folder = tmp_path / "collapse"
     for _ in range(2):
         collapse.run_all("none", folder, tmp_path / "starts", rounds=1)
-    assert len(loads) == 1 and len(list(folder.glob("*.json"))) == len(runs) == 10
+    assert len(loads) == 1 and len(list(folder.glob("*.json"))) == len(runs) == 12
     collapse.tables(folder, tmp_path / "out")
     rounds = pd.read_csv(tmp_path / "out" / "by_round.csv")
-    assert len(rounds) == 2 * (6 * 3 + 4)
+    assert len(rounds) == 2 * (8 * 3 + 4)
     found = json.loads((folder / f"{runs[0].name}.json").read_text())
     row = rounds[(rounds.init == "random") & (rounds.arm == "federated") & (rounds["round"] == 1)]
     row = row[(row.server == "start") & (row.learning_rate == 1e-3)]

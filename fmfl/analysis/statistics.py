@@ -162,15 +162,42 @@ def two_way(scores: np.ndarray, patients: Iterable) -> TwoWay:
     Returns:
         value, and error and df, which are NaN with fewer than two patients.
     """
-    codes, _ = pd.factorize(np.asarray(patients))
-    number, seeds = codes.max(initial=-1) + 1, scores.shape[1]
-    value = float(scores.mean())
+    codes, seeds = pd.factorize(np.asarray(patients))[0], scores.shape[1]
+    number, value = codes.max(initial=-1) + 1, float(scores.mean())
     if number < 2:
         return TwoWay(value, np.nan, np.nan)
-    sums = np.bincount(codes, weights=scores.mean(axis=1) - value)
-    by_patients = number / (number - 1) * (sums**2).sum() / len(scores) ** 2
+    by_patients = _squared_error(scores.mean(axis=1), codes)
     by_seeds = scores.mean(axis=0).var(ddof=1) / seeds if seeds > 1 else 0.0
     return TwoWay(value, *joined(by_patients, number, by_seeds, seeds))
+
+
+def _squared_error(values: np.ndarray, codes: np.ndarray) -> float:
+    """Return V_patients of `two_way`: values are [images], codes [images] the patients as 0 to P - 1."""
+    number = codes.max() + 1
+    sums = np.bincount(codes, weights=values - values.mean())
+    return float(number / (number - 1) * (sums**2).sum() / len(values) ** 2)
+
+
+def with_seeds(scores: np.ndarray, patients: Iterable, seeds: int) -> TwoWay:
+    """Estimate what `two_way` would find with another number of seeds, and the same patients.
+
+    The seeds' part falls as 1 / S. Of the patients' part, what each seed has of its own does, too:
+
+        I             = the mean over S seeds of V_patients of (a seed's scores less their mean over seeds)
+                        * S / (S - 1)
+        V_patients(n) = max(0, V_patients - I / S) + I / n
+
+    Args:
+        scores: [images, S >= 2].
+        patients: [images], of two patients at least.
+        seeds: n.
+    """
+    codes, known = pd.factorize(np.asarray(patients))[0], scores.shape[1]
+    mean = scores.mean(axis=1)
+    own = np.mean([_squared_error(one - mean, codes) for one in scores.T]) * known / (known - 1)
+    by_patients = max(0.0, _squared_error(mean, codes) - own / known) + own / seeds
+    by_seeds = scores.mean(axis=0).var(ddof=1) / seeds
+    return TwoWay(float(mean.mean()), *joined(by_patients, codes.max() + 1, by_seeds, seeds))
 
 
 def joined(by_patients: float, patients: int, by_seeds: float, seeds: int) -> tuple[float, float]:
