@@ -28,25 +28,26 @@ GROUPS = {"collapse": "collapse", "experiment": "experiments"}
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 
-def _module(name: str) -> ModuleType | None:
-    """Import a benchmark; one whose optional package is missing says so when it is called."""
+def _module(file: str, name: str) -> ModuleType | None:
+    """Import a benchmark; one whose optional package is missing says so when its command is called."""
     try:
-        return importlib.import_module(f"bench.{name}")
+        return importlib.import_module(f"bench.{file}")
     except ModuleNotFoundError as error:
         missing = error.name
 
         def sorry() -> None:
             raise SystemExit(f"bench {name}: the package {missing} is not installed")
 
-        app.command(name, help=f"Needs the package {missing}.")(sorry)
+        anything = {"allow_extra_args": True, "ignore_unknown_options": True}
+        app.command(name, help=f"Needs the package {missing}.", context_settings=anything)(sorry)
         return None
 
 
 for name in COMMANDS:
-    if module := _module(name):
+    if module := _module(name, name):
         app.command(name)(module.run)
 for name, file in GROUPS.items():
-    if module := _module(file):
+    if module := _module(file, name):
         app.add_typer(module.app, name=name)
 
 

@@ -29,6 +29,7 @@ from fmfl import data, distill, federate, metrics, models, paths, runs, seeds, s
 from fmfl.analysis.tables import PAPER_INITS
 from fmfl.config import DistillConfig, FederateConfig
 from fmfl.data import Cohort
+from fmfl.errors import UserError
 from fmfl.split import Holdout
 from fmfl.states import State
 from fmfl.train import Examples
@@ -103,16 +104,24 @@ def balanced_parts(cohort: Cohort, *, test_patients: int = 60, proxy: int = 300)
     table = cohort.table
     first_age = table.groupby("patient_id").age.first()
     order = np.random.default_rng(0).permutation(sorted(first_age.index))
-    ages = first_age.loc[order]
-    adults, children, unknown = order[ages >= 18], order[ages < 18], list(order[ages.isna()])
-    images = table.groupby("patient_id").size()
-    test, rest = list(adults[:test_patients]), list(adults[test_patients:])
-    first = 0
-    for part, wanted in ((test, images[test].sum()), (rest, images[rest].sum()), (unknown, proxy)):
-        taken = np.searchsorted(images[children[first:]].cumsum().to_numpy(), wanted, side="right")
-        part += [*children[first : first + taken]]
-        first += taken
-    rows = [np.flatnonzero(table.patient_id.isin(part)) for part in (unknown, test, rest)]
+    ages, images = first_age.loc[order], table.groupby("patient_id").size()
+    adults, children = list(order[ages >= 18]), list(order[ages < 18])
+    test, federated = adults[:test_patients], adults[test_patients:]
+    parts = {"test": test, "federated": federated, "proxy": list(order[ages.isna()])}
+    for name, wanted in (
+        ("test", images[test].sum()),
+        ("federated", images[federated].sum()),
+        ("proxy", proxy),
+    ):
+        counted = images[children].cumsum().to_numpy()
+        if not len(counted) or counted[-1] < wanted:
+            raise UserError(
+                f"the {name} part needs {wanted} images of children, and {images[children].sum()} are left: "
+                "take a source with more"
+            )
+        taken = np.searchsorted(counted, wanted, side="right")
+        parts[name], children = parts[name] + children[:taken], children[taken:]
+    rows = [np.flatnonzero(table.patient_id.isin(parts[name])) for name in Holdout._fields]
     return Holdout(*map(torch.from_numpy, rows))
 
 

@@ -84,6 +84,18 @@ def test_two_way_is_the_textbooks_where_one_kind_of_noise_is_missing():
     assert np.isnan(statistics.two_way(np.ones((5, 3)), ["one patient"] * 5).error)
 
 
+@pytest.mark.parametrize(("seeds", "least", "most"), [(3, 2, 6), (8, 0, 2.2)])
+def test_a_corrected_level_is_less_reliable_with_three_seeds(seeds, least, most):
+    """139 patients, no difference, seeds 60 % of the squared error: how often p < 0.002 comes up."""
+    rng, level, studies = np.random.default_rng(5), 0.002, 8000
+    spread = np.sqrt(1.5 * seeds / 139)
+    below = 0
+    for _ in range(studies):
+        scores = rng.normal(0, 1, (139, 1)) + rng.normal(0, spread, seeds)
+        below += statistics.two_way(scores, range(139)).p_different() < level
+    assert least < below / studies / level < most
+
+
 def test_what_more_seeds_would_find_is_what_they_find():
     """From 8 seeds to the error with 32: the mean over 200 made studies that have all 32; 8 gives 8 again."""
     rng = np.random.default_rng(4)
