@@ -43,6 +43,7 @@ PANELS = {
     "age": "age",
     "age_with_proxy": "age, proxy images inside",
     "age, cosine": "age, decaying rate",
+    "age_with_proxy, cosine": "age, proxy images inside,\ndecaying rate",
     "iid, cosine": "IID, decaying rate",
 }
 
