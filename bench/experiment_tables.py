@@ -1,5 +1,6 @@
 """Tables, figure and page of the experiments; intervals are over seeds and patients together."""
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +54,9 @@ RUN = ["split", "arm", "init", "seed"]
 #: Images of a round of one local epoch in the study's parts, and of an informed start: 8 epochs of 796.
 CLIENTS_IMAGES, START_IMAGES = 969, 8 * PROXY_IMAGES
 
+#: Steps of a round in the study's parts by age or IID.
+CLIENTS_STEPS = 41
+
 #: Images of a random start's ten rounds.
 RANDOM_IMAGES = 10 * CLIENTS_IMAGES
 
@@ -95,22 +99,28 @@ def setting_name(trial: dict) -> str:
     return ", ".join(filter(None, parts))
 
 
+def batches(images: int) -> int:
+    """Number of batches, and so of steps, in one epoch."""
+    return math.ceil(images / BATCH_SIZE)
+
+
 def scores_of(finished: list[dict[str, Any]]) -> pd.DataFrame:
     """Scores of finished trials: one row a test image and round; Dice is in 0..1.
 
     `images_seen` counts all images that went through the student, those of its start included. `steps` counts
-    batches one after another: clients train side by side, so a round counts with the mean client's.
+    batches one after another: clients train side by side, so a round is as long as its largest client's.
     """
     tables = []
     for trial in finished:
         images = {"image_id": trial["images"], "patient_id": trial["patients"], "age": trial["ages"]}
         key = {name: trial[name] for name in ("arm", "init", "seed")} | {"split": setting_name(trial)}
-        start = trial["images_seen"][0]
-        side_by_side = 1 if trial["arm"] == "centralised" else len(trial["clients"])
+        start_steps = batches(trial["proxy"]) * trial["images_seen"][0] // trial["proxy"]
+        largest = sum(trial["clients"]) if trial["arm"] == "centralised" else max(trial["clients"])
+        round_steps = trial["epochs"] * batches(largest)
         for number, dice in enumerate(trial["dice"]):
             seen = trial["images_seen"][number]
             about = {"round": number, "images_seen": seen, "teacher_dice": trial.get("teacher_dice")}
-            about["steps"] = (start + (seen - start) / side_by_side) / BATCH_SIZE
+            about["steps"] = start_steps + number * round_steps
             table = pd.DataFrame(images).assign(**key, **about, dice=dice)
             tables.append(table)
     return pd.concat(tables, ignore_index=True)
@@ -118,7 +128,7 @@ def scores_of(finished: list[dict[str, Any]]) -> pd.DataFrame:
 
 def chosen(
     scores: pd.DataFrame,
-    number: int = -1,
+    round: int = -1,
     group: str = "all",
     images: int | None = None,
     steps: int | None = None,
@@ -126,12 +136,14 @@ def chosen(
     """Scores of one round, or of each run within a budget, and of one group of test images.
 
     Args:
-        number, group, images, steps: see `Contrast`.
+        round, group, images, steps: see `Contrast`.
     """
+    if images is not None and steps is not None:
+        raise ValueError("a budget counts images or steps, not both")
     if images is None and steps is None:
-        rows = scores[scores["round"] == (scores["round"].max() if number < 0 else number)]
+        rows = scores[scores["round"] == (scores["round"].max() if round < 0 else round)]
     else:
-        within = scores[scores.images_seen <= images] if images else scores[scores.steps <= steps]
+        within = scores[scores.steps <= steps] if images is None else scores[scores.images_seen <= images]
         rows = within[within["round"] == within.groupby(RUN)["round"].transform("max")]
     if group == "adults":
         return rows[rows.age >= 18]
@@ -224,9 +236,7 @@ def of_budgets() -> Iterator[Contrast]:
         {fm: 1, random: -1, alone[0]: -1, alone[1]: 1},
         images=RANDOM_IMAGES,
     )
-    yield difference_at_most(
-        "random: federated less centralised", random, alone[1], steps=RANDOM_IMAGES // 3 // BATCH_SIZE + 1
-    )
+    yield difference_at_most("random: federated less centralised", random, alone[1], steps=10 * CLIENTS_STEPS)
     for init in ("random", "fm"):
         one, other = ("federated", init, "age, teacher stays"), ("federated", init, "age")
         yield difference(f"{words.INITS[init]}: the teacher stays less it does not", one, other)
@@ -260,7 +270,7 @@ def of_plateau() -> Iterator[Contrast]:
             images = number * CLIENTS_IMAGES
             yield difference_at_most(f"foundation model less random, {setting}", fm, random, images=images)
         for number in (20, 30, 40, 60):
-            steps = round(number * CLIENTS_IMAGES / 3 / BATCH_SIZE + 1)
+            steps = number * CLIENTS_STEPS
             yield difference_at_most(f"foundation model less random, {setting}", fm, random, steps=steps)
     fm, random = (("federated", init, "age, cosine") for init in ("fm", "random"))
     inside = ("federated", "random", "age_with_proxy, cosine")
@@ -288,7 +298,8 @@ def differences(scores: pd.DataFrame, contrasts: Iterable[Contrast]) -> pd.DataF
     """All contrasts of an experiment that its finished trials allow, corrected together."""
     contrasts, rows = list(contrasts), []
     for one in contrasts:
-        rows.append(statistics.contrast(chosen(scores, *one[2:]), one.cells))
+        where = {name: getattr(one, name) for name in ("round", "group", "images", "steps")}
+        rows.append(statistics.contrast(chosen(scores, **where), one.cells))
     kept = [number for number, row in enumerate(rows) if not row["missing"]]
     if not kept:
         return pd.DataFrame(columns=["difference", "reading"])
@@ -400,7 +411,7 @@ BY_STEPS = "steps", "steps one after another, hundreds", 100
 
 
 def figure(scores: pd.DataFrame, by: tuple[str, str, int] = BY_ROUND, lowest: float = 80) -> Figure:
-    """Mean Dice of federated runs by round or by images: a panel a setting; thin lines are seeds."""
+    """Mean Dice of federated runs by round, images or steps: a panel a setting; thin lines are seeds."""
     plots.use_style()
     federated = scores[scores.arm == "federated"]
     settings = list(dict.fromkeys(federated.split))

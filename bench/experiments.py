@@ -7,8 +7,8 @@
     taught    is a teacher worth more than the masks that it learned from, and how good must it be?
 
 `run NAME` trains what is missing, one JSON file a training, and can be stopped at any time; `tables NAME`
-writes what is finished. The rounds are
-those of `fmfl.federate`; the images are real chest X-rays at 96 x 96 pixels.
+writes what is finished. The rounds are those of `fmfl.federate`; the images are real chest X-rays at 96 x 96
+pixels.
 """
 
 import math
@@ -373,7 +373,7 @@ def train_trial(trial: Trial, setting: Setting, starts: Path) -> dict[str, Any]:
 def check(name: str) -> None:
     """Refuse a name that no experiment has, before anything is loaded."""
     if name not in PLANS:
-        raise typer.BadParameter(f"{name!r} is no experiment: choose one of {', '.join(PLANS)}")
+        raise UserError(f"{name!r} is no experiment: choose one of {', '.join(PLANS)}")
 
 
 @app.command("run")
@@ -394,6 +394,7 @@ def run_all(
     """
     torch.set_num_threads(1)
     check(name)
+    trials.check_worker(worker, workers)
     folder = folder or RESULTS / name / "runs"
     made_by, cohort = trials.made_by(), data.load(sources, size=96, progress=False)
     about = {"data": cohort.fingerprint}
@@ -414,6 +415,5 @@ def tables(name: str, folder: Path | None = None, out: Path | None = None) -> No
     check(name)
     out = out or RESULTS / name
     finished = trials.finished(folder or out / "runs")
-    for mixed in trials.mixed_processors(finished):
-        print(f"bench: {mixed}: compare within one kind of processor, see docs/reproducibility.md")
+    trials.warn_of_mixed(finished)
     experiment_tables.write(name, finished, out)

@@ -19,7 +19,7 @@ Worker = Annotated[int, typer.Option(min=0, help="This worker's number, counted 
 Workers = Annotated[int, typer.Option(min=1, help="Number of workers that share the plan.")]
 
 
-class Trial(Protocol):
+class Named(Protocol):
     """One training, as a named tuple with a name."""
 
     @property
@@ -29,7 +29,7 @@ class Trial(Protocol):
     def _asdict(self) -> dict[str, Any]: ...
 
 
-T = TypeVar("T", bound=Trial)
+T = TypeVar("T", bound=Named)
 
 
 def pending(plan: Sequence[T], folder: Path, worker: int, workers: int, **shared: object) -> Iterator[T]:
@@ -45,12 +45,11 @@ def pending(plan: Sequence[T], folder: Path, worker: int, workers: int, **shared
     Raises:
         UserError: there is no such worker, or a file of the plan holds another training.
     """
-    if worker >= workers:
-        raise UserError(f"--worker {worker}: the {workers} workers are counted from 0 to {workers - 1}")
+    check_worker(worker, workers)
     folder.mkdir(parents=True, exist_ok=True)
     for trial in plan:
         file = folder / f"{trial.name}.json"
-        found = json.loads(file.read_text()) if file.exists() else {}
+        found = _read(file) if file.exists() else {}
         for name, value in (trial._asdict() | shared).items():
             if name in found and found[name] != value:
                 raise UserError(
@@ -65,13 +64,13 @@ def pending(plan: Sequence[T], folder: Path, worker: int, workers: int, **shared
 def made_by() -> dict[str, str]:
     """Describe the code and the processor that train; asked before training, since a checkout can change."""
     return {
-        "commit": provenance.commit(),
+        "commit": provenance.commit(*provenance.CODE, "bench"),
         "code": states.code_digest(),
         "processor": provenance.processor(),
     }
 
 
-def keep(folder: Path, trial: Trial, found: dict[str, Any]) -> None:
+def keep(folder: Path, trial: Named, found: dict[str, Any]) -> None:
     """Write a finished trial's file, whole or not at all."""
     outputs.write_text(folder / f"{trial.name}.json", json.dumps(trial._asdict() | found))
 
@@ -82,7 +81,7 @@ def finished(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: there is none, or they were trained on other images or for other numbers of rounds.
     """
-    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    found = [_read(file) for file in sorted(folder.glob("*.json"))]
     if not found:
         raise UserError(f"{folder} holds no finished training: use `run` first")
     for name in ("data", "rounds"):
@@ -90,6 +89,25 @@ def finished(folder: Path) -> list[dict[str, Any]]:
         if len(values) > 1:
             raise UserError(f"{folder} holds trainings with {name} {' and '.join(values)}: keep them apart")
     return found
+
+
+def check_worker(worker: int, workers: int) -> None:
+    """Refuse a worker that does not exist, before anything is loaded."""
+    if worker >= workers:
+        raise UserError(f"--worker {worker}: the {workers} workers are counted from 0 to {workers - 1}")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): remove it, and `run` trains it again") from error
+
+
+def warn_of_mixed(found: list[dict[str, Any]]) -> None:
+    """Print the seeds whose trials do not share a kind of processor."""
+    for mixed in mixed_processors(found):
+        print(f"bench: {mixed}: compare within one kind of processor, see docs/reproducibility.md")
 
 
 def mixed_processors(found: list[dict[str, Any]]) -> list[str]:

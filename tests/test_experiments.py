@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from bench import experiment_tables, experiments, independent, lessons, trials
 from bench.experiments import Setting, Trial
@@ -48,6 +47,8 @@ def test_a_balanced_deal_has_as_many_adults_as_children_and_no_patient_twice():
         "federated": (40, 40),
     }
     assert rows["proxy"].age.isna().sum() == 30
+    with pytest.raises(UserError, match="the proxy part needs 60 images of children, and 30 are left"):
+        experiments.balanced_parts(cohort, test_patients=10, proxy=60)
     seen = [set(part.patient_id) for part in rows.values()]
     assert sum(map(len, seen)) == len(set.union(*seen))
 
@@ -234,9 +235,11 @@ def test_committed_tables_are_those_of_the_committed_runs(tmp_path, name):
 
 
 def test_a_name_that_is_no_experiment_is_refused_before_anything_is_loaded():
-    for command in ("run", "tables"):
-        ended = CliRunner().invoke(experiments.app, [command, "nosuch"])
-        assert ended.exit_code == 2 and "'nosuch' is no experiment" in ended.output
+    for command in (experiments.run_all, experiments.tables):
+        with pytest.raises(UserError, match="'nosuch' is no experiment"):
+            command("nosuch")
+    with pytest.raises(UserError, match="counted from 0 to 1"):
+        experiments.run_all("skew", "no such folder", worker=2, workers=2)
 
 
 @pytest.mark.parametrize("name", experiments.PLANS)
@@ -271,7 +274,7 @@ def test_tables_tell_the_difference_that_was_put_in(tmp_path):
                 trial = Trial(deal, "federated", init, seed, rounds=1)
                 about = {"images": [f"i{k}" for k in range(25)], "patients": [f"p{k}" for k in range(25)]}
                 about |= {"ages": [40.0] * 25, "dice": [(0 * dice).tolist(), dice.tolist()]}
-                content = trial._asdict() | about | {"images_seen": [0, 10], "clients": [4, 3, 3]}
+                content = trial._asdict() | about | {"images_seen": [0, 10], "clients": [4, 3, 3], "proxy": 5}
                 (runs / f"{trial.name}.json").write_text(json.dumps(content))
     experiment_tables.write("skew", trials.finished(runs), tmp_path)
     table = pd.read_csv(tmp_path / "differences.csv").set_index("difference")
@@ -301,13 +304,13 @@ def test_a_budget_of_images_takes_each_run_where_it_has_seen_no_more():
 
 
 def test_steps_are_counted_one_after_another():
-    """Batches of 8: a start of 80 images, and 48 a round: three clients side by side, or all in one place."""
-    trial = Trial("age", "federated", "fm", 0, rounds=1)._asdict() | {"clients": [16, 16, 16]}
+    """Batches of 8: a start of 2 x 36 images has 10, a round with the largest client 2, in one place 5."""
+    trial = Trial("age", "federated", "fm", 0, rounds=1)._asdict() | {"clients": [8, 16, 12], "proxy": 36}
     trial |= {"images": ["i"], "patients": ["p"], "ages": [1.0], "dice": [[0.1], [0.2], [0.3]]}
-    trial |= {"images_seen": [80, 128, 176]}
+    trial |= {"images_seen": [72, 108, 144]}
     scores = experiment_tables.scores_of([trial, trial | {"arm": "centralised"}])
     assert scores[scores.arm == "federated"].steps.tolist() == [10, 12, 14]
-    assert scores[scores.arm == "centralised"].steps.tolist() == [10, 16, 22]
+    assert scores[scores.arm == "centralised"].steps.tolist() == [10, 15, 20]
     rows = experiment_tables.chosen(scores, steps=13)
     assert dict(zip(rows.arm, rows.dice, strict=True)) == {"federated": 0.2, "centralised": 0.1}
 
@@ -319,6 +322,18 @@ def test_the_images_that_contrasts_name_are_those_of_the_study():
     by_init = seen.groupby(["init", "round"]).images_seen.unique().map(lambda values: values.item())
     assert by_init["fm", 0] == by_init["pretraining", 0] == experiment_tables.START_IMAGES
     assert by_init["random", 1] == experiment_tables.CLIENTS_IMAGES
+
+
+def test_the_steps_that_contrasts_name_are_those_of_the_trainings():
+    """Rounds of three equal clients; in the balanced deals the clients' sizes differ a little by seed."""
+    assert experiment_tables.CLIENTS_STEPS == experiment_tables.batches(324) == 41
+    runs = trials.finished(experiments.RESULTS / "skew" / "runs")
+    start = {(run["proxy"], run["images_seen"][0]) for run in runs if run["init"] != "random"}
+    assert start == {(408, 8 * 408)} and experiment_tables.SKEW_START_STEPS == 8 * 408 // 8
+    once = [run for run in runs if (run["deal"], run["epochs"], run["init"]) == ("balanced_iid", 1, "random")]
+    assert {run["images_seen"][20] for run in once} == {experiment_tables.SKEW_IMAGES}
+    steps = {20 * experiment_tables.batches(max(run["clients"])) for run in once}
+    assert min(steps) == experiment_tables.SKEW_STEPS
 
 
 def test_tables_of_lessons_tell_the_gain_that_was_put_in(tmp_path):
@@ -334,7 +349,8 @@ def test_tables_of_lessons_tell_the_gain_that_was_put_in(tmp_path):
             )
             about = {"images": [f"i{k}" for k in range(25)], "patients": [f"p{k}" for k in range(25)]}
             about |= {"ages": [40.0] * 25, "dice": [start.tolist(), base.tolist(), base.tolist()]}
-            about |= {"images_seen": [100, 110, 120], "clients": [10], "teacher_dice": teacher_dice}
+            about |= {"images_seen": [100, 110, 120], "clients": [10], "proxy": 10}
+            about["teacher_dice"] = teacher_dice
             (tmp_path / "runs" / f"{trial.name}.json").write_text(json.dumps(trial._asdict() | about))
     (tmp_path / "README.md").write_text("<!-- starts: begin -->\n<!-- starts: end -->\n")
     experiment_tables.write("taught", trials.finished(tmp_path / "runs"), tmp_path)

@@ -51,6 +51,15 @@ def test_trainings_that_do_not_belong_together_make_no_table(tmp_path):
         trials.finished(tmp_path)
 
 
+def test_a_damaged_file_is_named(tmp_path):
+    trials.keep(tmp_path, PLAN[0], {})
+    file = tmp_path / f"{PLAN[0].name}.json"
+    file.write_text(file.read_text()[:20])
+    for read in (lambda: trials.finished(tmp_path), lambda: next(trials.pending(PLAN, tmp_path, 0, 1))):
+        with pytest.raises(UserError, match=r"seed0\.json is damaged"):
+            read()
+
+
 def test_a_seed_of_two_processors_is_named():
     found = [(0, "one"), (0, "one"), (1, "one"), (1, "other"), (2, None), (3, None), (3, "one")]
     found = [{"seed": seed, "processor": processor} for seed, processor in found]
@@ -60,7 +69,7 @@ def test_a_seed_of_two_processors_is_named():
     ]
 
 
-@pytest.mark.parametrize("name", experiments.PLANS)
+@pytest.mark.parametrize("name", [*experiments.PLANS, "collapse"])
 def test_each_seed_of_the_committed_trainings_is_of_one_processor(name):
     assert trials.mixed_processors(trials.finished(experiments.RESULTS / name / "runs")) == []
 
@@ -78,7 +87,7 @@ def test_an_experiment_is_run_once_and_its_files_name_their_origin(tmp_path, mon
     (found,) = trials.finished(tmp_path / "runs")
     assert len(asked) == 1 and found["data"] == cohort.fingerprint and found["rounds"] == 1
     assert found["processor"] == provenance.processor() and found["code"] == states.code_digest()
-    assert found["commit"] == provenance.commit()
+    assert found["commit"] == provenance.commit(*provenance.CODE, "bench")
 
 
 def test_a_teacher_with_other_answers_has_another_lesson(tmp_path, monkeypatch):

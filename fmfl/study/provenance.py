@@ -19,6 +19,10 @@ PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scipy", "segmentation-mo
             "segment-anything")  # fmt: skip
 
 
+#: Folders of the project that a study's numbers depend on.
+CODE = ("fmfl", "notebooks", "data")
+
+
 def where(cfg: Settings) -> dict[str, Any]:
     """Describe the code, versions and device with which a result is computed."""
     device = devices.device_of(cfg.run)
@@ -59,8 +63,12 @@ def memory_gib() -> float | None:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
-def commit() -> str:
-    """Return the checkout's commit, with `+changes` where its files differ; empty outside git."""
+def commit(*folders: str) -> str:
+    """Return the checkout's commit, with `+changes` where files differ; empty outside git.
+
+    Args:
+        folders: that count, from the project's root; none: those of `CODE`.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.check_output(
@@ -68,8 +76,7 @@ def commit() -> str:
         ).strip()
 
     try:
-        code = ("fmfl", "notebooks", "data", "bench")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *(folders or CODE))
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
