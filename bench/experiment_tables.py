@@ -54,8 +54,8 @@ RUN = ["split", "arm", "init", "seed"]
 #: Images of a round of one local epoch in the study's parts, and of an informed start: 8 epochs of 796.
 CLIENTS_IMAGES, START_IMAGES = 969, 8 * PROXY_IMAGES
 
-#: Steps of a round in the study's parts by age or IID.
-CLIENTS_STEPS = 41
+#: Steps of a round in the study's parts by age or IID, and of ten by number, where one client is large.
+CLIENTS_STEPS, QUANTITY_STEPS = 41, 840
 
 #: Images of a random start's ten rounds.
 RANDOM_IMAGES = 10 * CLIENTS_IMAGES
@@ -253,6 +253,7 @@ def of_budgets() -> Iterator[Contrast]:
     for how in ("quantity", "quantity, more epochs"):
         one, other = ("federated", "fm", how), ("federated", "random", how)
         yield difference(f"foundation model less random, {how}", one, other)
+        yield difference_at_most(f"foundation model less random, {how}", one, other, steps=QUANTITY_STEPS)
 
 
 def of_plateau() -> Iterator[Contrast]:
