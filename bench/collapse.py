@@ -330,7 +330,7 @@ def figure(rounds: pd.DataFrame) -> Figure:
         axis.set_title(PANELS[key])
     for axis in axes[-1]:
         axis.set_xlabel("round")
-    lines = plots.lines_of(drawn)
+    lines = experiment_tables.lines_of(drawn)
     names = [
         name for name in (*map(words.INITS.get, PAPER_INITS), "centralised", "standalone") if name in lines
     ]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -430,9 +431,18 @@ def figure(scores: pd.DataFrame, by: tuple[str, str, int] = BY_ROUND, lowest: fl
         axis.set_xlabel(by[1])
     for axis in axes[:, 0]:
         axis.set_ylabel("Dice, %")
-    lines = plots.lines_of(drawn)
+    lines = lines_of(drawn)
     drawn.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=len(lines))
     return drawn
+
+
+def lines_of(figure: Figure) -> dict[str, Artist]:
+    """Return the labelled lines of all axes by label, each label once: for one legend over all of them."""
+    return {
+        label: line
+        for axis in figure.axes
+        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
 
 
 def _panel(axis: Axes, scores: pd.DataFrame, by: tuple[str, str, int]) -> None:

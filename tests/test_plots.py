@@ -516,7 +516,7 @@ def test_every_figures_text_is_readable_where_the_page_is_390_pixels_wide(every_
         ]
         smallest = min(text.get_fontsize() for text in texts) if texts else np.inf
         assert smallest / 72 * 358 / width >= 9, f"{name}: {smallest} points, {width:.2f} inches wide"
-    style = {"use_style", "colours", "group_colours", "lines_of"}
+    style = {"use_style", "colours", "group_colours"}
     own = {name for name, found in vars(plots).items() if getattr(found, "__module__", "") == plots.__name__}
     assert {name for name in own if not name.startswith("_")} - style == set(every_figure)
 

@@ -16,7 +16,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -551,15 +550,6 @@ def _say_no_age(axis: Axes) -> None:
     """Write into an empty panel why it is empty."""
     axis.text(0.5, 0.5, "no image has an age", ha="center", va="center", transform=axis.transAxes)
     axis.xaxis.set_ticks([])
-
-
-def lines_of(figure: Figure) -> dict[str, Artist]:
-    """Return the labelled lines of all axes by label, each label once: for one legend over all of them."""
-    return {
-        label: line
-        for axis in figure.axes
-        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
 
 
 def _legend_above(figure: Figure, axis: Axes) -> Figure:
