@@ -165,6 +165,7 @@ def run_all(
 ) -> None:
     """Train the runs that have no file yet; worker i of n takes every n-th, from the i-th on."""
     torch.set_num_threads(1)
+    trials.check_worker(worker, workers)
     folder = folder or COMMITTED / "runs"
     made_by, first = trials.made_by(), independent.load(sources)
     about = {"rounds": rounds, "data": first.cohort.fingerprint}

@@ -109,7 +109,8 @@ def scores_of(finished: list[dict[str, Any]]) -> pd.DataFrame:
     """Scores of finished trials: one row a test image and round; Dice is in 0..1.
 
     `images_seen` counts all images that went through the student, those of its start included. `steps` counts
-    batches one after another: clients train side by side, so a round is as long as its largest client's.
+    batches one after another: clients train side by side, so a round is as long as its largest client's. It
+    holds for starts that have learned from the whole proxy set, not for those of `taught`.
     """
     tables = []
     for trial in finished:
