@@ -465,7 +465,7 @@ def test_a_server_that_is_killed_and_started_again_finds_its_clients(tmp_path):
         # SIGHUP: a terminal was closed.
         for client, name in zip(clients, (signal.SIGTERM, signal.SIGHUP), strict=True):
             client.send_signal(name)
-            wait_for(lambda process=client: not alive(process), 60, "the SuperNode and its helpers to end")
+            wait_for(lambda process=client: not alive(process), 120, "the SuperNode and its helpers to end")
     finally:
         for process in processes[::-1]:
             end_group(process)
