@@ -60,6 +60,11 @@ class Run(NamedTuple):
         return self.init + f"-proxy{self.proxy_rate:g}" * (self.proxy_rate != 1e-3)
 
     @property
+    def batch_norm(self) -> str:
+        """The network's normalisation, as `models.build` takes it."""
+        return "group" if self.norm == "group" else "average"
+
+    @property
     def name(self) -> str:
         """Its file's name without suffix."""
         return f"{self.norm}-{self.split}-{self.learning_rate:g}-{self.arm}-{self.start}-seed{self.seed}"
@@ -92,7 +97,7 @@ def scored(setting: Setting, run: Run, start: State, rounds: int) -> Iterator[di
         student=STUDENT,
         seed=run.seed,
         learning_rate=run.learning_rate,
-        batch_norm="group" if run.norm == "group" else "average",
+        batch_norm=run.batch_norm,
         rounds=rounds,
     )
     servers = SERVERS if run.norm == "batch" and run.arm == "federated" else SERVERS[:1]
@@ -112,7 +117,7 @@ def scored(setting: Setting, run: Run, start: State, rounds: int) -> Iterator[di
 
 def train(setting: Setting, run: Run, start: State, rounds: int) -> dict[str, Any]:
     """Train and score one run: Dice by image, a list of rounds for each server."""
-    judge = models.build(STUDENT, batch_norm="group" if run.norm == "group" else "average")
+    judge = models.build(STUDENT, batch_norm=run.batch_norm)
     test = setting.parts.test
     dice: dict[str, list[list[float]]] = {}
     for states in scored(setting, run, start, rounds):
@@ -147,7 +152,7 @@ def start_of(folder: Path, setting: Setting, run: Run) -> State:
         student=STUDENT,
         seed=run.seed,
         learning_rate=run.proxy_rate,
-        batch_norm="group" if run.norm == "group" else "average",
+        batch_norm=run.batch_norm,
     )
     write_state(file, state, fingerprint=key)
     return state
